@@ -1,0 +1,17 @@
+"""The core of MoE Studio: expert layouts, routed experts, 4-bit expert stacks, expert LoRA, PEFT files, merge.
+
+Import from the module that holds the thing; this file imports nothing, so that the modules marked * answer without
+loading torch.
+
+    errors        * the root of the error tree
+    layouts       * one table of how each model family names and orders its experts
+    placement     * which tensor classes and which experts get adapters, and of what rank
+    checkpoint    * what a base directory holds, from safetensors headers alone
+    tensor_files    exact reads and atomic writes of safetensors files
+    nf4             4-bit expert stacks with bitsandbytes' bytes
+    routed          routed experts: only routed (token, expert) pairs are computed
+    loading         a base model streamed from its files, quantised one expert at a time
+    lora            expert LoRA as a PEFT layer; `attach` puts a placement on a model
+    peft_files      the standard PEFT adapter directory, written and read
+    merge           base + adapter, tensor by tensor
+"""

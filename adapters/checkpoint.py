@@ -1,0 +1,130 @@
+"""What a base model directory holds, read from its safetensors headers alone. No torch, no weights read.
+
+    read_index(directory) ─▶ {tensor name: TensorInfo}      refuses pickles, missing shards, truncated files
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import CheckpointError
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: safetensors' name, e.g. "BF16".
+        shape: its dimensions.
+        start: absolute offset of its first byte in the file.
+        size_bytes: its length.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """One safetensors file's tensors and its metadata.
+
+    Raises:
+        CheckpointError: not a safetensors file, or shorter than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= size - 8:
+            raise CheckpointError(path, ["not a safetensors file, or cut off inside its header"])
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(path, [f"unreadable safetensors header: {error}"]) from error
+    metadata = header.pop("__metadata__", {})
+    tensors = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
+    problems = [problem for name, info in tensors.items() if (problem := _problem(name, info, size))]
+    if problems:
+        raise CheckpointError(path, problems)
+    return tensors, metadata
+
+
+def _info(path: Path, base: int, entry: dict[str, Any]) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), base + start, end - start)
+
+
+def _problem(name: str, info: TensorInfo, file_size: int) -> str | None:
+    if info.dtype not in DTYPE_BYTES:
+        return f"{name}: dtype {info.dtype} is not supported; supported: {', '.join(DTYPE_BYTES)}"
+    if info.size_bytes != info.parameters * DTYPE_BYTES[info.dtype]:
+        return f"{name}: {info.size_bytes} bytes for shape {info.shape} of {info.dtype}"
+    if info.start + info.size_bytes > file_size:
+        return f"{name}: ends at byte {info.start + info.size_bytes}, the file has {file_size} (truncated download?)"
+    return None
+
+
+def read_index(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model directory, from one `model.safetensors` or from sharded files.
+
+    Raises:
+        CheckpointError: no safetensors (pickles are refused), a shard named in the index missing, or a bad header.
+    """
+    index_file = directory / "model.safetensors.index.json"
+    if index_file.exists():
+        names = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
+        files = [directory / name for name in names]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(directory, [_no_safetensors(directory)])
+    missing = [f"shard {file.name} is named in {index_file.name} but missing" for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(directory, missing)
+    index: dict[str, TensorInfo] = {}
+    for file in files:
+        index.update(read_header(file)[0])
+    return index
+
+
+def _no_safetensors(directory: Path) -> str:
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return (
+            f"only pickle weights found ({', '.join(pickles[:3])}); pickles can run code when opened and are refused. "
+            "Convert the model to safetensors first."
+        )
+    return "no *.safetensors file found; expected a directory with config.json and safetensors weights"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a model directory.
+
+    Raises:
+        CheckpointError: missing or malformed.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(directory, ["config.json is missing; expected a transformers model directory"])
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(path, [f"malformed JSON: {error}"]) from error
+    return dict(config)

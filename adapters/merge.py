@@ -1,0 +1,184 @@
+"""Base + adapter → a plain model directory that needs neither the adapter nor this studio.
+
+Planned first: every adapter tensor must find its base tensor and fit its shape, or nothing is written. Then file by
+file and tensor by tensor: read, add scale · B A in float32, write in the wanted dtype, in the base's own layout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_config, read_index
+from adapters.errors import AdapterFileError, CheckpointError, listed
+from adapters.layouts import ExpertLayout, layout_for
+from adapters.peft_files import AdapterFile, ExpertFactors, read_adapter
+from adapters.tensor_files import DTYPES, new_directory, read_tensor, write_tensors
+
+Progress = Callable[[int, int], None]
+Delta = Callable[[], Tensor]
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+"""What goes along from the base directory: config, generation config, tokenizer, chat template."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: tensors in all, tensors changed, expert matrices changed, bytes written, weight files."""
+
+    out: Path
+    tensors: int
+    changed: int
+    experts_changed: int
+    bytes: int
+    files: int
+    dtype: str
+
+
+def merge_adapter(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Writes the merged model to `out`, whole or not at all.
+
+    Args:
+        dtype: of the merged weights; None keeps each tensor's own.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        AdapterFileError: the adapter does not fit the base; all misfits are listed.
+        CheckpointError: the base cannot be read, or a merged tensor would not be finite in `dtype`.
+        OutputExistsError: `out` exists.
+    """
+    config = read_config(base)
+    layout = layout_for(config["model_type"])
+    index = read_index(base)
+    deltas = plan_deltas(read_adapter(adapter, layout), layout, index)
+    total, done, written = sum(info.size_bytes for info in index.values()), 0, 0
+
+    def produce(key: str) -> Tensor:
+        nonlocal done
+        tensor = _merged(key, index[key], deltas.get(key), dtype)
+        done += index[key].size_bytes
+        if progress:
+            progress(done, total)
+        return tensor
+
+    files = sorted({info.file for info in index.values()})
+    with new_directory(out, overwrite) as directory:
+        for file in files:
+            keys = [key for key, info in index.items() if info.file == file]
+            specs = {key: (_dtype(index[key], dtype), index[key].shape) for key in keys}
+            write_tensors(directory / file.name, specs, produce)
+            written += (directory / file.name).stat().st_size
+        _copy_rest(base, directory, config, dtype, written)
+    experts = sum(1 for key in deltas for _ in _experts_of(key, index[key], layout))
+    names = {DTYPE_NAMES.get(info.dtype, info.dtype) for info in index.values()}
+    shown = str(dtype).removeprefix("torch.") if dtype else "/".join(sorted(names))
+    return MergeReport(out, len(index), len(deltas), experts, written, len(files), shown)
+
+
+def _experts_of(key: str, info: TensorInfo, layout: ExpertLayout) -> range:
+    if layout.tensor_class(key) != "routed_experts":
+        return range(0)
+    return range(info.shape[0] if len(info.shape) == 3 else 1)
+
+
+def _dtype(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or DTYPES[info.dtype]
+
+
+def _merged(key: str, info: TensorInfo, delta: Delta | None, dtype: torch.dtype | None) -> Tensor:
+    tensor = read_tensor(info)
+    if delta is not None:
+        tensor = tensor.float().add_(delta())
+    tensor = tensor.to(_dtype(info, dtype))
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(info.file, [f"{key} would hold NaN or infinity as {_dtype(info, dtype)} after merging"])
+    return tensor
+
+
+def plan_deltas(adapter: AdapterFile, layout: ExpertLayout, index: dict[str, TensorInfo]) -> dict[str, Delta]:
+    """What to add to which base tensor, shapes checked.
+
+    Raises:
+        AdapterFileError: listing every adapter tensor without a base tensor, or of another shape.
+    """
+    problems: list[str] = []
+    deltas: dict[str, Delta] = {}
+
+    def add(key: str, shape: tuple[int, ...], delta: Delta) -> None:
+        if key not in index:
+            problems.append(f"{key} is adapted, but the base has no such tensor")
+        elif index[key].shape != shape:
+            problems.append(f"{key} is {index[key].shape} in the base, the adapter is for {shape}")
+        else:
+            deltas[key] = delta
+
+    for key, linear in adapter.linear.items():
+        add(key, (linear.B.shape[0], linear.A.shape[1]), linear.delta)
+    for key, factors in adapter.experts.items():
+        for name, shape, delta in _expert_deltas(key, factors, layout):
+            add(name, shape, delta)
+    if problems:
+        raise AdapterFileError(listed("the adapter does not fit this base", problems))
+    return deltas
+
+
+def _expert_deltas(
+    key: str, factors: ExpertFactors, layout: ExpertLayout
+) -> list[tuple[str, tuple[int, ...], Delta]]:
+    experts, outputs, inputs = factors.B.shape[0], factors.B.shape[1], factors.A.shape[2]
+    if layout.checkpoint == "stacked":
+        transposed = layout.stack_order == "in_out"
+        shape = (experts, inputs, outputs) if transposed else (experts, outputs, inputs)
+        return [(key, shape, lambda: _stack_delta(factors, transposed))]
+    prefix, _, projection = key.rpartition(".")
+    found: list[tuple[str, tuple[int, ...], Delta]] = []
+    for expert in range(experts):
+        if projection == "down_proj":
+            found.append(_part(f"{prefix}.{expert}.down_proj.weight", factors, expert, 0, outputs))
+        else:
+            half = outputs // 2
+            found.append(_part(f"{prefix}.{expert}.gate_proj.weight", factors, expert, 0, half))
+            found.append(_part(f"{prefix}.{expert}.up_proj.weight", factors, expert, half, outputs))
+    return found
+
+
+def _part(
+    key: str, factors: ExpertFactors, expert: int, start: int, stop: int
+) -> tuple[str, tuple[int, ...], Delta]:
+    return key, (stop - start, factors.A.shape[2]), lambda: factors.delta(expert)[start:stop]
+
+
+def _stack_delta(factors: ExpertFactors, transposed: bool) -> Tensor:
+    deltas = torch.stack([factors.delta(expert) for expert in range(len(factors.A))])
+    return deltas.transpose(1, 2) if transposed else deltas
+
+
+def _copy_rest(base: Path, out: Path, config: dict[str, Any], dtype: torch.dtype | None, written: int) -> None:
+    for pattern in COPIED:
+        for file in base.glob(pattern):
+            if not re.fullmatch(r"(config|model\.safetensors\.index)\.json", file.name):
+                shutil.copy2(file, out / file.name)
+    if dtype is not None:
+        config = {**config, "dtype": str(dtype).removeprefix("torch.")}
+        config.pop("torch_dtype", None)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    index_file = base / "model.safetensors.index.json"
+    if index_file.exists():
+        index = json.loads(index_file.read_text())
+        index["metadata"] = {**index.get("metadata", {}), "total_size": written}
+        (out / index_file.name).write_text(json.dumps(index, indent=2) + "\n")

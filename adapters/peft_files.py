@@ -1,0 +1,246 @@
+"""The standard PEFT adapter directory, written and read. What is written here, stock PEFT loads on the stock base.
+
+One canonical form stands between memory and files: per layer and projection `ExpertFactors`, A (E, r, in) and
+B (E, out, r), whatever the family. PEFT's file differs from it in three ways, all of them silent when wrong:
+
+- `lora_A` is expert-major (E·r, ·) but the columns of `lora_B` are rank-major (·, r·E);
+- keys do not name the parameter: with both projections adapted, `experts.base_layer` is gate_up_proj, `experts` down_proj;
+- for a family with `layout.peft_swaps` (Llama 4), lora_A holds the output side and lora_B the input side.
+
+A stack has one rank in the file: experts with a smaller rank, or none, are filled with zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapters.errors import AdapterFileError, listed
+from adapters.layouts import ExpertLayout, layout_for
+from adapters.lora import ExpertLora, lora_targets, target_suffixes
+from adapters.placement import Placement
+from adapters.routed import PROJECTIONS
+from adapters.tensor_files import new_directory
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class ExpertFactors:
+    """The LoRA of one projection of one layer's experts: expert e adds scale · B[e] A[e] to its (out, in) matrix.
+
+    Attributes:
+        A: (E, r, in). B: (E, out, r).
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def delta(self, expert: int) -> Tensor:
+        """(out, in) in float32."""
+        return self.scale * (self.B[expert].float() @ self.A[expert].float())
+
+
+@dataclass(frozen=True)
+class LinearFactors:
+    """The LoRA of one matrix: adds scale · B A to its (out, in) weight. A: (r, in). B: (out, r)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """(out, in) in float32."""
+        return self.scale * (self.B.float() @ self.A.float())
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter directory in memory.
+
+    Attributes:
+        config: adapter_config.json.
+        linear: by base weight key, e.g. `model.layers.0.self_attn.q_proj.weight`.
+        experts: by stack key, e.g. `model.layers.0.feed_forward.experts.gate_up_proj`.
+    """
+
+    config: dict[str, Any]
+    linear: dict[str, LinearFactors]
+    experts: dict[str, ExpertFactors]
+
+
+def to_peft(factors: ExpertFactors, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
+    """(lora_A, lora_B) as PEFT stores a stack: expert-major (E·r, ·) and rank-major (·, r·E)."""
+    first, second = factors.A, factors.B.transpose(1, 2)
+    if layout.peft_swaps:
+        first, second = second, first
+    experts, rank, _ = first.shape
+    return first.reshape(experts * rank, -1), second.permute(2, 1, 0).reshape(-1, rank * experts)
+
+
+def from_peft(lora_a: Tensor, lora_b: Tensor, rank: int, scale: float, layout: ExpertLayout) -> ExpertFactors:
+    """The canonical form of a stack's (lora_A, lora_B)."""
+    first = lora_a.reshape(-1, rank, lora_a.shape[1])
+    second = lora_b.reshape(lora_b.shape[0], rank, -1).permute(2, 1, 0)
+    if layout.peft_swaps:
+        first, second = second, first
+    return ExpertFactors(A=first, B=second.transpose(1, 2), scale=scale)
+
+
+def expert_factors(module: ExpertLora, projection: str, adapter_name: str = "default") -> ExpertFactors:
+    """A layer's trained factors, zero-filled to the largest rank of the adapter."""
+    ranks, rank = module.ranks[adapter_name], module.r[adapter_name]
+    flat_a, flat_b = module.factors(adapter_name, projection)
+    a = torch.zeros(len(ranks), rank, flat_a.shape[1])
+    b = torch.zeros(len(ranks), flat_b.shape[1], rank)
+    pieces = zip(ranks, flat_a.detach().split(list(ranks)), flat_b.detach().split(list(ranks)), strict=True)
+    for expert, (own, piece_a, piece_b) in enumerate(pieces):
+        a[expert, :own] = piece_a
+        b[expert, :, :own] = piece_b.t()
+    return ExpertFactors(a, b, module.scaling[adapter_name])
+
+
+def save_adapter(
+    model: PeftModel, placement: Placement, out: Path, *, base_name: str, overwrite: bool = False
+) -> dict[str, int]:
+    """Writes `model`'s adapter as a standard PEFT directory, whole or not at all.
+
+    Args:
+        placement: what the model was attached with.
+        base_name: recorded as `base_model_name_or_path`.
+
+    Returns:
+        {"tensors": ..., "parameters": ..., "bytes": ...} of the weights written.
+
+    Raises:
+        AdapterFileError: a value is NaN or infinite; nothing is written.
+        OutputExistsError: `out` exists.
+    """
+    layout = layout_for(model.config.model_type)
+    tensors = adapter_tensors(model, layout)
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterFileError(listed("the adapter holds NaN or infinity and was not written", broken))
+    with new_directory(out, overwrite) as directory:
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", "peft_version": peft.__version__})
+        standard_config(layout, placement, base_name).save_pretrained(str(directory))
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return {"tensors": len(tensors), "parameters": parameters, "bytes": (out / WEIGHTS).stat().st_size}
+
+
+def standard_config(layout: ExpertLayout, placement: Placement, base_name: str) -> LoraConfig:
+    """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes."""
+    targets = lora_targets(layout, placement)
+    if placement.routed_rank:
+        targets["target_parameters"] = [
+            *(targets["target_parameters"] or []),
+            *target_suffixes(layout, "routed_experts"),
+        ]
+    return LoraConfig(
+        task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True, lora_dropout=0.0, **targets
+    )
+
+
+def adapter_tensors(model: PeftModel, layout: ExpertLayout, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Every adapter tensor by its name in a standard PEFT file, float32 on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertLora):
+            tensors.update(_stack_tensors(name, module, layout, adapter_name))
+    suffix = f".{adapter_name}.weight"
+    for name, parameter in model.named_parameters():
+        if name.endswith(suffix) and (".lora_A." in name or ".lora_B." in name):
+            tensors[name.removesuffix(suffix) + ".weight"] = parameter.detach().cpu().float().contiguous()
+    return tensors
+
+
+def _stack_tensors(name: str, module: ExpertLora, layout: ExpertLayout, adapter_name: str) -> dict[str, Tensor]:
+    tensors = {}
+    for projection in PROJECTIONS:
+        lora_a, lora_b = to_peft(expert_factors(module, projection, adapter_name), layout)
+        place = f"{name}.base_layer" if projection == "gate_up_proj" else name
+        tensors[f"{place}.lora_A.weight"] = lora_a.contiguous()
+        tensors[f"{place}.lora_B.weight"] = lora_b.contiguous()
+    return tensors
+
+
+def read_adapter(directory: Path, layout: ExpertLayout) -> AdapterFile:
+    """Reads a standard PEFT LoRA directory, made here or by PEFT itself.
+
+    Raises:
+        AdapterFileError: files missing, not a LoRA, an option whose merge is not implemented, or stray tensors.
+    """
+    config = _read_config(directory)
+    tensors = load_file(directory / WEIGHTS)
+    linear: dict[str, LinearFactors] = {}
+    experts: dict[str, ExpertFactors] = {}
+    problems: list[str] = []
+    for key in sorted(name for name in tensors if name.endswith(".lora_A.weight")):
+        partner = key.replace(".lora_A.", ".lora_B.")
+        if partner not in tensors:
+            problems.append(f"{key} has no {partner}")
+            continue
+        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        pair = tensors[key], tensors[partner]
+        if module.removesuffix(".base_layer").endswith(f"{layout.block}.{layout.experts}"):
+            stack = _stack_key(module, config)
+            rank, scale = rank_and_scale(config, stack)
+            experts[stack] = from_peft(*pair, rank=rank, scale=scale, layout=layout)
+        else:
+            linear[f"{module}.weight"] = LinearFactors(*pair, scale=rank_and_scale(config, module)[1])
+    stray = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
+    problems += [f"{key} is not a LoRA factor" for key in stray]
+    problems += [f"{key} holds NaN or infinity" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if problems or not tensors:
+        raise AdapterFileError(listed(f"{directory / WEIGHTS} cannot be used", problems or ["it holds no tensors"]))
+    return AdapterFile(config, linear, experts)
+
+
+def _stack_key(module: str, config: dict[str, Any]) -> str:
+    """The parameter that a stack's key means; PEFT nests the wrappers, gate_up_proj innermost."""
+    targeted = {name.rpartition(".")[2] for name in config.get("target_parameters") or [] if "experts" in name}
+    if targeted >= set(PROJECTIONS):
+        if module.endswith(".base_layer"):
+            return f"{module.removesuffix('.base_layer')}.gate_up_proj"
+        return f"{module}.down_proj"
+    return f"{module}.{targeted.pop() if targeted else 'gate_up_proj'}"
+
+
+def rank_and_scale(config: dict[str, Any], key: str) -> tuple[int, float]:
+    """Rank and scale of the module or parameter `key`, rank and alpha patterns and rsLoRA included."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    full = f"{key}.weight" if f"{key}.weight" in _router_targets(config, key) else key
+    rank = ranks.get(get_pattern_key(list(ranks), full), config["r"])
+    alpha = alphas.get(get_pattern_key(list(alphas), full), config["lora_alpha"])
+    return int(rank), alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _router_targets(config: dict[str, Any], key: str) -> set[str]:
+    suffixes = config.get("target_parameters") or []
+    return {f"{key}.weight" for suffix in suffixes if f"{key}.weight".endswith(suffix)}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            hint = "; pickle adapters (adapter_model.bin) are refused" if (directory / "adapter_model.bin").exists() else ""
+            raise AdapterFileError(f"{directory} has no {name}: expected a PEFT adapter directory{hint}")
+    config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
+    if config.get("peft_type") != "LORA":
+        raise AdapterFileError(f"{directory}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
+    unsupported = [name for name in ("use_dora", "modules_to_save", "lora_bias", "layer_replication") if config.get(name)]
+    if unsupported:
+        raise AdapterFileError(f"{directory}: adapters with {', '.join(unsupported)} cannot be merged here")
+    return config

@@ -1,0 +1,154 @@
+"""Held-out loss, exact match and generations, the same for the base and for the tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from studio.data import Example
+
+Progress = Callable[[int, int], None]
+LOSS_BATCH = 16
+GENERATION_BATCH = 64
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on held-out examples.
+
+    Attributes:
+        loss: mean cross-entropy per completion token, in nats.
+        exact_match: share of examples whose greedy answer equals the reference, white space at the ends aside.
+        answers: the greedy answers, in the order of the examples.
+    """
+
+    loss: float
+    exact_match: float
+    answers: tuple[str, ...]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length_tokens: int,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluates `model` as it stands (adapters on or off), in evaluation mode and without gradients."""
+    was_training = model.training
+    model.eval()
+    total = 2 * len(examples)
+
+    def report(done: int) -> None:
+        if progress:
+            progress(done, total)
+
+    with torch.inference_mode():
+        loss = _loss(model, tokenizer, examples, max_length_tokens, report)
+        answers = _answers(model, tokenizer, examples, max_new_tokens, lambda n: report(len(examples) + n))
+    model.train(was_training)
+    right = sum(a.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True))
+    return Evaluation(loss, right / len(examples), tuple(answers))
+
+
+def reference(example: Example) -> str:
+    """The answer that the example asks for."""
+    return "\n".join(message.content for message in example.completion)
+
+
+def prompt_text(example: Example) -> str:
+    """The last user turn, for showing."""
+    return example.prompt[-1].content
+
+
+def _loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length_tokens: int,
+    report: Callable[[int], None],
+) -> float:
+    pairs = [encode(tokenizer, example, max_length_tokens) for example in examples]
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
+    summed, count = 0.0, 0
+    for start in range(0, len(order), LOSS_BATCH):
+        batch = [pairs[i] for i in order[start : start + LOSS_BATCH]]
+        ids, labels = _padded(batch, tokenizer.pad_token_id, model.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) < _lengths(batch, ids.device)[:, None]).long()
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        summed += losses.item()
+        count += int((labels[:, 1:] != IGNORED).sum())
+        report(min(start + LOSS_BATCH, len(order)))
+    return summed / max(count, 1)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length_tokens: int
+) -> tuple[list[int], list[int]]:
+    """(input ids, labels) of one example by the model's chat template; the prompt's labels are -100."""
+    row = example.as_row()
+    prompt = _template(tokenizer, row["prompt"], add_generation_prompt=True)
+    whole = _template(tokenizer, [*row["prompt"], *row["completion"]], add_generation_prompt=False)
+    labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
+    return whole[:max_length_tokens], labels[:max_length_tokens]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    return ids
+
+
+def _padded(
+    batch: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    longest = max(len(ids) for ids, _ in batch)
+    ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in batch]
+    labels = [labels + [IGNORED] * (longest - len(labels)) for _, labels in batch]
+    return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+
+
+def _lengths(batch: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Tensor:
+    return torch.tensor([len(ids) for ids, _ in batch], device=device)
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    report: Callable[[int], None],
+) -> list[str]:
+    prompts = [_template(tokenizer, e.as_row()["prompt"], add_generation_prompt=True) for e in examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), GENERATION_BATCH):
+        chosen = order[start : start + GENERATION_BATCH]
+        for i, text in zip(chosen, _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens), strict=True):
+            answers[i] = text
+        report(min(start + GENERATION_BATCH, len(order)))
+    return answers
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    longest = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+    )
+    return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))

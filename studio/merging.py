@@ -1,0 +1,73 @@
+"""`merge`: an adapter directory and its base → a model directory, for the command line and the browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from studio.errors import AdapterFileError
+from studio.models import resolve_base
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def merge(
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Merges an adapter into the unquantised weights of its base.
+
+    Args:
+        adapter: a PEFT adapter directory, or a job directory that holds one.
+        out: the model directory to write; it appears only when it is whole.
+        base: "embedded", a directory or a hub id; None reads it from the adapter.
+        dtype: float32, bfloat16 or float16; None keeps the base's.
+        progress: called with (bytes read, bytes in all).
+
+    Returns:
+        {"out", "tensors", "changed", "experts_changed", "bytes", "files", "dtype"}.
+
+    Raises:
+        StudioError: the adapter or base cannot be read, they do not fit, or `out` exists; nothing is written.
+    """
+    directory = _adapter_directory(Path(adapter))
+    source = resolve_base(base or _recorded_base(directory))
+    if dtype is not None and dtype not in DTYPES:
+        raise AdapterFileError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+
+    import torch
+
+    from adapters.merge import merge_adapter
+
+    report = merge_adapter(
+        source,
+        directory,
+        Path(out),
+        dtype=getattr(torch, dtype) if dtype else None,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return {**dataclasses.asdict(report), "out": str(report.out)}
+
+
+def _adapter_directory(path: Path) -> Path:
+    inside = path / "adapter"
+    return inside if (inside / "adapter_config.json").is_file() else path
+
+
+def _recorded_base(directory: Path) -> str:
+    file = directory / "adapter_config.json"
+    if not file.is_file():
+        raise AdapterFileError(f"{directory} holds no adapter_config.json: expected a PEFT adapter or a finished job")
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise AdapterFileError(f"{file} does not name its base model; give it with --base")
+    return str(base)

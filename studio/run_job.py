@@ -1,0 +1,200 @@
+"""One job, from its directory to its adapter, in a process of its own: `accelerate launch -m studio.run_job JOB_DIR`.
+
+    load base (4-bit experts) ─▶ attach(placement) ─▶ evaluate base ─▶ train ─▶ evaluate tuned ─▶ save_adapter ─▶ result
+
+Everything it says goes into the job directory; the terminal and the browser read it there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from studio.errors import StudioError  # noqa: E402
+from studio.jobs import Job, open_job  # noqa: E402
+
+PROGRESS_SECONDS = 0.5
+
+
+def main() -> int:
+    job = open_job(Path(sys.argv[1]))
+    try:
+        run(job)
+    except StudioError as error:
+        print(error, file=sys.stderr)
+        _fail(job, error)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        _fail(job, error)
+        return 1
+    return 0
+
+
+def _fail(job: Job, error: Exception) -> None:
+    job.update(status="failed", error={"type": type(error).__name__, "message": str(error)})
+
+
+def run(job: Job) -> None:
+    """Runs the job to its end.
+
+    Raises:
+        StudioError: what the studio refuses: bad base weights, non-finite loss, … No adapter is written then.
+    """
+    clock = _Clock(job)
+    with clock.phase("loading", "load"):
+        model, tokenizer, placement, recipe = _load(job)
+    from studio.data import read_examples
+    from studio.evaluation import evaluate
+    from studio.trainers import trainer_for
+
+    train_examples = read_examples(recipe.data.train)
+    held_out = read_examples(recipe.data.eval)[: recipe.evaluation.examples] if recipe.data.eval else []
+
+    def measure(when: str, phase: str) -> Any:
+        if not held_out:
+            return None
+        with clock.phase(phase, f"evaluate_{when}"):
+            found = evaluate(
+                model,
+                tokenizer,
+                held_out,
+                max_length_tokens=recipe.data.max_length_tokens,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                progress=clock.progress(phase),
+            )
+        job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
+        return found
+
+    before = measure("before", "evaluating base")
+    with clock.phase("training", "train"):
+        trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_examples, job)
+    after = measure("after", "evaluating tuned")
+    with clock.phase("saving", "save"):
+        saved = _save(job, model, placement, recipe)
+    job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
+    job.update(status="succeeded", phase="done")
+
+
+def _load(job: Job) -> tuple[Any, Any, Any, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from adapters.checkpoint import read_config, read_index
+    from adapters.layouts import layout_for
+    from adapters.loading import check_quantized, load_base
+    from adapters.lora import attach
+    from studio.models import compute_dtype, resolve_base
+    from studio.plan import plan_placement
+
+    recipe = job.recipe()
+    directory = resolve_base(recipe.model.base)
+    torch.manual_seed(recipe.training.seed)
+    config, index = read_config(directory), read_index(directory)
+    placement = plan_placement(recipe, layout_for(config["model_type"]), config, index)
+    quantize = recipe.model.quantization == "nf4"
+    base = load_base(
+        directory,
+        quantize=quantize,
+        double_quant=recipe.model.double_quant,
+        dtype=getattr(torch, compute_dtype(recipe.model.dtype)),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        progress=_Clock(job).progress("loading"),
+    )
+    model = attach(base, placement)
+    if quantize:
+        check_quantized(model)
+    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False), placement, recipe
+
+
+def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
+    from adapters.peft_files import save_adapter
+
+    return save_adapter(model, placement, job.path / "adapter", base_name=recipe.model.base)
+
+
+def _result(
+    job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
+) -> dict[str, Any]:
+    from studio.evaluation import prompt_text, reference
+
+    def summary(found: Any) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        return {"loss": found.loss, "exact_match": found.exact_match, "examples": len(held_out)}
+
+    shown = range(min(recipe.evaluation.generations, len(held_out)))
+    return {
+        "before": summary(before),
+        "after": summary(after),
+        "generations": [
+            {
+                "prompt": prompt_text(held_out[i]),
+                "reference": reference(held_out[i]),
+                "base": before.answers[i],
+                "tuned": after.answers[i],
+            }
+            for i in shown
+        ],
+        "memory": {"predicted_bytes": job.plan().memory.peak_bytes, "measured_bytes": peak_bytes()},
+        "seconds": {**clock.seconds, "total": time.monotonic() - clock.start},
+        "steps": trained["steps"],
+        "adapter": saved,
+        "files": {
+            "job": str(job.path),
+            "adapter": str(job.path / "adapter"),
+            "metrics": str(job.path / "metrics.jsonl"),
+            "log": str(job.path / "log.txt"),
+        },
+    }
+
+
+def peak_bytes() -> int:
+    """Peak memory of this process so far: on the GPU when there is one, else resident memory."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Clock:
+    """Names the phase in state.json, times it, and hands out throttled progress reporters."""
+
+    def __init__(self, job: Job):
+        self.job, self.seconds, self.start = job, dict[str, float](), time.monotonic()
+
+    @contextmanager
+    def phase(self, name: str, key: str) -> Iterator[None]:
+        self.job.update(phase=name)
+        begun = time.monotonic()
+        yield
+        self.seconds[key] = time.monotonic() - begun
+
+    def progress(self, phase: str) -> Callable[[int, int], None]:
+        last = 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= PROGRESS_SECONDS:
+                last = now
+                self.job.log_metrics({"kind": "progress", "phase": phase, "done": done, "total": total})
+
+        return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

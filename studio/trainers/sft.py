@@ -1,0 +1,131 @@
+"""Supervised fine-tuning through TRL's `SFTTrainer`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from studio.data import Example
+from studio.errors import TrainingError
+from studio.jobs import Job
+from studio.recipe import Recipe
+from studio.trainers.llama4 import repair_for_trl
+
+
+def train(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, examples: Sequence[Example], job: Job
+) -> dict[str, Any]:
+    """Trains the adapters of `model` in place.
+
+    Returns:
+        {"steps": optimizer steps done, "loss": mean training loss}.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite; says at which step.
+    """
+    repair_for_trl(model.get_base_model())
+    trainer = _FiniteLossTrainer(
+        model=model,
+        args=_config(recipe, len(examples), job),
+        train_dataset=Dataset.from_list([example.as_row() for example in examples]),
+        processing_class=tokenizer,
+        callbacks=[_Report(job)],
+    )
+    outcome = trainer.train()
+    return {"steps": outcome.global_step, "loss": outcome.training_loss}
+
+
+def _config(recipe: Recipe, examples: int, job: Job) -> SFTConfig:
+    from studio.plan import total_steps
+
+    training, on_gpu = recipe.training, torch.cuda.is_available()
+    steps = total_steps(recipe, examples)
+    ours = {
+        "output_dir": str(job.path / "checkpoints"),
+        "max_steps": steps,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler,
+        "warmup_steps": round(training.warmup_fraction * steps),
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "completion_only_loss": training.loss_on == "completion",
+        "max_length": recipe.data.max_length_tokens,
+        "seed": training.seed,
+        "logging_steps": training.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "router_aux_loss_coef": 0.0,  # with a frozen router the load-balance loss would push on the adapters instead
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and model_dtype(recipe) == "bfloat16",
+        "dataloader_pin_memory": on_gpu,
+    }
+    return SFTConfig(**{**ours, **recipe.trl})
+
+
+def model_dtype(recipe: Recipe) -> str:
+    """The recipe's dtype with "auto" settled."""
+    from studio.models import compute_dtype
+
+    return compute_dtype(recipe.model.dtype)
+
+
+class _FiniteLossTrainer(SFTTrainer):
+    """Stops at the first loss that is not finite: Trainer would log it as 0.0, go on and save a NaN adapter."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            step = self.state.global_step + 1
+            raise TrainingError(
+                f"the loss became {loss.item()} at step {step}: training stopped and no adapter was written. "
+                f"A learning rate lower than {self.args.learning_rate:g} usually helps"
+            )
+        return loss
+
+
+class _Report(TrainerCallback):
+    """Writes what Trainer logs into the job's metrics.jsonl, and the step into its state."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.last = (time.monotonic(), 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.last = (time.monotonic(), 0)
+        self.job.update(phase="training", step=0, total_steps=state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        tokens, now = int(logs.get("num_tokens", 0)), time.monotonic()
+        rate = (tokens - self.last[1]) / max(now - self.last[0], 1e-9)
+        self.last = (now, tokens)
+        names = ("loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy", "entropy")
+        row = {name: float(logs[name]) for name in names if name in logs}
+        self.job.log_metrics(
+            {"kind": "train", "step": state.global_step, **row, "tokens_per_second": rate, "time": time.time()}
+        )
+        self.job.update(step=state.global_step)
