@@ -255,6 +255,8 @@ def check_quantized(model: nn.Module) -> None:
     layout = layout_for(cast(Any, model).config.model_type)
     problems = []
     for name, module in model.named_modules():
+        if ".lora_" in name:
+            continue  # an adapter's own matrices, not base tensors
         if isinstance(module, RoutedExperts):
             for projection in PROJECTIONS:
                 problems += _stack_problems(f"{name}.{projection}", getattr(module, projection))
