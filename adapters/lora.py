@@ -13,6 +13,7 @@ Training checkpoints hold these parameters as they are; `adapters.peft_files` wr
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
@@ -144,7 +145,10 @@ def attach(model: nn.Module, placement: Placement) -> PeftModel:
         ranks = dict(zip(names, placement.routed, strict=True))
         layer = partial(ExpertLora, ranks=ranks, alpha=placement.alpha)
         config._register_custom_module({RoutedExperts: layer})
-    return cast(PeftModel, get_peft_model(model, config))
+    with warnings.catch_warnings():
+        # PEFT looks for rank patterns among modules alone; those of target_parameters are used all the same
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        return cast(PeftModel, get_peft_model(model, config))
 
 
 def check_targets(model: nn.Module, layout: ExpertLayout, placement: Placement) -> None:

@@ -1,0 +1,153 @@
+"""Expert LoRA against the slow obvious loop and against stock PEFT; placement errors; a real PeftModel throughout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from adapters.errors import StudioError, TargetError
+from adapters.loading import load_base
+from adapters.lora import ExpertLora, attach
+from adapters.peft_files import expert_factors
+from adapters.placement import Placement, same_experts_everywhere
+from adapters.routed import PROJECTIONS
+from tests.numerics.conftest import EXPERTS, Tiny, save
+
+UNEVEN = ((4, 0, 1, 4, 2, 3), (0, 5, 0, 0, 1, 2))
+
+
+def randomise(model: torch.nn.Module, seed: int = 3) -> None:
+    """Trained-looking adapters: every trainable value random."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.2)
+
+
+def placement_for(tiny: Tiny, routed: tuple[tuple[int, ...], ...] = UNEVEN, router: int = 2) -> Placement:
+    shared = 4 if tiny.family == "llama4_text" else 0
+    return Placement(attention=8, shared_expert=shared, router=router, routed=routed, alpha=12.0)
+
+
+def test_forward_and_gradients_equal_a_plain_loop_over_experts(tiny: Tiny, saved: Path) -> None:
+    model = attach(load_base(saved, quantize=False), placement_for(tiny)).double()
+    randomise(model)
+    layers = [m for m in model.modules() if isinstance(m, ExpertLora)]
+    for layer, ranks in zip(layers, UNEVEN, strict=True):
+        assert layer.ranks["default"] == ranks
+        tokens = torch.randn(11, tiny.hidden, dtype=torch.float64, requires_grad=True)
+        chosen = torch.stack([torch.randperm(EXPERTS)[: tiny.top_k] for _ in range(11)])
+        weights = torch.rand(11, tiny.top_k, dtype=torch.float64, requires_grad=True)
+        direction = torch.randn(11, tiny.hidden, dtype=torch.float64)
+        wanted = [tokens, weights, *(p for p in layer.parameters() if p.requires_grad)]
+        ours = layer(tokens, chosen, weights)
+        slow = plain_loop(layer, tokens, chosen, weights)
+        torch.testing.assert_close(ours, slow, rtol=0, atol=1e-12)
+        pairs = zip(
+            torch.autograd.grad((ours * direction).sum(), wanted, retain_graph=True),
+            torch.autograd.grad((slow * direction).sum(), wanted),
+            strict=True,
+        )
+        for mine, theirs in pairs:
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def plain_loop(
+    layer: ExpertLora, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Token by token, with W + scale · B A materialised for its expert."""
+    base = layer.get_base_layer()
+    swapped = base.layout.stack_order == "in_out"
+
+    def matrix(projection: str, expert: int) -> torch.Tensor:
+        ranks = layer.ranks["default"]
+        start = sum(ranks[:expert])
+        a, b = (f[start : start + ranks[expert]] for f in layer.factors("default", projection))
+        weight = getattr(base, projection)[expert]
+        return (weight.t() if swapped else weight) + 12.0 / 5 * (b.t() @ a)
+
+    rows = []
+    for t, token in enumerate(tokens):
+        total = torch.zeros_like(token)
+        for k, expert in enumerate(chosen[t].tolist()):
+            x = token * weights[t, k] if base.layout.weight_on == "input" else token
+            gate, up = (matrix("gate_up_proj", expert) @ x).chunk(2)
+            y = matrix("down_proj", expert) @ (torch.nn.functional.silu(gate) * up)
+            total = total + (y if base.layout.weight_on == "input" else y * weights[t, k])
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def test_fresh_adapter_changes_nothing_and_disable_adapter_is_the_base(
+    square: Tiny, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    directory = save(square, tmp_path)
+    with torch.no_grad():
+        base = load_base(directory)(ids).logits
+        model = attach(load_base(directory), placement_for(square)).eval()
+        assert isinstance(model, PeftModel)
+        assert torch.equal(model(ids).logits, base)
+        randomise(model)
+        assert (model(ids).logits - base).abs().max() > 1e-2
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, base)
+
+
+def test_only_adapters_train_and_rank_zero_has_no_parameters(square: Tiny, tmp_path: Path) -> None:
+    model = attach(load_base(save(square, tmp_path)), placement_for(square, router=0))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable and all(".lora_" in name for name in trainable)
+    assert not any("router" in name or ".gate." in name for name in trainable)
+    for layer, ranks in zip((m for m in model.modules() if isinstance(m, ExpertLora)), UNEVEN, strict=True):
+        for projection in PROJECTIONS:
+            a, b = layer.factors("default", projection)
+            assert len(a) == len(b) == sum(ranks)
+            factors = expert_factors(layer, projection)
+            assert all((factors.delta(e) == 0).all() for e in range(EXPERTS) if not ranks[e])
+
+
+def test_4_bit_training_moves_every_adapter_class(square: Tiny, tmp_path: Path, ids: torch.Tensor) -> None:
+    routed = same_experts_everywhere(4, 2, EXPERTS)
+    model = attach(load_base(save(square, tmp_path)), placement_for(square, routed)).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = dict(model.named_parameters())
+    for part in ("self_attn", "experts.lora_gate_up_B", "experts.lora_down_B"):
+        assert any(part in n and not torch.equal(after[n], before[n]) for n in before), part
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (Placement(attention=4, shared_expert=4), "no tensor of class shared_expert"),
+        (Placement(), "every rank is 0"),
+        (Placement(routed=((1,) * EXPERTS,)), "ranks for experts"),
+    ],
+)
+def test_a_target_that_matches_nothing_is_an_error(placement: Placement, message: str, tmp_path: Path) -> None:
+    model = load_base(save(Tiny("qwen3_moe", 64, 32, 2), tmp_path))
+    with pytest.raises(TargetError, match=message):
+        attach(model, placement)
+
+
+@pytest.mark.parametrize("chosen", [[6], [-1, 2], []])
+def test_an_expert_that_does_not_exist_is_an_error(chosen: list[int]) -> None:
+    with pytest.raises(TargetError, match="this model has experts 0 to 5"):
+        same_experts_everywhere(4, 2, EXPERTS, chosen)
+
+
+def test_peft_merge_is_refused_and_not_silently_skipped(square: Tiny, tmp_path: Path) -> None:
+    model = attach(load_base(save(square, tmp_path)), Placement(routed=UNEVEN))
+    with pytest.raises(StudioError, match="studio merge"):
+        model.merge_and_unload()
