@@ -1,6 +1,6 @@
 """What a base model directory holds, read from its safetensors headers alone. No torch, no weights read.
 
-    read_index(directory) ─▶ {tensor name: TensorInfo}      refuses pickles, missing shards, truncated files
+read_index(directory) ─▶ {tensor name: TensorInfo}      refuses pickles, missing shards, truncated files
 """
 
 from __future__ import annotations

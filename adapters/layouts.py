@@ -50,8 +50,7 @@ class ExpertLayout:
             unless the stock class says `is_transposed`; Llama 4 is (E, in, out) and does not say so.
         checkpoint: "stacked" when the file holds the fused stacks, "per_expert" when it holds
             `experts.{e}.gate_proj.weight` (I, H), `up_proj` (I, H) and `down_proj` (H, I).
-        experts_count: config attribute with E.
-        expert_width: config attribute with I.
+        expert_width: config.json's key for I.
     """
 
     model_type: str
@@ -62,7 +61,6 @@ class ExpertLayout:
     weight_on: Literal["input", "output"]
     peft_swaps: bool
     checkpoint: Literal["stacked", "per_expert"]
-    experts_count: str
     expert_width: str
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -129,7 +127,6 @@ LAYOUTS: dict[str, ExpertLayout] = {
             weight_on="input",
             peft_swaps=True,
             checkpoint="stacked",
-            experts_count="num_local_experts",
             expert_width="intermediate_size",
         ),
         ExpertLayout(
@@ -141,7 +138,6 @@ LAYOUTS: dict[str, ExpertLayout] = {
             weight_on="output",
             peft_swaps=False,
             checkpoint="per_expert",
-            experts_count="num_experts",
             expert_width="moe_intermediate_size",
         ),
     )

@@ -96,7 +96,9 @@ def _per_expert_keys(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, 
 
 
 def _parts(name: str, rows: int) -> list[tuple[str, int]]:
-    return [("gate_proj", rows // 2), ("up_proj", rows // 2)] if name.endswith("gate_up_proj") else [("down_proj", rows)]
+    return (
+        [("gate_proj", rows // 2), ("up_proj", rows // 2)] if name.endswith("gate_up_proj") else [("down_proj", rows)]
+    )
 
 
 def _check_names_and_shapes(
@@ -108,7 +110,9 @@ def _check_names_and_shapes(
         for name, shape in expected.items()
         if name in index and index[name].shape != shape
     ]
-    problems += [f"{name} is not a tensor of this model" for name in index if name not in expected and name != "lm_head.weight"]
+    problems += [
+        f"{name} is not a tensor of this model" for name in index if name not in expected and name != "lm_head.weight"
+    ]
     if problems:
         raise CheckpointError(directory, problems)
 

@@ -77,7 +77,9 @@ class ExpertLora(nn.Module, LoraLayer):
             down = torch.empty(sum(ranks), inputs, device=device)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5)) if len(down) else None
             getattr(self, f"lora_{short}_A")[adapter_name] = nn.Parameter(down)
-            getattr(self, f"lora_{short}_B")[adapter_name] = nn.Parameter(torch.zeros(sum(ranks), outputs, device=device))
+            getattr(self, f"lora_{short}_B")[adapter_name] = nn.Parameter(
+                torch.zeros(sum(ranks), outputs, device=device)
+            )
 
     def forward(self, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Like `RoutedExperts.forward`, with the active adapters added expert by expert."""

@@ -137,9 +137,7 @@ def plan_deltas(adapter: AdapterFile, layout: ExpertLayout, index: dict[str, Ten
     return deltas
 
 
-def _expert_deltas(
-    key: str, factors: ExpertFactors, layout: ExpertLayout
-) -> list[tuple[str, tuple[int, ...], Delta]]:
+def _expert_deltas(key: str, factors: ExpertFactors, layout: ExpertLayout) -> list[tuple[str, tuple[int, ...], Delta]]:
     experts, outputs, inputs = factors.B.shape[0], factors.B.shape[1], factors.A.shape[2]
     if layout.checkpoint == "stacked":
         transposed = layout.stack_order == "in_out"
@@ -157,9 +155,7 @@ def _expert_deltas(
     return found
 
 
-def _part(
-    key: str, factors: ExpertFactors, expert: int, start: int, stop: int
-) -> tuple[str, tuple[int, ...], Delta]:
+def _part(key: str, factors: ExpertFactors, expert: int, start: int, stop: int) -> tuple[str, tuple[int, ...], Delta]:
     return key, (stop - start, factors.A.shape[2]), lambda: factors.delta(expert)[start:stop]
 
 

@@ -96,9 +96,7 @@ class Nf4Stack(nn.Module):
         scales = bnb.QuantState(
             absmax=self.absmax_scale[expert], code=self.absmax_code, blocksize=ABSMAX_BLOCK, dtype=torch.float32
         )
-        return bnb.QuantState(
-            absmax=self.absmax[expert], offset=self.absmax_offset[expert], state2=scales, **common
-        )
+        return bnb.QuantState(absmax=self.absmax[expert], offset=self.absmax_offset[expert], state2=scales, **common)
 
     def dequantize(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """One expert's matrix (rows, cols) in `dtype`."""

@@ -235,12 +235,20 @@ def _router_targets(config: dict[str, Any], key: str) -> set[str]:
 def _read_config(directory: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            hint = "; pickle adapters (adapter_model.bin) are refused" if (directory / "adapter_model.bin").exists() else ""
+            hint = (
+                "; pickle adapters (adapter_model.bin) are refused"
+                if (directory / "adapter_model.bin").exists()
+                else ""
+            )
             raise AdapterFileError(f"{directory} has no {name}: expected a PEFT adapter directory{hint}")
     config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
     if config.get("peft_type") != "LORA":
-        raise AdapterFileError(f"{directory}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
-    unsupported = [name for name in ("use_dora", "modules_to_save", "lora_bias", "layer_replication") if config.get(name)]
+        raise AdapterFileError(
+            f"{directory}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged"
+        )
+    unsupported = [
+        name for name in ("use_dora", "modules_to_save", "lora_bias", "layer_replication") if config.get(name)
+    ]
     if unsupported:
         raise AdapterFileError(f"{directory}: adapters with {', '.join(unsupported)} cannot be merged here")
     return config

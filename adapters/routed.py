@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
@@ -135,7 +136,7 @@ def moe_blocks(model: nn.Module, layout: ExpertLayout) -> Iterator[tuple[str, nn
             yield name, module
 
 
-def use_routed_experts(model: nn.Module) -> nn.Module:
+def use_routed_experts(model: PreTrainedModel) -> PreTrainedModel:
     """Swaps the experts of every MoE block of a stock model for `RoutedExperts`, in place; returns the model.
 
     Parameter names and values stay: `state_dict`, `save_pretrained` and optimizers made afterwards see no change.

@@ -93,9 +93,7 @@ def _loss(
     return summed / max(count, 1)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, max_length_tokens: int
-) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length_tokens: int) -> tuple[list[int], list[int]]:
     """(input ids, labels) of one example by the model's chat template; the prompt's labels are -100."""
     row = example.as_row()
     prompt = _template(tokenizer, row["prompt"], add_generation_prompt=True)
@@ -109,9 +107,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     return ids
 
 
-def _padded(
-    batch: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _padded(batch: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     longest = max(len(ids) for ids, _ in batch)
     ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in batch]
     labels = [labels + [IGNORED] * (longest - len(labels)) for _, labels in batch]
@@ -134,7 +130,9 @@ def _answers(
     answers = [""] * len(prompts)
     for start in range(0, len(order), GENERATION_BATCH):
         chosen = order[start : start + GENERATION_BATCH]
-        for i, text in zip(chosen, _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens), strict=True):
+        for i, text in zip(
+            chosen, _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens), strict=True
+        ):
             answers[i] = text
         report(min(start + GENERATION_BATCH, len(order)))
     return answers

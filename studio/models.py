@@ -23,7 +23,9 @@ def resolve_base(base: str) -> Path:
     if path.is_dir():
         return path
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise StudioError(f"base model {base!r}: no such directory; allowed: embedded, a directory, or a hub id org/name")
+        raise StudioError(
+            f"base model {base!r}: no such directory; allowed: embedded, a directory, or a hub id org/name"
+        )
     return _cached(base)
 
 

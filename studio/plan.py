@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -82,7 +81,7 @@ def make_plan(recipe: Recipe) -> Plan:
     config = read_config(directory)
     layout = layout_for(config["model_type"])
     index = read_index(directory)
-    placement = plan_placement(recipe, layout, config, index)
+    placement = plan_placement(recipe, layout, index)
     classes = _classes(recipe, layout, index, placement)
     train = read_examples(recipe.data.train)
     held_out = read_examples(recipe.data.eval) if recipe.data.eval else []
@@ -98,13 +97,12 @@ def make_plan(recipe: Recipe) -> Plan:
         checkpointing=recipe.training.gradient_checkpointing,
         quantized=recipe.model.quantization == "nf4",
     )
-    moe_layers = count_moe_layers(layout, index)
     return Plan(
         model=recipe.model.base,
         model_type=layout.model_type,
         layers=config["num_hidden_layers"],
-        moe_layers=moe_layers,
-        experts=config.get(layout.experts_count, 0),
+        moe_layers=len(routers(layout, index)),
+        experts=count_experts(layout, index),
         top_k=config.get("num_experts_per_tok", 0),
         classes=classes,
         parameters=parameters,
@@ -119,9 +117,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def plan_placement(
-    recipe: Recipe, layout: ExpertLayout, config: Mapping[str, Any], index: Mapping[str, TensorInfo]
-) -> Placement:
+def plan_placement(recipe: Recipe, layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> Placement:
     """The recipe's adapter section as a placement on this model.
 
     Raises:
@@ -129,9 +125,8 @@ def plan_placement(
     """
     wanted = recipe.adapter
     chosen = None if wanted.routed_experts == "all" else wanted.routed_experts
-    routed = same_experts_everywhere(
-        wanted.routed_experts_rank, count_moe_layers(layout, index), config.get(layout.experts_count, 0), chosen
-    )
+    moe_layers, experts = len(routers(layout, index)), count_experts(layout, index)
+    routed = same_experts_everywhere(wanted.routed_experts_rank, moe_layers, experts, chosen)
     placement = Placement(
         attention=wanted.attention_rank,
         shared_expert=wanted.shared_expert_rank,
@@ -149,9 +144,15 @@ def plan_placement(
     return placement
 
 
-def count_moe_layers(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> int:
-    """Layers with routed experts: one router each."""
-    return sum(1 for key in index if layout.tensor_class(key) == "router" and key.endswith(".weight"))
+def routers(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """The router weights, (E, H) each: one for every layer with routed experts."""
+    found = (info for key, info in index.items() if key.endswith(f".{layout.block}.{layout.router}.weight"))
+    return list(found)
+
+
+def count_experts(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> int:
+    """Routed experts of a layer, 0 for a dense model. Read off a router: configs name the number differently."""
+    return next((router.shape[0] for router in routers(layout, index)), 0)
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:

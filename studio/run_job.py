@@ -20,8 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from studio.errors import StudioError  # noqa: E402
-from studio.jobs import Job, open_job  # noqa: E402
+from studio.errors import StudioError
+from studio.jobs import Job, open_job
 
 PROGRESS_SECONDS = 0.5
 
@@ -101,7 +101,7 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     directory = resolve_base(recipe.model.base)
     torch.manual_seed(recipe.training.seed)
     config, index = read_config(directory), read_index(directory)
-    placement = plan_placement(recipe, layout_for(config["model_type"]), config, index)
+    placement = plan_placement(recipe, layout_for(config["model_type"]), index)
     quantize = recipe.model.quantization == "nf4"
     base = load_base(
         directory,

@@ -1,6 +1,6 @@
 """Trainers: the only place that imports TRL. One file a method, one line in `TRAINERS`.
 
-    train(model, tokenizer, recipe, examples, job) trains the adapters of a PeftModel in place
+train(model, tokenizer, recipe, examples, job) trains the adapters of a PeftModel in place
 """
 
 from __future__ import annotations

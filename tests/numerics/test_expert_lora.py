@@ -55,9 +55,7 @@ def test_forward_and_gradients_equal_a_plain_loop_over_experts(tiny: Tiny, saved
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-def plain_loop(
-    layer: ExpertLora, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def plain_loop(layer: ExpertLora, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Token by token, with W + scale · B A materialised for its expert."""
     base = layer.get_base_layer()
     swapped = base.layout.stack_order == "in_out"

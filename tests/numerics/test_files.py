@@ -76,9 +76,7 @@ def test_merged_model_equals_adapter_on_base_and_every_adapted_expert_changed(
         changed = expert_changes(base, merged)
         stock = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
         torch.testing.assert_close(merged(ids).logits, stock(ids).logits, rtol=0, atol=LOGITS_ATOL)
-    assert changed and all(
-        (amount > 1e-3) == (expert in (1, 3, 4)) for (_, expert), amount in changed.items()
-    ), changed
+    assert changed and all((amount > 1e-3) == (expert in (1, 3, 4)) for (_, expert), amount in changed.items()), changed
     assert report.tensors == len(read_index(saved))
 
 
@@ -136,7 +134,9 @@ def test_scrambled_columns_of_lora_b_change_the_logits(square: Tiny, tmp_path: P
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if "lora_B" in name:
-            tensors[name] = tensor.reshape(len(tensor), 4, EXPERTS).transpose(1, 2).reshape(len(tensor), -1).contiguous()
+            tensors[name] = (
+                tensor.reshape(len(tensor), 4, EXPERTS).transpose(1, 2).reshape(len(tensor), -1).contiguous()
+            )
     save_file(tensors, file, metadata={"format": "pt"})
     with torch.no_grad():
         stock = PeftModel.from_pretrained(square.model_class.from_pretrained(directory), str(file.parent)).eval()
@@ -170,7 +170,10 @@ def test_merge_computes_in_float32_before_it_rounds(square: Tiny, tmp_path: Path
 
 
 def test_an_adapter_for_another_base_is_refused_whole(tmp_path: Path) -> None:
-    one, other = save(Tiny("llama4_text", 64, 32, 1), tmp_path / "a"), save(Tiny("llama4_text", 32, 96, 1), tmp_path / "b")
+    one, other = (
+        save(Tiny("llama4_text", 64, 32, 1), tmp_path / "a"),
+        save(Tiny("llama4_text", 32, 96, 1), tmp_path / "b"),
+    )
     trained(one, Placement(attention=2, routed=ALL), tmp_path / "adapter")
     with pytest.raises(AdapterFileError, match="does not fit this base") as error:
         merge_adapter(other, tmp_path / "adapter", tmp_path / "merged")
