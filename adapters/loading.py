@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -124,7 +124,8 @@ def _prepare_modules(
 
     def stack(parameter: Tensor) -> Stack:
         if quantize:
-            return Nf4Stack(*parameter.shape, double_quant=double_quant, device=device)
+            experts, rows, cols = parameter.shape
+            return Nf4Stack(experts, rows, cols, double_quant, device)
         return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
 
     for _, block in list(moe_blocks(model, layout)):
@@ -137,8 +138,8 @@ def _prepare_modules(
                 model.set_submodule(name, _linear_4bit(module, double_quant, dtype))
 
 
-def _linear_4bit(stock: nn.Linear, double_quant: bool, dtype: torch.dtype) -> bnb.nn.Linear4bit:
-    linear = bnb.nn.Linear4bit(
+def _linear_4bit(stock: nn.Linear, double_quant: bool, dtype: torch.dtype) -> Linear4bit:
+    linear = Linear4bit(
         stock.in_features,
         stock.out_features,
         bias=stock.bias is not None,
@@ -220,15 +221,16 @@ def _expert_pieces(
 
 def _writer(module: nn.Module, parameter_name: str, dtype: torch.dtype, device: str) -> Write:
     def write(tensor: Tensor) -> None:
-        if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
+        if isinstance(module, Linear4bit) and parameter_name == "weight":
             # quantised from the stored dtype, as the experts are
-            module.weight = bnb.nn.Params4bit(
+            weight = Params4bit(
                 tensor,
                 requires_grad=False,
-                compress_statistics=module.weight.compress_statistics,
+                compress_statistics=cast(Params4bit, module.weight).compress_statistics,
                 quant_type="nf4",
                 module=module,
-            ).to(device)
+            )
+            module.weight = cast(Any, weight).to(device)
         else:
             setattr(module, parameter_name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 

@@ -22,6 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from adapters.errors import StudioError, TargetError
 from adapters.layouts import ExpertLayout, TensorClassName, layout_for
@@ -129,7 +130,7 @@ def _in_out(base: RoutedExperts) -> dict[str, tuple[int, int]]:
     return {"gate_up": sizes(tuple(base.gate_up_proj.shape)), "down": sizes(tuple(base.down_proj.shape))}
 
 
-def attach(model: nn.Module, placement: Placement) -> PeftModel:
+def attach(model: PreTrainedModel, placement: Placement) -> PeftModel:
     """Puts adapters where `placement` says; everything else is frozen.
 
     Args:
@@ -140,13 +141,15 @@ def attach(model: nn.Module, placement: Placement) -> PeftModel:
     """
     layout = layout_for(model.config.model_type)
     check_targets(model, layout, placement)
-    config = LoraConfig(task_type="CAUSAL_LM", **lora_targets(layout, placement))
+    targets = lora_targets(layout, placement)
     if placement.routed_rank:
-        config.target_modules = {*config.target_modules, *layout.class_modules("routed_experts")}
+        targets["target_modules"] = [*targets["target_modules"], *layout.class_modules("routed_experts")]
+    config = LoraConfig(task_type="CAUSAL_LM", **targets)
+    if placement.routed_rank:
         names = [f"{name}.{layout.experts}" for name, _ in moe_blocks(model, layout)]
         ranks = dict(zip(names, placement.routed, strict=True))
         layer = partial(ExpertLora, ranks=ranks, alpha=placement.alpha)
-        config._register_custom_module({RoutedExperts: layer})
+        config._register_custom_module({RoutedExperts: cast(Any, layer)})
     with warnings.catch_warnings():
         # PEFT looks for rank patterns among modules alone; those of target_parameters are used all the same
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")

@@ -4,7 +4,7 @@ One canonical form stands between memory and files: per layer and projection `Ex
 B (E, out, r), whatever the family. PEFT's file differs from it in three ways, all of them silent when wrong:
 
 - `lora_A` is expert-major (E·r, ·) but the columns of `lora_B` are rank-major (·, r·E);
-- keys do not name the parameter: with both projections adapted, `experts.base_layer` is gate_up_proj, `experts` down_proj;
+- keys do not name the parameter: with both adapted, `experts.base_layer` is gate_up_proj and `experts` down_proj;
 - for a family with `layout.peft_swaps` (Llama 4), lora_A holds the output side and lora_B the input side.
 
 A stack has one rank in the file: experts with a smaller rank, or none, are filled with zeros.

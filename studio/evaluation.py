@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -103,8 +103,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length_toke
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
-    return ids
+    return cast(list[int], tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
 
 
 def _padded(batch: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -146,7 +145,7 @@ def _generate(
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
-    output = model.generate(
+    output = cast(Any, model).generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
     )
     return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))

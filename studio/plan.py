@@ -220,7 +220,7 @@ def _lora(key: str, info: TensorInfo, rank: int, adapted_experts: int, layout: E
 
 
 def _lora_of_expert_part(key: str, info: TensorInfo, rank: int, adapted_experts: int, layout: ExpertLayout) -> int:
-    """Per-expert files: gate and up share one A, so up counts its output side alone; one count for expert 0 × adapted."""
+    """Per-expert files: counted at expert 0, times the adapted ones. Gate and up share one A: up adds its B alone."""
     if f".{layout.experts}.0." not in key:
         return 0
     sides = info.shape[0] if ".up_proj." in key else sum(info.shape)

@@ -1,4 +1,4 @@
-"""Adapter and merged files in stock transformers and stock PEFT: the same logits as ours, every expert's delta there."""
+"""Adapter and merged files in stock transformers and stock PEFT: the same logits as ours, every expert changed."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_missing_experts_are_all_named(tmp_path: Path) -> None:
 def test_missing_expert_stack_is_refused(tmp_path: Path) -> None:
     llama = save(Tiny("llama4_text", 64, 32, 1), tmp_path)
     rewrite(llama, lambda tensors: tensors.pop("model.layers.1.feed_forward.experts.down_proj"))
-    with pytest.raises(CheckpointError, match="experts.down_proj is missing"):
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj is missing"):
         load_base(llama)
 
 
@@ -152,5 +152,5 @@ def test_unknown_family_says_where_to_add_it(square: Tiny, tmp_path: Path) -> No
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path, ignore_errors=True)
     tmp_path.mkdir()
-    with pytest.raises(CheckpointError, match="config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         load_base(tmp_path)
