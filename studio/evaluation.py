@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from studio.data import Example
 
 Progress = Callable[[int, int], None]
-LOSS_BATCH = 16
-GENERATION_BATCH = 64
+LOGITS_CHUNK_TOKENS = 256
+"""Positions whose logits exist at one time: a vocabulary of 200,000 must not dominate memory."""
 IGNORED = -100
 
 
@@ -40,9 +40,14 @@ def evaluate(
     *,
     max_length_tokens: int,
     max_new_tokens: int,
+    batch_size: int,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluates `model` as it stands (adapters on or off), in evaluation mode and without gradients."""
+    """Evaluates `model` as it stands (adapters on or off), in evaluation mode and without gradients.
+
+    Args:
+        batch_size: examples in a forward pass; answers are generated for four times as many at once.
+    """
     was_training = model.training
     model.eval()
     total = 2 * len(examples)
@@ -52,8 +57,10 @@ def evaluate(
             progress(done, total)
 
     with torch.inference_mode():
-        loss = _loss(model, tokenizer, examples, max_length_tokens, report)
-        answers = _answers(model, tokenizer, examples, max_new_tokens, lambda n: report(len(examples) + n))
+        loss = _loss(model, tokenizer, examples, max_length_tokens, batch_size, report)
+        answers = _answers(
+            model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(examples) + n)
+        )
     model.train(was_training)
     right = sum(a.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True))
     return Evaluation(loss, right / len(examples), tuple(answers))
@@ -74,23 +81,36 @@ def _loss(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     max_length_tokens: int,
+    batch_size: int,
     report: Callable[[int], None],
 ) -> float:
     pairs = [encode(tokenizer, example, max_length_tokens) for example in examples]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     summed, count = 0.0, 0
-    for start in range(0, len(order), LOSS_BATCH):
-        batch = [pairs[i] for i in order[start : start + LOSS_BATCH]]
+    decoder, head = _decoder_and_head(model)
+    for start in range(0, len(order), batch_size):
+        batch = [pairs[i] for i in order[start : start + batch_size]]
         ids, labels = _padded(batch, tokenizer.pad_token_id, model.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < _lengths(batch, ids.device)[:, None]).long()
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        summed += losses.item()
-        count += int((labels[:, 1:] != IGNORED).sum())
-        report(min(start + LOSS_BATCH, len(order)))
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        learned = labels[:, 1:] != IGNORED
+        summed += _cross_entropy(head, hidden[learned], labels[:, 1:][learned])
+        count += int(learned.sum())
+        report(min(start + batch_size, len(order)))
     return summed / max(count, 1)
+
+
+def _decoder_and_head(model: Any) -> tuple[Any, Any]:
+    """The decoder below the output head, and the head; a PeftModel's adapters stay as they are set."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.model, inner.get_output_embeddings()
+
+
+def _cross_entropy(head: Any, hidden_PH: Tensor, targets_P: Tensor) -> float:
+    """Summed cross-entropy in nats of P positions, logits in chunks."""
+    pairs = zip(hidden_PH.split(LOGITS_CHUNK_TOKENS), targets_P.split(LOGITS_CHUNK_TOKENS), strict=True)
+    losses = [torch.nn.functional.cross_entropy(head(h).float(), t, reduction="sum") for h, t in pairs]
+    return float(sum(loss.item() for loss in losses))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length_tokens: int) -> tuple[list[int], list[int]]:
@@ -122,18 +142,19 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     max_new_tokens: int,
+    batch_size: int,
     report: Callable[[int], None],
 ) -> list[str]:
     prompts = [_template(tokenizer, e.as_row()["prompt"], add_generation_prompt=True) for e in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    for start in range(0, len(order), GENERATION_BATCH):
-        chosen = order[start : start + GENERATION_BATCH]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
         for i, text in zip(
             chosen, _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens), strict=True
         ):
             answers[i] = text
-        report(min(start + GENERATION_BATCH, len(order)))
+        report(min(start + batch_size, len(order)))
     return answers
 
 

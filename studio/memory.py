@@ -2,7 +2,8 @@
 
 The activation terms count what autograd keeps of one decoder layer, per token, in multiples of the model's own widths:
 read off the graph of a Llama 4 / Qwen3-MoE layer with LoRA on every projection. What the process needs before any
-model is there (Python, torch, transformers, TRL) is measured, not derived.
+model is there (Python, torch, transformers, TRL) is measured, not derived. benchmarks/memory.py prints predicted
+against measured.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pydantic import BaseModel, ConfigDict
 
 from adapters.layouts import ExpertLayout
 
-RUNTIME_BYTES = 700_000_000
-"""Resident memory of the job's process with every library loaded and no model; measured by benchmarks/memory.py."""
+RUNTIME_BYTES = 600_000_000
+"""Resident memory of a job's process on a CPU before and beside the model: libraries, tokenised data, the trainer."""
+
+LOGITS_CHUNK_TOKENS = 256
+"""Positions whose logits exist at one time, in TRL's loss and in ours."""
 
 
 class MemoryPlan(BaseModel):
@@ -47,6 +51,7 @@ class TrainingShape:
         dtype_bytes: of activations.
         checkpointing: only layer inputs are kept, one layer at a time is recomputed.
         quantized: an expert and a linear are dequantised while they are used.
+        on_gpu: memory is the GPU's, where the process itself takes next to none.
     """
 
     batch_size: int
@@ -56,6 +61,7 @@ class TrainingShape:
     dtype_bytes: int
     checkpointing: bool
     quantized: bool
+    on_gpu: bool
 
 
 def predict_memory(config: Mapping[str, Any], layout: ExpertLayout, shape: TrainingShape) -> MemoryPlan:
@@ -65,14 +71,14 @@ def predict_memory(config: Mapping[str, Any], layout: ExpertLayout, shape: Train
     layers = config["num_hidden_layers"]
     kept_inputs = layers * tokens * config["hidden_size"] * shape.dtype_bytes
     parts = {
-        "runtime_bytes": RUNTIME_BYTES,
+        "runtime_bytes": 0 if shape.on_gpu else RUNTIME_BYTES,
         "weights_bytes": shape.weights_bytes,
         "adapters_bytes": 4 * shape.trainable_parameters,
         "gradients_bytes": 4 * shape.trainable_parameters,
         "optimizer_bytes": 8 * shape.trainable_parameters,
         "activations_bytes": layer + kept_inputs if shape.checkpointing else layers * layer,
         "workspace_bytes": _largest_matrix(config, layout) * shape.dtype_bytes if shape.quantized else 0,
-        "logits_bytes": 3 * 4 * tokens * config["vocab_size"],
+        "logits_bytes": 3 * 4 * min(tokens, LOGITS_CHUNK_TOKENS) * config["vocab_size"],
     }
     return MemoryPlan(**parts, peak_bytes=sum(parts.values()))
 
@@ -85,10 +91,10 @@ def _kept_per_token(config: Mapping[str, Any], layout: ExpertLayout) -> int:
     keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head
     width, top_k = config.get(layout.expert_width, 0), config.get("num_experts_per_tok", 0)
     shared = width if layout.shared_expert else 0
-    norms_and_residuals = 8 * hidden
-    attention = 5 * queries + 6 * keys + hidden
-    routed = top_k * (5 * width + 4 * hidden)
-    return norms_and_residuals + attention + routed + 5 * shared
+    norms = 6 * hidden
+    attention = 4 * queries + 3 * keys
+    routed = top_k * (2 * hidden + 5 * width)
+    return int(norms + attention + routed + 5 * shared)
 
 
 def _largest_matrix(config: Mapping[str, Any], layout: ExpertLayout) -> int:

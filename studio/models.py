@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from studio.base import EMBEDDED_DIR
-from studio.errors import StudioError
+from studio.errors import CheckpointError, StudioError
 
 
 def resolve_base(base: str) -> Path:
@@ -40,6 +41,23 @@ def _cached(hub_id: str) -> Path:
             f"base model {hub_id!r} is not on this machine. Download it first: "
             f"hf download {hub_id} --exclude '*.bin' '*.pt' '*.pth'"
         ) from error
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Refuses a base without a fast tokenizer or without a chat template: examples are conversations.
+
+    Raises:
+        CheckpointError
+    """
+    if not (directory / "tokenizer.json").is_file():
+        raise CheckpointError(directory, ["tokenizer.json is missing; expected the model's fast tokenizer"])
+    config = directory / "tokenizer_config.json"
+    in_config = config.is_file() and "chat_template" in json.loads(config.read_text())
+    if not in_config and not (directory / "chat_template.jinja").is_file():
+        problem = "no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); base models "
+        raise CheckpointError(
+            directory, [problem + "without one need the template of their instruct version beside them"]
+        )
 
 
 def has_gpu() -> bool:

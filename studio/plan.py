@@ -18,7 +18,7 @@ from adapters.layouts import QUANTIZED_CLASSES, TENSOR_CLASSES, ExpertLayout, Te
 from adapters.placement import Placement, same_experts_everywhere
 from studio.data import Example, read_examples
 from studio.memory import MemoryPlan, TrainingShape, predict_memory
-from studio.models import compute_dtype, resolve_base
+from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.recipe import Recipe
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -50,7 +50,13 @@ class TensorClass(Frozen):
 
 
 class Plan(Frozen):
-    """What a recipe will do. `trainable_fraction` is of the base's parameters."""
+    """What a recipe will do.
+
+    Attributes:
+        trainable_fraction: of the base's parameters.
+        longest_tokens: of the longest training example, before it is cut to `data.max_length_tokens`.
+        truncated_examples: training examples longer than that.
+    """
 
     model: str
     model_type: str
@@ -67,6 +73,7 @@ class Plan(Frozen):
     train_examples: int
     eval_examples: int
     longest_tokens: int
+    truncated_examples: int
     total_steps: int
 
 
@@ -81,21 +88,24 @@ def make_plan(recipe: Recipe) -> Plan:
     config = read_config(directory)
     layout = layout_for(config["model_type"])
     index = read_index(directory)
+    check_tokenizer(directory)
     placement = plan_placement(recipe, layout, index)
     classes = _classes(recipe, layout, index, placement)
     train = read_examples(recipe.data.train)
     held_out = read_examples(recipe.data.eval) if recipe.data.eval else []
-    longest = _longest_tokens(directory, train, recipe.data.max_length_tokens)
+    lengths = _lengths_tokens(directory, train)
+    limit = recipe.data.max_length_tokens
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
     shape = TrainingShape(
         batch_size=recipe.training.batch_size,
-        length_tokens=longest,
+        length_tokens=min(limit, max(lengths)),
         weights_bytes=sum(entry.bytes for entry in classes),
         trainable_parameters=trainable,
         dtype_bytes=BYTES[compute_dtype(recipe.model.dtype)],
         checkpointing=recipe.training.gradient_checkpointing,
         quantized=recipe.model.quantization == "nf4",
+        on_gpu=has_gpu(),
     )
     return Plan(
         model=recipe.model.base,
@@ -112,7 +122,8 @@ def make_plan(recipe: Recipe) -> Plan:
         memory=predict_memory(config, layout, shape),
         train_examples=len(train),
         eval_examples=min(len(held_out), recipe.evaluation.examples or len(held_out)),
-        longest_tokens=longest,
+        longest_tokens=max(lengths),
+        truncated_examples=sum(length > limit for length in lengths),
         total_steps=total_steps(recipe, len(train)),
     )
 
@@ -227,17 +238,11 @@ def _lora_of_expert_part(key: str, info: TensorInfo, rank: int, adapted_experts:
     return adapted_experts * rank * sides
 
 
-def _longest_tokens(directory: Path, examples: list[Example], limit: int) -> int:
-    """Tokens of the longest training example, at most `limit`: what decides the memory of a batch.
-
-    The text is counted with the model's own tokenizer, plus 8 tokens a turn for the chat template.
-    """
+def _lengths_tokens(directory: Path, examples: list[Example]) -> list[int]:
+    """Tokens of each example by the model's own tokenizer, and 8 a turn for the chat template."""
     from tokenizers import Tokenizer
 
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        return limit
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     turns = [[message.content for message in (*example.prompt, *example.completion)] for example in examples]
-    lengths = [len(encoded.ids) for encoded in tokenizer.encode_batch(["\n".join(texts) for texts in turns])]
-    return min(limit, max(count + 8 * len(texts) for count, texts in zip(lengths, turns, strict=True)))
+    encoded = tokenizer.encode_batch(["\n".join(texts) for texts in turns])
+    return [len(row.ids) + 8 * len(texts) for row, texts in zip(encoded, turns, strict=True)]

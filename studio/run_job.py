@@ -71,6 +71,7 @@ def run(job: Job) -> None:
                 held_out,
                 max_length_tokens=recipe.data.max_length_tokens,
                 max_new_tokens=recipe.evaluation.max_new_tokens,
+                batch_size=recipe.training.batch_size,
                 progress=clock.progress(phase),
             )
         job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
