@@ -1,6 +1,6 @@
 """The core of MoE Studio: expert layouts, routed experts, 4-bit expert stacks, expert LoRA, PEFT files, merge.
 
-Import from the module that holds the thing; this file imports nothing, so that the modules marked * answer without
+Import from the module that holds the thing; this file imports none of them, so that the modules marked * answer without
 loading torch.
 
     errors        * the root of the error tree
@@ -15,3 +15,8 @@ loading torch.
     peft_files      the standard PEFT adapter directory, written and read
     merge           base + adapter, tensor by tensor
 """
+
+import logging
+
+# an optional kernel that bitsandbytes would fetch from the hub: not wanted here, so its absence is no news
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

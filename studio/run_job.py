@@ -7,7 +7,6 @@ Everything it says goes into the job directory; the terminal and the browser rea
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
@@ -15,10 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from studio.errors import StudioError
 from studio.jobs import Job, open_job
@@ -84,7 +79,7 @@ def run(job: Job) -> None:
     with clock.phase("saving", "save"):
         saved = _save(job, model, placement, recipe)
     job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
-    job.update(status="succeeded", phase="done")
+    job.update(status="succeeded", phase="done", step=trained["steps"])
 
 
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:

@@ -19,6 +19,9 @@ from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.trainers.llama4 import repair_for_trl
 
+STEP_SECONDS = 0.5
+"""How often the step in state.json is brought up to date; each time is a write that reaches the disk."""
+
 
 def train(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, examples: Sequence[Example], job: Job
@@ -48,7 +51,7 @@ def _config(recipe: Recipe, examples: int, job: Job) -> SFTConfig:
 
     training, on_gpu = recipe.training, torch.cuda.is_available()
     steps = total_steps(recipe, examples)
-    ours = {
+    ours: dict[str, Any] = {
         "output_dir": str(job.path / "checkpoints"),
         "max_steps": steps,
         "per_device_train_batch_size": training.batch_size,
@@ -103,6 +106,7 @@ class _Report(TrainerCallback):
     def __init__(self, job: Job):
         self.job = job
         self.last = (time.monotonic(), 0)
+        self.shown = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,4 +132,8 @@ class _Report(TrainerCallback):
         self.job.log_metrics(
             {"kind": "train", "step": state.global_step, **row, "tokens_per_second": rate, "time": time.time()}
         )
-        self.job.update(step=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.monotonic() - self.shown >= STEP_SECONDS:
+            self.shown = time.monotonic()
+            self.job.update(step=state.global_step)

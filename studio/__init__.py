@@ -1,0 +1,82 @@
+"""MoE Studio: fine-tune Mixture-of-Experts models, experts and routers included.
+
+    recipe.yaml ── load_recipe ──▶ Recipe ── make_plan ──▶ Plan ── submit ──▶ Job ──▶ adapter/ ── merge ──▶ model
+
+The command line and the browser UI call the functions named here, and nothing else. Names are looked up on first
+use, so that `import studio` loads neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from studio.errors import (
+        AdapterFileError,
+        CheckpointError,
+        DataError,
+        JobError,
+        LayoutError,
+        OutputExistsError,
+        Problem,
+        ProblemsError,
+        QuantizationError,
+        RecipeError,
+        StudioError,
+        TargetError,
+        TrainingError,
+    )
+    from studio.jobs import Job, JobState, list_jobs, open_job, submit
+    from studio.merging import merge
+    from studio.plan import Plan, make_plan
+    from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterFileError",
+    "CheckpointError",
+    "DataError",
+    "Job",
+    "JobError",
+    "JobState",
+    "LayoutError",
+    "OutputExistsError",
+    "Plan",
+    "Problem",
+    "ProblemsError",
+    "QuantizationError",
+    "Recipe",
+    "RecipeError",
+    "StudioError",
+    "TargetError",
+    "TrainingError",
+    "list_jobs",
+    "load_recipe",
+    "make_plan",
+    "merge",
+    "open_job",
+    "parse_recipe",
+    "recipe_schema",
+    "recipe_to_yaml",
+    "submit",
+]
+
+_HOMES = {
+    "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
+    "studio.merging": ("merge",),
+    "studio.plan": ("Plan", "make_plan"),
+    "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'studio' has no attribute {name!r}")
+    home = next((module for module, names in _HOMES.items() if name in names), "studio.errors")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

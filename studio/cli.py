@@ -1,0 +1,298 @@
+"""The command line: `studio validate | plan | run | merge | jobs | ui | schema`.
+
+Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
+one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
+command needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import studio
+from studio.errors import JobError, ProblemsError, StudioError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from studio.jobs import Job, JobState
+
+app = typer.Typer(
+    name="studio",
+    help="Fine-tune Mixture-of-Experts models, experts and routers included.",
+    epilog="Start with: studio run recipes/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+jobs_app = typer.Typer(name="jobs", help="List, show and cancel jobs.", epilog="Example: studio jobs list")
+app.add_typer(jobs_app)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+JobPath = Annotated[str, typer.Argument(metavar="JOB", help="A job directory, or a name in the root.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON, errors included.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Root = Annotated[Path, typer.Option("--root", help="The directory that holds the jobs.")]
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns the studio's errors into one message on stderr (or one JSON object on stdout) and exit code 1."""
+
+    @functools.wraps(command)
+    def guarded(**arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except StudioError as error:
+            if arguments.get("as_json"):
+                print_json(error_as_json(error))
+            else:
+                print_error(str(error))
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+def error_as_json(error: StudioError) -> dict[str, Any]:
+    """{"error": {"type", "message", "problems"}}."""
+    problems = [vars(problem) for problem in error.problems] if isinstance(error, ProblemsError) else []
+    return {"error": {"type": type(error).__name__, "message": str(error), "problems": problems}}
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"studio {studio.__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: studio validate recipes/quickstart.yaml")
+@reported
+def validate(recipe: RecipePath, as_json: AsJson = False) -> None:
+    """Check a recipe and its data files; report every problem with its line."""
+    from studio.data import read_all
+
+    wanted = studio.load_recipe(recipe)
+    train, held_out = read_all(wanted.data.train, wanted.data.eval)
+    if as_json:
+        counts = {"train_examples": len(train), "eval_examples": len(held_out)}
+        print_json({"valid": True, **counts, "recipe": wanted.model_dump(mode="json")})
+    else:
+        typer.echo(f"{recipe} is valid: {len(train):,} training examples, {len(held_out):,} held out")
+
+
+@app.command(epilog="Example: studio plan recipes/quickstart.yaml")
+@reported
+def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
+    """Show what a recipe will do: bytes, parameters and adapters per class of tensors, and the peak memory."""
+    from studio.terminal import plan_view
+
+    planned = studio.make_plan(studio.load_recipe(recipe))
+    if as_json:
+        print_json(planned.model_dump(mode="json"))
+    else:
+        output().print(plan_view(planned))
+
+
+@app.command(epilog="Example: studio run recipes/quickstart.yaml --overwrite")
+@reported
+def run(
+    recipe: RecipePath,
+    overwrite: Overwrite = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Start the job and return at once.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start the job of a recipe and follow it to its end. Ctrl-C cancels it."""
+    job = studio.submit(studio.load_recipe(recipe), overwrite=overwrite)
+    if detach:
+        show_started(job, as_json)
+    else:
+        watch(job, as_json)
+
+
+@app.command(epilog="Example: studio merge runs/quickstart/adapter --out merged/quickstart")
+@reported
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The model directory to write.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Number type to write, if not the base's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base and write a model that loads without the studio."""
+    from studio.terminal import merge_progress, merge_view
+
+    with merge_progress(output(), quiet=as_json) as progress:
+        report = studio.merge(adapter, out, base=base, dtype=dtype, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(report)
+    else:
+        output().print(merge_view(report), soft_wrap=True)
+
+
+@app.command(epilog="Example: studio schema > recipe.schema.json")
+@reported
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    print_json(studio.recipe_schema())
+
+
+@app.command(epilog="Example: studio ui --port 7860")
+@reported
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    jobs_root: Annotated[Path, typer.Option(help="The directory that holds the jobs.")] = Path("runs"),
+) -> None:
+    """Open the studio in the browser, for this machine alone (127.0.0.1)."""
+    from ui.app import main as serve
+
+    serve("127.0.0.1", port, jobs_root)
+
+
+@jobs_app.callback(invoke_without_command=True)
+def jobs_main(context: typer.Context, root: Root = Path("runs"), as_json: AsJson = False) -> None:
+    if context.invoked_subcommand is None:
+        jobs_list(root=root, as_json=as_json)
+    else:  # what stands before the command holds for it too
+        context.default_map = {context.invoked_subcommand: {"root": str(root), "as_json": as_json}}
+
+
+@jobs_app.command("list", epilog="Example: studio jobs list --root runs")
+@reported
+def jobs_list(root: Root = Path("runs"), as_json: AsJson = False) -> None:
+    """List the jobs in a root, newest first."""
+    from studio.terminal import job_table
+
+    rows = [(job, job.state()) for job in studio.list_jobs(root)]
+    if as_json:
+        print_json([job_as_json(job, state) for job, state in rows])
+    elif rows:
+        output().print(job_table(rows))
+    else:
+        typer.echo(f"No jobs in {root}. Start one: studio run recipes/quickstart.yaml")
+
+
+@jobs_app.command("show", epilog="Example: studio jobs show quickstart --follow")
+@reported
+def jobs_show(
+    job: JobPath,
+    root: Root = Path("runs"),
+    follow: Annotated[bool, typer.Option("--follow", help="Follow the job until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a job stands and, once it has ended, its result."""
+    found = find_job(job, root)
+    if follow and not found.state().ended:
+        follow_only(found, as_json)
+    show_job(found, found.state(), as_json)
+
+
+@jobs_app.command("cancel", epilog="Example: studio jobs cancel quickstart")
+@reported
+def jobs_cancel(job: JobPath, root: Root = Path("runs"), as_json: AsJson = False) -> None:
+    """Cancel a queued or running job, and wait until its processes are gone."""
+    found = find_job(job, root)
+    state = found.cancel()
+    if as_json:
+        print_json(job_as_json(found, state))
+    else:
+        typer.echo(f"{found.name} is {state.status}")
+
+
+# -------------------------------------------------------------------- shared by the commands
+
+
+def find_job(name: str, root: Path) -> Job:
+    """The job at the path `name`, or of that name in `root`."""
+    return studio.open_job(name if Path(name).is_dir() else root / name)
+
+
+def watch(job: Job, as_json: bool) -> None:
+    """Follows a job that this command started; Ctrl-C cancels it; exits non-zero unless it succeeds."""
+    from studio.terminal import plan_view
+
+    if not as_json:
+        output().print(plan_view(job.plan()), "")
+    try:
+        state = follow_only(job, as_json)
+    except KeyboardInterrupt:
+        if not as_json:
+            typer.echo("\nCancelling, waiting for the training process to end …")
+        state = cancel_or_state(job)
+    if not as_json:
+        typer.echo()
+    show_job(job, state, as_json)
+    if state.status != "succeeded":
+        raise typer.Exit(1)
+
+
+def follow_only(job: Job, quiet: bool) -> JobState:
+    from studio.follow import follow, wait
+
+    return wait(job) if quiet else follow(job, output())
+
+
+def cancel_or_state(job: Job) -> JobState:
+    try:
+        return job.cancel()
+    except JobError:  # it ended by itself meanwhile
+        return job.state()
+
+
+def show_started(job: Job, as_json: bool) -> None:
+    if as_json:
+        print_json(job_as_json(job, job.state()))
+    else:
+        typer.echo(f"Started {job.path}\nFollow it: studio jobs show {job.path} --follow")
+
+
+def show_job(job: Job, state: JobState, as_json: bool) -> None:
+    """The result of a job that succeeded; of any other, where it stands and why."""
+    from studio.progress import losses
+    from studio.terminal import job_view, result_view
+
+    result = job.result()
+    if as_json:
+        print_json({**job_as_json(job, state), "result": result})
+    elif state.status == "succeeded" and result:
+        output().print(result_view(job, result))
+    else:
+        output().print(job_view(job, state, losses(job.metrics())))
+
+
+def job_as_json(job: Job, state: JobState) -> dict[str, Any]:
+    error = state.error.model_dump() if state.error else None
+    return {"job": str(job.path), **state.model_dump(exclude={"error"}), "error": error}
+
+
+def output() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from studio.terminal import clean
+
+    text = Text.assemble(("error: ", "bold red"), (clean(message), "red"))
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app(prog_name="studio")

@@ -1,0 +1,93 @@
+"""How far a job is, in numbers and words, the same in the terminal and in the browser."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from studio.errors import JobError
+from studio.jobs import Job, JobState, list_jobs
+from studio.quantities import as_bytes, as_count, as_duration
+
+PHASES = ("loading", "evaluating base", "training", "evaluating tuned", "saving")
+Rows = Sequence[dict[str, Any]]
+Counts = tuple[int, int]
+"""(done, total); total is 0 where it is not known."""
+
+
+def phase_counts(state: JobState, rows: Rows) -> dict[str, Counts]:
+    """(done, total) of each phase that has begun; total 0 where it is not known."""
+    counts: dict[str, Counts] = dict.fromkeys(phases_over(state), (0, 0))
+    for row in rows:
+        if row.get("kind") == "progress" and row.get("phase") in PHASES:
+            counts[row["phase"]] = (int(row.get("done") or 0), int(row.get("total") or 0))
+    if state.step or state.phase == "training":
+        counts["training"] = (state.step, state.total_steps)
+    if state.phase in PHASES:
+        counts.setdefault(state.phase, (0, 0))
+    return counts
+
+
+def phases_over(state: JobState) -> tuple[str, ...]:
+    """The phases that lie behind the job."""
+    if state.status == "succeeded":
+        return PHASES
+    return PHASES[: PHASES.index(state.phase)] if state.phase in PHASES else ()
+
+
+def count_text(phase: str, done: int, total: int) -> str:
+    """`done` of `total`: bytes while loading, steps while training, a share of the work elsewhere."""
+    if phase == "loading":
+        return f"{as_bytes(done)} / {as_bytes(total)}"
+    return f"{done:,} / {total:,} steps" if phase == "training" else f"{100 * done // total} %"
+
+
+def losses(rows: Rows) -> list[float]:
+    """The training losses logged so far."""
+    return [row["loss"] for row in rows if row.get("kind") == "train" and row.get("loss") is not None]
+
+
+def loss_line(rows: Rows) -> str:
+    """Loss, learning rate, gradient norm and speed of the newest training row."""
+    newest = next((row for row in reversed(rows) if row.get("kind") == "train"), None)
+    if newest is None:
+        return ""
+    parts = [f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "loss not finite"]
+    for key, text in (("learning_rate", "lr {:.2g}"), ("grad_norm", "grad norm {:.2g}")):
+        if newest.get(key) is not None:
+            parts.append(text.format(newest[key]))
+    if newest.get("tokens_per_second"):
+        parts.append(f"{as_count(newest['tokens_per_second'])} tokens/s")
+    return " · ".join(parts)
+
+
+def training_lines(state: JobState, rows: Rows, parts: int = 20) -> list[str]:
+    """The training rows of which each is the first in its twentieth of the steps, as text."""
+    lines: dict[int, str] = {}
+    for row in rows:
+        if row.get("kind") == "train" and row.get("step") is not None:
+            part = parts * row["step"] // max(1, state.total_steps)
+            lines.setdefault(part, f"  step {row['step']:,}/{state.total_steps:,} · {loss_line([row])}")
+    return list(lines.values())
+
+
+def waiting_for(job: Job) -> str | None:
+    """The name of the job of the same root that runs now, if any."""
+    for other in list_jobs(job.path.parent):
+        with suppress(JobError):  # deleted meanwhile
+            if other.path != job.path and other.state().status == "running":
+                return other.name
+    return None
+
+
+def steps(state: JobState) -> str:
+    return f"{state.step:,}/{state.total_steps:,}"
+
+
+def ran_for(state: JobState, now: float | None = None) -> str:
+    """How long the job has run, or ran; "" before it started or where its end is unknown."""
+    if state.started_at is None or (state.ended_at is None and state.ended):
+        return ""
+    return as_duration((state.ended_at or now or time.time()) - state.started_at)

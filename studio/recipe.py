@@ -1,0 +1,321 @@
+"""The Recipe: what is wanted, validated and frozen, from one YAML file.
+
+    recipe.yaml ── load_recipe ──▶ Recipe ── recipe_to_yaml ──▶ the same recipe, complete and with absolute paths
+
+This file is the only place where a default is written. Each field's docstring is the one text that the command line,
+the form in the browser, the JSON Schema and the docs show.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import get_close_matches
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from studio.errors import Problem, RecipeError
+from studio.recipe_problems import problems_of
+from studio.recipe_text import describe, read_mapping
+from studio.trl_options import trl_problem
+
+EMBEDDED_BASE = "embedded"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def _refusal(message: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{message}", {"message": message})
+
+
+def _absolute(value: Any, info: ValidationInfo) -> Any:
+    """A path text made absolute against the recipe's folder, or the working directory where there is none."""
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    return _path(text, (info.context or {}).get("folder") or Path.cwd())
+
+
+def _path(text: str, folder: Path) -> Path:
+    if not text.strip() or not text.isprintable():
+        raise _refusal(f"received {describe(text)}; allowed: a path")
+    return Path(os.path.abspath(folder / os.path.expanduser(text)))
+
+
+def _absolute_from_cwd(value: Any) -> Any:
+    return _path(str(value), Path.cwd()) if isinstance(value, str | Path) else value
+
+
+InputPath = Annotated[Path, BeforeValidator(_absolute)]
+OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]
+Rank = Annotated[int, Field(ge=0, le=1024)]
+ExpertId = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseModel):
+    """A section of the recipe: frozen, no unknown keys, no silent conversions ("16" is not a number)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSettings(Settings):
+    """The base model and the form in which its weights stay in memory."""
+
+    base: str = EMBEDDED_BASE
+    """The base: "embedded" (ships with the studio), a directory of safetensors, or a hub id such as "org/name"."""
+
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How the frozen base weights are held: nf4 (4 bits, QLoRA) or none (as `dtype` says)."""
+
+    double_quant: bool = True
+    """Quantise the 4-bit scales too: 0.516 instead of 0.563 bytes per parameter. Only read with nf4."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number type of all that is not 4-bit. auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    @field_validator("base")
+    @classmethod
+    def _base_is_known(cls, value: str, info: ValidationInfo) -> str:
+        if value == EMBEDDED_BASE:
+            return value
+        path = _absolute(value, info)
+        if path.is_dir() or value.startswith(("/", "./", "../", "~")):
+            return str(path)
+        if HUB_ID.fullmatch(value):
+            return value
+        near = f'; did you mean "{EMBEDDED_BASE}"?' if get_close_matches(value, [EMBEDDED_BASE]) else ""
+        raise _refusal(
+            f'received {describe(value)}; allowed: "embedded", a directory, or a hub id such as "org/name"{near}'
+        )
+
+
+class DataSettings(Settings):
+    """The examples: JSON Lines, each row {"messages": [...]} or {"prompt": ..., "completion": ...}."""
+
+    train: InputPath
+    """JSON Lines file of training examples. A relative path starts at the recipe file."""
+
+    eval: InputPath | None = None
+    """JSON Lines file of held-out examples, for the comparison before and after. null: no comparison."""
+
+    max_length_tokens: int = Field(default=256, ge=16, le=1_048_576)
+    """Examples are cut to this many tokens. Memory for activations grows with it."""
+
+
+class AdapterSettings(Settings):
+    """LoRA rank of each class of tensors; 0 means that the class gets no adapter."""
+
+    attention_rank: Rank = 16
+    """Rank for the attention projections of every layer. 0: none."""
+
+    shared_expert_rank: Rank = 16
+    """Rank for the shared experts, which see every token. 0: none."""
+
+    routed_experts_rank: Rank = 16
+    """Rank for the routed experts, where most of the weights are. 0: none."""
+
+    routed_experts: Literal["all"] | tuple[ExpertId, ...] = "all"
+    """Which routed experts get an adapter: all, or a list of expert ids that holds for every MoE layer."""
+
+    router_rank: Rank = 0
+    """Rank for the routers. 0 leaves them frozen, which is the safe choice."""
+
+    alpha: float = Field(default=32.0, gt=0, le=8192)
+    """Strength of the adapter: its output is scaled by alpha / rank."""
+
+    @field_validator("routed_experts", mode="before")
+    @classmethod
+    def _experts_are_all_or_ids(cls, value: Any) -> Any:
+        if value == "all":
+            return value
+        ids = list(value) if isinstance(value, list | tuple) else None
+        if not ids or not all(type(i) is int and 0 <= i <= 65535 for i in ids):
+            shown = value if ids is not None and len(ids) <= 8 else describe(value)
+            raise _refusal(f'received {shown}; allowed: "all", or a list of expert ids such as [0, 3, 7]')
+        if len(set(ids)) < len(ids):
+            twice = sorted({i for i in ids if ids.count(i) > 1})
+            raise _refusal(f"expert ids must be unique, received {', '.join(map(str, twice))} more than once")
+        return tuple(ids)
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if not (self.attention_rank or self.shared_expert_rank or self.routed_experts_rank or self.router_rank):
+            raise _refusal("every rank is 0, nothing would be trained; set at least one rank above 0")
+        if self.routed_experts != "all" and not self.routed_experts_rank:
+            raise _refusal("routed_experts lists experts but routed_experts_rank is 0; set it above 0, or write all")
+        return self
+
+
+class TrainingSettings(Settings):
+    """How the adapter is trained."""
+
+    method: Literal["sft"] = "sft"
+    """Training method. sft: supervised fine-tuning on the completions."""
+
+    epochs: float | None = Field(default=3.0, gt=0, le=1000)
+    """Passes over the training examples. null where max_steps is set."""
+
+    max_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Train for exactly this many optimizer steps. null: as `epochs` says. Only one of the two is set."""
+
+    batch_size: int = Field(default=16, ge=1, le=4096)
+    """Examples per forward pass. Memory for activations grows with it."""
+
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=4096)
+    """Forward passes per optimizer step. The effective batch is batch_size times this."""
+
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    """Highest learning rate, reached after the warm-up."""
+
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: falls linearly, along a cosine, or stays constant."""
+
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    """AdamW's weight decay on the adapter."""
+
+    max_grad_norm: float = Field(default=1.0, ge=0, le=1000)
+    """Gradients are scaled down to this norm. 0: never."""
+
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens are learned: those of the completion, or all."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Seed of the data order and of the adapter's start."""
+
+    logging_steps: int = Field(default=5, ge=1, le=100_000)
+    """Optimizer steps between two points of the loss curve."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _max_steps_alone_clears_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("max_steps") is not None and "epochs" not in values:
+            return {**values, "epochs": None}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            both = "both are" if self.epochs is not None else "neither is"
+            raise _refusal(f"{both} set: give either epochs or max_steps, and null for the other")
+        return self
+
+
+class EvaluationSettings(Settings):
+    """The comparison of base and tuned model on held-out examples."""
+
+    examples: int | None = Field(default=200, ge=1)
+    """Held-out examples for loss and exact match. null: all of them."""
+
+    generations: int = Field(default=5, ge=0, le=1000)
+    """Held-out examples whose answers are shown side by side, base and tuned."""
+
+    max_new_tokens: int = Field(default=96, ge=1, le=65536)
+    """Longest answer to generate, in tokens."""
+
+
+class OutputSettings(Settings):
+    """Where the job and its adapter go."""
+
+    dir: OutputPath
+    """The job directory, made when the job is submitted. A relative path starts at the working directory."""
+
+
+class Recipe(Settings):
+    """A fine-tuning job as it is wanted."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings
+    adapter: AdapterSettings = AdapterSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    trl: dict[str, JsonValue] = Field(default_factory=dict)
+    """Any further option of TRL's SFTConfig, by its TRL name, such as {"neftune_noise_alpha": 5}."""
+
+    output: OutputSettings
+
+    @field_validator("trl")
+    @classmethod
+    def _options_exist_in_trl(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        found = {name: message for name, value in options.items() if (message := trl_problem(name, value))}
+        if found:
+            listed = "; ".join(f"{name}: {message}" for name, message in found.items())
+            raise PydanticCustomError("refused_keys", "{message}", {"message": listed, "keys": found})
+        return options
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """The recipe in the YAML file at `path`.
+
+    Raises:
+        RecipeError: the file cannot be read, or anything in it is not allowed; all problems together.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise RecipeError([Problem("", None, f"cannot be read: {reason}", str(path))]) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError([Problem("", line, "is not UTF-8 text", str(path))]) from None
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, source: Path | None = None) -> Recipe:
+    """The recipe that the YAML `text` says; relative data paths start at the folder of `source`.
+
+    Raises:
+        RecipeError: anything in it is not allowed; all problems together, each with its line.
+    """
+    file = str(source) if source else None
+    values, marked = read_mapping(text, file)
+    folder = Path(os.path.abspath(source)).parent if source else Path.cwd()
+    try:
+        return Recipe.model_validate(values, context={"folder": folder})
+    except ValidationError as error:
+        raise RecipeError(problems_of(error, marked, recipe_schema(), file)) from None
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, for editors and for the form in the browser."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """YAML text with every field of `recipe`, which `parse_recipe` reads back to an equal recipe."""
+    stream = StringIO()
+    yaml = YAML()
+    yaml.Representer = _ExplicitNull
+    yaml.width = 10_000  # one line per value
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+class _ExplicitNull(RoundTripRepresenter):
+    """Writes null as `null`, where ruamel writes nothing."""
+
+
+_ExplicitNull.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))

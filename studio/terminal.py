@@ -1,0 +1,233 @@
+"""What the command line shows: plan, result and job list as Rich renderables. No logic, no files.
+
+Text that comes from a model, a data file or a log goes through `clean`: it is shown, never interpreted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from studio.progress import ran_for, steps
+from studio.quantities import as_bytes, as_count, as_duration, as_percent, sparkline
+
+if TYPE_CHECKING:
+    from studio.jobs import Job, JobState
+    from studio.plan import Plan
+
+STATUS_STYLES = {
+    "queued": "yellow",
+    "running": "cyan",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "dim",
+    "lost": "red",
+}
+MEMORY_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace", "logits", "runtime")
+
+
+def clean(text: str) -> str:
+    """`text` with its control characters made visible, so that no escape sequence reaches the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+# -------------------------------------------------------------------- plan
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """The plan: the model, each class of tensors with its weights and adapters, and the memory at the peak."""
+    model = Text.assemble(
+        ("Model   ", "bold"),
+        f"{clean(plan.model)} · {plan.model_type} · {plan.layers} layers, "
+        f"{plan.moe_layers} of them MoE with {plan.experts} experts, top-{plan.top_k}",
+    )
+    steps = (
+        f"{plan.train_examples:,} examples to train on, {plan.eval_examples:,} held out · {plan.total_steps:,} steps"
+    )
+    return Group(model, Text.assemble(("Data    ", "bold"), steps), "", _class_table(plan), "", _memory_table(plan))
+
+
+def _class_table(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, pad_edge=False, footer_style="bold")
+    table.add_column("Tensors", footer="total")
+    columns = (
+        ("Count", f"{sum(entry.tensors for entry in plan.classes):,}"),
+        ("Params", as_count(plan.parameters)),
+        ("Type", ""),
+        ("Memory", as_bytes(plan.bytes)),
+        ("Rank", ""),
+        ("Trainable", as_count(plan.trainable_parameters)),
+        ("Share", as_percent(plan.trainable_fraction)),
+    )
+    for name, footer in columns:
+        table.add_column(name, footer=footer, justify="left" if name == "Type" else "right")
+    for entry in plan.classes:
+        trained = entry.trainable_parameters
+        table.add_row(
+            entry.name.replace("_", " "),
+            f"{entry.tensors:,}",
+            as_count(entry.parameters),
+            entry.dtype,
+            as_bytes(entry.bytes),
+            str(entry.rank) if entry.rank else "–",
+            as_count(trained) if trained else "–",
+            as_percent(trained / entry.parameters) if trained else "–",
+            style="" if trained else "dim",
+        )
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    parts = plan.memory.model_dump()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    peak = plan.memory.peak_bytes
+    table.add_row("Predicted peak memory", as_bytes(peak), "", style="bold")
+    for name in MEMORY_PARTS:
+        count = parts[f"{name}_bytes"]
+        table.add_row(Text(f"  {name}", style="not bold"), as_bytes(count), Text(_bar(count, peak), style="cyan"))
+    return table
+
+
+def _bar(count: float, whole: float, width: int = 30) -> str:
+    return "█" * round(width * count / whole) if whole else ""
+
+
+# -------------------------------------------------------------------- result
+
+
+def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
+    """The finished run: before and after, generations side by side, memory, time, and where the files lie."""
+    parts: list[RenderableType] = []
+    if result.get("generations"):
+        parts += [*_generations(result["generations"]), ""]
+    if result.get("before") and result.get("after"):
+        parts += [_comparison(result["before"], result["after"]), ""]
+    parts.append(_facts(job, result))
+    return Group(*parts)
+
+
+def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(f"Held-out, {after['examples']:,} examples")
+    for name in ("base", "tuned", "change"):
+        table.add_column(name, justify="right")
+    change = (after["loss"] - before["loss"]) / before["loss"] if before["loss"] else 0.0
+    table.add_row("loss", f"{before['loss']:.4f}", f"[bold]{after['loss']:.4f}", f"{round(100 * change):+d} %")
+    exact = [side["exact_match"] for side in (before, after)]
+    table.add_row("exact match", as_percent(exact[0]), f"[bold]{as_percent(exact[1])}", _points(exact[1] - exact[0]))
+    return table
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points"
+
+
+def _generations(rows: Iterable[dict[str, str]]) -> list[RenderableType]:
+    return [Text("Answers to held-out prompts", style="bold"), *(_generation(row) for row in rows)]
+
+
+def _generation(row: dict[str, str]) -> Panel:
+    reference = row["reference"].strip()
+    answers = Table(box=None, expand=True, pad_edge=False)
+    cells = []
+    for side in ("base", "tuned"):
+        right = row[side].strip() == reference
+        mark = Text.assemble(side, ("  ✓ matches" if right else "  ✗ differs", "green" if right else "red"))
+        answers.add_column(mark, ratio=1, overflow="fold")
+        cells.append(Text(clean(row[side].strip()) or "(nothing)"))
+    answers.add_row(*cells)
+    prompt = Text(clean(row["prompt"].strip()))
+    wanted = Text.assemble(("reference  ", "dim"), clean(reference))
+    return Panel(Group(prompt, wanted, answers), box=box.ROUNDED, border_style="dim")
+
+
+def _facts(job: Job, result: dict[str, Any]) -> Table:
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    if memory := result.get("memory"):
+        facts.add_row("Peak memory", _memory_fact(memory["predicted_bytes"], memory["measured_bytes"]))
+    if seconds := result.get("seconds"):
+        shares = ", ".join(f"{k.replace('_', ' ')} {as_duration(v)}" for k, v in seconds.items() if k != "total")
+        facts.add_row("Time", f"{as_duration(seconds['total'])} ({shares}), {result.get('steps', 0):,} steps")
+    places = result.get("files") or {"job": job.path}
+    for name, place in places.items():
+        facts.add_row(name.replace("_", " ").capitalize(), Text(clean(str(place))))
+    return facts
+
+
+def _memory_fact(predicted: float, measured: float) -> str:
+    off = f" ({round(100 * (measured - predicted) / predicted):+d} %)" if predicted else ""
+    return f"{as_bytes(predicted)} predicted, {as_bytes(measured)} measured{off}"
+
+
+# -------------------------------------------------------------------- merge
+
+
+@contextmanager
+def merge_progress(console: Console, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of bytes read, as the callback that `studio.merge` takes; None where nothing is to be shown."""
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task("merging", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def merge_view(report: dict[str, Any]) -> RenderableType:
+    """What a merge has written."""
+    changed = (
+        f"{report['changed']:,} of {report['tensors']:,} tensors changed, {report['experts_changed']:,} expert matrices"
+    )
+    size = f"{as_bytes(report['bytes'])} in {report['dtype']}"
+    return Text(f"Merged model in {clean(str(report['out']))}: {size}, {changed}")
+
+
+# -------------------------------------------------------------------- jobs
+
+
+def job_table(rows: Sequence[tuple[Job, JobState]], now: float | None = None) -> RenderableType:
+    """The jobs of a root, newest first."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("Job", "Status", "Phase", "Steps", "Created", "Time"):
+        table.add_column(name, justify="right" if name in ("Steps", "Time") else "left")
+    for job, state in rows:
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.created_at))
+        table.add_row(clean(job.name), status_text(state), state.phase, steps(state), created, ran_for(state, now))
+    return table
+
+
+def job_view(job: Job, state: JobState, losses: Sequence[float]) -> RenderableType:
+    """One job: where it stands, its loss so far, and what it failed of."""
+    view = Table(box=None, show_header=False, pad_edge=False)
+    view.add_column(style="bold", no_wrap=True)
+    view.add_column(overflow="fold")
+    view.add_row("Job", Text(clean(str(job.path))))
+    view.add_row("Status", status_text(state))
+    view.add_row("Phase", f"{state.phase}, step {steps(state)}")
+    if ran_for(state):
+        view.add_row("Time", ran_for(state))
+    if losses:
+        view.add_row("Loss", f"{losses[-1]:.4f}  {sparkline(losses)}")
+    if state.error:
+        view.add_row("Error", Text(clean(f"{state.error.type}: {state.error.message}"), style="red"))
+        view.add_row("Log", Text(clean(str(job.path / "log.txt"))))
+    return view
+
+
+def status_text(state: JobState) -> Text:
+    return Text(state.status, style=STATUS_STYLES[state.status])

@@ -1,0 +1,139 @@
+"""The options that a recipe may pass through to TRL under `trl:`, checked without importing TRL.
+
+The names and annotations of `SFTConfig` and its parents are read from the installed source with `ast`: importing TRL
+costs seconds and loads torch, and a recipe must validate within one.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from studio.recipe_text import describe
+
+CONFIG_SOURCES = (  # (top-level package, file inside it, class): parents first
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+)
+
+RECIPE_FIELDS = {  # TRL name -> the recipe field that owns it
+    "learning_rate": "training.learning_rate",
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "lr_scheduler_type": "training.lr_scheduler",
+    "warmup_steps": "training.warmup_fraction",
+    "warmup_ratio": "training.warmup_fraction",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "completion_only_loss": "training.loss_on",
+    "assistant_only_loss": "training.loss_on",
+    "seed": "training.seed",
+    "logging_steps": "training.logging_steps",
+    "logging_strategy": "training.logging_steps",
+    "max_length": "data.max_length_tokens",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "output_dir": "output.dir",
+}
+
+REASONS = {  # TRL name, or prefix ending in "*" -> why a recipe may not set it
+    "trust_remote_code": "the studio never runs code that ships with a model",
+    "model_init_kwargs": "the studio loads the base itself, see the section model",
+    "push_to_hub": "the studio uploads nothing",
+    "hub_*": "the studio uploads nothing, and a recipe holds no tokens",
+    "report_to": "metrics go to the job directory and nowhere else",
+    "run_name": "metrics go to the job directory and nowhere else",
+    "project": "metrics go to the job directory and nowhere else",
+    "trackio_*": "metrics go to the job directory and nowhere else",
+    "logging_nan_inf_filter": "a loss that is not finite stops the job",
+    "dataset_*": "the studio reads and prepares the data, see the section data",
+    "chat_template_path": "the chat template is the base model's own",
+    "remove_unused_columns": "the studio reads and prepares the data, see the section data",
+    "label_names": "the studio reads and prepares the data, see the section data",
+    "do_*": "the studio trains once and evaluates before and after, see the section evaluation",
+    "eval_*": "the studio evaluates before and after training, see the section evaluation",
+    "load_best_model_at_end": "the studio evaluates before and after training, see the section evaluation",
+    "use_cpu": "the device is chosen from what the machine has",
+    "local_rank": "a job is one process on one device",
+    "ddp_*": "a job is one process on one device",
+    "fsdp*": "a job is one process on one device",
+    "deepspeed": "a job is one process on one device",
+    "parallelism_config": "a job is one process on one device",
+    "accelerator_config": "a job is one process on one device",
+    "auto_find_batch_size": "the plan holds for the batch size it was made with",
+    "resume_from_checkpoint": "a job starts from its base model",
+}
+
+SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "None": (type(None),),
+    "dict": (dict,),
+    "list": (list,),
+}
+
+
+def trl_problem(name: str, value: Any) -> str | None:
+    """What is wrong with setting TRL's option `name` to `value` in a recipe, or None."""
+    if name in RECIPE_FIELDS:
+        return f"the recipe has its own field for this, set {RECIPE_FIELDS[name]}"
+    if reason := _reason(name):
+        return f"cannot be set: {reason}"
+    options = sft_options()
+    if name not in options:
+        near = get_close_matches(name, [option for option in options if not _reason(option)], n=1)
+        return "TRL's SFTConfig has no such option" + (f'; did you mean "{near[0]}"?' if near else "")
+    return _type_problem(value, options[name])
+
+
+@cache
+def sft_options() -> dict[str, str]:
+    """Every field of TRL's `SFTConfig` with its annotation as text, from the source that is installed."""
+    options: dict[str, str] = {}
+    for package, file, class_name in CONFIG_SOURCES:
+        options.update(_annotated_names(_package_folder(package) / file, class_name))
+    return options
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)  # a top-level name: finds it without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed: run make quickstart, or pip install {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _annotated_names(path: Path, class_name: str) -> dict[str, str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            return {f.target.id: ast.unparse(f.annotation) for f in fields if isinstance(f.target, ast.Name)}
+    raise LookupError(f"{path} defines no class {class_name}: this version of the package is not supported")
+
+
+def _reason(name: str) -> str | None:
+    for pattern, reason in REASONS.items():
+        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
+            return reason
+    return None
+
+
+def _type_problem(value: Any, annotation: str) -> str | None:
+    """Checks annotations made of plain types alone; TRL itself checks the others when the job starts."""
+    names = [part.strip().split("[")[0] for part in annotation.split("|")]
+    if "," in annotation or any(name not in SIMPLE_TYPES for name in names):
+        return None
+    allowed = tuple(kind for name in names for kind in SIMPLE_TYPES[name])
+    if isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed):
+        return None
+    return f"received {describe(value)}, TRL allows {' or '.join('null' if n == 'None' else n for n in names)}"

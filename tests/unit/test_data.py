@@ -1,0 +1,158 @@
+"""Data files: the two row forms, and what is said about every kind of bad row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from studio.data import Example, Message, check_examples, read_all, read_examples
+from studio.errors import DataError, Problem
+
+GOOD = '{"prompt": "2 + 2 =", "completion": "4"}'
+FOUR = Example((Message("user", "2 + 2 ="),), (Message("assistant", "4"),))
+
+
+def problems_of(path: Path, *lines: str | bytes) -> list[Problem]:
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    return caught.value.problems
+
+
+def turns(*pairs: tuple[str, Any]) -> str:
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in pairs]})
+
+
+def test_both_forms_become_the_same_examples(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    listed = {"prompt": [{"role": "user", "content": "2 + 2 ="}], "completion": [{"role": "assistant", "content": "4"}]}
+    path.write_text("\n".join([GOOD, turns(("user", "2 + 2 ="), ("assistant", "4")), "", json.dumps(listed), ""]))
+    assert read_examples(path) == [FOUR, FOUR, FOUR]
+    assert FOUR.as_row() == listed
+
+
+def test_the_last_assistant_turn_is_the_completion(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(turns(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    (example,) = read_examples(path)
+    assert [message.content for message in example.prompt] == ["s", "a", "b", "c"]
+    assert example.completion == (Message("assistant", "d"),)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n" + GOOD.encode() + b"\r\n")
+    assert len(read_examples(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "said"),
+    [
+        ('{"prompt": "a"', "", "is not valid JSON"),
+        ("[1, 2]", "", "received a list of 2"),
+        ("null", "", "received nothing (null)"),
+        ("[" * 100_000, "", "is not valid JSON"),
+        (b'{"prompt": "\xff"}', "", "is not UTF-8 text (byte 13 of the line)"),
+        ('{"text": "a"}', "", "needs messages, or prompt and completion; received text"),
+        ('{"prompt": "a"}', "completion", "is missing"),
+        ('{"completion": "a"}', "prompt", "is missing"),
+        ('{"prompt": "a", "completion": "b", "messages": []}', "", "keep one of the two forms"),
+        ('{"prompt": "a", "completion": null}', "completion", "received nothing (null)"),
+        ('{"prompt": "a", "completion": ""}', "completion", "is empty"),
+        ('{"prompt": " \\n", "completion": "b"}', "prompt", "is only white space"),
+        ('{"prompt": "a", "completion": 4}', "completion", "received the number 4"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "completion", "is not text"),
+        ('{"prompt": [], "completion": "b"}', "prompt", "is an empty list"),
+        ('{"messages": "a"}', "messages", "is a list of messages"),
+        ('{"messages": [3]}', "messages[0]", "received the number 3"),
+        ('{"messages": [{"role": "user"}]}', "messages[0].content", "is missing"),
+        (turns(("user", None), ("assistant", "b")), "messages[0].content", "received nothing (null)"),
+        (
+            turns(("user", "a"), ("robot", "b")),
+            "messages[1].role",
+            'is system, user or assistant, received the text "r',
+        ),
+        (turns(("user", "a")), "messages", "last, an assistant turn"),
+        (
+            turns(
+                ("assistant", "a"),
+            ),
+            "messages",
+            "needs a user turn",
+        ),
+        (turns(("system", "a"), ("assistant", "b")), "messages", "is the user's, received system"),
+        (turns(("user", "a"), ("system", "s"), ("user", "b"), ("assistant", "c")), "messages", "can only come first"),
+        (
+            '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}',
+            "completion",
+            "holds assistant turns alone",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path: Path, row: str | bytes, field: str, said: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    (problem,) = problems_of(path, GOOD, row, GOOD)
+    assert (problem.file, problem.line) == (str(path), 2)
+    assert problem.field == field
+    assert said in problem.message
+
+
+def test_both_sides_of_a_row_are_reported(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path / "rows.jsonl", '{"prompt": "", "completion": null}')
+    assert [problem.field for problem in problems] == ["prompt", "completion"]
+
+
+def test_the_first_twenty_problems_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(["{}"] * 25))
+    with pytest.raises(DataError, match="and 5 more") as caught:
+        read_examples(path)
+    assert [problem.line for problem in caught.value.problems] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (problem,) = problems_of(tmp_path / "rows.jsonl", content)
+    assert "the file is empty" in problem.message
+
+
+def test_a_missing_file_or_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: 1 problem\n  - cannot be read: no such file"):
+        read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_examples(tmp_path)
+
+
+def test_problems_of_both_files_come_in_one_error(tmp_path: Path) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    train.write_text("{}\n")
+    with pytest.raises(DataError) as caught:
+        read_all(train, held_out)
+    assert [problem.file for problem in caught.value.problems] == [str(train), str(held_out)]
+    held_out.write_text(GOOD)
+    train.write_text(GOOD)
+    assert read_all(train, None) == [[FOUR], []]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "x"]), json_values))
+def test_any_json_object_is_either_an_example_or_named_problems(row: dict[str, Any]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        examples, problems = check_examples(path)
+    assert bool(examples) != bool(problems)
