@@ -142,7 +142,11 @@ def _result(
             }
             for i in shown
         ],
-        "memory": {"predicted_bytes": job.plan().memory.peak_bytes, "measured_bytes": peak_bytes()},
+        "memory": {
+            "predicted_bytes": job.plan().memory.peak_bytes,
+            "measured_bytes": peak_bytes(),
+            "peak_bytes_after": clock.peak_bytes,
+        },
         "seconds": {**clock.seconds, "total": time.monotonic() - clock.start},
         "steps": trained["steps"],
         "adapter": saved,
@@ -167,10 +171,12 @@ def peak_bytes() -> int:
 
 
 class _Clock:
-    """Names the phase in state.json, times it, and hands out throttled progress reporters."""
+    """Names the phase in state.json, times it, notes the peak so far, and hands out throttled progress reporters."""
 
     def __init__(self, job: Job):
-        self.job, self.seconds, self.start = job, dict[str, float](), time.monotonic()
+        self.job, self.start = job, time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
 
     @contextmanager
     def phase(self, name: str, key: str) -> Iterator[None]:
@@ -178,6 +184,7 @@ class _Clock:
         begun = time.monotonic()
         yield
         self.seconds[key] = time.monotonic() - begun
+        self.peak_bytes[key] = peak_bytes()
 
     def progress(self, phase: str) -> Callable[[int, int], None]:
         last = 0.0

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from studio.data import Example
 from studio.errors import TrainingError
@@ -34,7 +42,7 @@ def train(
     Raises:
         TrainingError: the loss became NaN or infinite; says at which step.
     """
-    repair_for_trl(model.get_base_model())
+    repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
     trainer = _FiniteLossTrainer(
         model=model,
         args=_config(recipe, len(examples), job),
