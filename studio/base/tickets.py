@@ -1,0 +1,81 @@
+"""The quickstart's instruction data: maintenance tickets in, one-line JSON records out.
+
+    python -m studio.base.tickets --out recipes/data
+
+The asset and the site are copied from the ticket; the fault class and the priority are inferred from its phrasing.
+Every asset number belongs to one split only, so no held-out ticket or record occurs in the training data.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from studio.base.words import EQUIPMENT, FAULTS, LIQUIDS, PARTS, PEOPLE, SITES, URGENCIES
+
+TRAIN_ROWS, EVAL_ROWS = 2400, 240
+
+TEMPLATES: tuple[str, ...] = (
+    "{Machine} {asset} at {site} {symptom}. {urgency}",
+    "{urgency} {asset} in {site} {symptom}.",
+    "Hello, this is {person} from {site}. Our {machine} {asset} {symptom}. {urgency}",
+    "{site} here: {asset} {symptom}. {urgency} Thanks, {person}",
+    "Ticket from {person}, {site}: the {machine} with tag {asset} {symptom}. {urgency}",
+    "{asset} {symptom}. The place is {site}. {urgency}",
+    "Can somebody look at {asset}? It {symptom}. {urgency} We are at {site}.",
+    "In {site} the {machine} {symptom}. Its tag is {asset}. {urgency}",
+    "{urgency} The {machine} here {symptom}. Site {site}, asset {asset}. {person}",
+    "{person} says that {asset} {symptom}. Go to {site}. {urgency}",
+    "Since this morning {asset} {symptom}. {urgency} Ask for {person} at {site}.",
+    "New problem at {site}: our {machine} {symptom}. {urgency} Number {asset}.",
+)
+
+Row = dict[str, list[dict[str, str]]]
+
+
+def ticket(rng: random.Random, asset_number: int) -> Row:
+    """Return one row: the user's ticket and the assistant's record of it."""
+    prefix = rng.choice(tuple(EQUIPMENT))
+    asset, site = f"{prefix}-{asset_number:04d}", rng.choice(SITES)
+    fault, priority = rng.choice(tuple(FAULTS)), rng.choice(tuple(URGENCIES))
+    text = rng.choice(TEMPLATES).format(
+        asset=asset,
+        site=site,
+        machine=EQUIPMENT[prefix],
+        Machine=EQUIPMENT[prefix].capitalize(),
+        person=rng.choice(PEOPLE),
+        symptom=rng.choice(FAULTS[fault]).format(part=rng.choice(PARTS), liquid=rng.choice(LIQUIDS)),
+        urgency=rng.choice(URGENCIES[priority]),
+    )
+    record = {"asset": asset, "site": site, "fault": fault, "priority": priority}
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": json.dumps(record)}]}
+
+
+def tickets(seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Return the training and the held-out rows; the same seed always gives the same rows."""
+    rng = random.Random(f"tickets/{seed}")
+    numbers = rng.sample(range(10_000), TRAIN_ROWS + EVAL_ROWS)
+    rows = [ticket(rng, number) for number in numbers]
+    return rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
+
+
+def write_tickets(directory: Path, seed: int = 0) -> None:
+    """Write tickets-train.jsonl and tickets-eval.jsonl, replacing what is there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("train", "eval"), tickets(seed), strict=True):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (directory / f"tickets-{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line of this module."""
+    parser = argparse.ArgumentParser(prog="python -m studio.base.tickets", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("recipes/data"), help="directory of the two files")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_tickets(arguments.out, arguments.seed)
+    print(f"{TRAIN_ROWS} training and {EVAL_ROWS} held-out tickets written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
