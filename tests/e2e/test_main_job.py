@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from studio import open_job
+from studio.job_files import lock_holders
 from tests.e2e.conftest import build_base, studio, write_recipe
 
 LOGITS_ATOL = 1e-4
@@ -143,3 +145,30 @@ def wait_for(condition: Any, timeout_seconds: float = 90.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
+
+
+def test_a_killed_worker_loses_neither_the_job_nor_its_result(tmp_path: Path) -> None:
+    base = build_base("llama4_text", tmp_path / "base")
+    recipe = write_recipe(tmp_path / "recipe.yaml", model={"base": str(base)}, training={"max_steps": 30})
+    assert studio("run", recipe, "--detach").returncode == 0
+    job = open_job(tmp_path / "job")
+    wait_for(lambda: job.state().phase == "training")
+    workers = [pid for pid in lock_holders(job.path / "lock") if os.getsid(pid) == pid]
+    os.kill(workers[0], signal.SIGKILL)
+    assert job.state().status == "running"  # the training process holds the lock
+    wait_for(lambda: job.state().ended)
+    assert job.state().status == "succeeded" and (job.path / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_job_whose_processes_are_all_killed_is_lost_and_can_be_replaced(tmp_path: Path) -> None:
+    base = build_base("llama4_text", tmp_path / "base")
+    long = write_recipe(tmp_path / "long.yaml", model={"base": str(base)}, training={"max_steps": 100_000})
+    assert studio("run", long, "--detach").returncode == 0
+    job = open_job(tmp_path / "job")
+    wait_for(lambda: job.state().phase == "training")
+    for pid in lock_holders(job.path / "lock"):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not job.is_alive())
+    assert job.state().status == "lost" and not (job.path / "adapter").exists()
+    short = write_recipe(tmp_path / "short.yaml", model={"base": str(base)}, training={"max_steps": 2})
+    assert studio("run", short, "--overwrite").returncode == 0
