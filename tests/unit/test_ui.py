@@ -1,0 +1,233 @@
+"""The browser UI without a browser: form ⇄ YAML, the words at the field, names, escaping, who may talk to the app."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from studio import JobError, StudioError, parse_recipe
+from studio.jobs import JobState
+from ui import drafts, fields
+from ui.guard import LocalOnly
+from ui.html import el
+from ui.job_views import loss_points, seconds_left
+from ui.places import RECIPES, Places, Source, checked_name
+
+QUICKSTART = Source("recipe", "quickstart")
+LINES = {"routed_experts": "[0, 3]", "trl": "{neftune_noise_alpha: 5}", "epochs": "2"}
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places(tmp_path / "runs", RECIPES)
+
+
+@pytest.fixture
+def text(places: Places) -> str:
+    return drafts.opened(QUICKSTART, places)
+
+
+def line_of(text: str, start: str) -> int:
+    return next(i for i, line in enumerate(text.splitlines(), start=1) if line.strip().startswith(start))
+
+
+# -------------------------------------------------------------------- form ⇄ YAML
+
+
+def test_the_form_has_every_field_of_the_schema_and_every_hint() -> None:
+    recipe = parse_recipe("data: {train: a.jsonl}\noutput: {dir: runs/a}").model_dump()
+    expected = {f"{s}.{k}" for s, values in recipe.items() if s != "trl" for k in values} | {"trl"}
+    assert {field.path for field in fields.fields()} == expected
+    assert all(field.hint for field in fields.fields())
+
+
+def test_the_tables_of_titles_and_essential_fields_name_fields_that_exist() -> None:
+    paths = {field.path for field in fields.fields()}
+    assert set(fields.TITLES) <= paths | {section.name for section in fields.sections()}
+    assert {f"{s}.{n}" for s, names in fields.ESSENTIAL.items() for n in names} <= paths
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_form_that_nobody_touched_leaves_the_text_alone(path: Path) -> None:
+    text = path.read_text()
+    assert fields.written(text, fields.shown(fields.load(text))) == text
+
+
+@pytest.mark.parametrize("name", sorted(LINES))
+def test_an_edit_in_the_form_is_one_line_in_the_yaml(text: str, places: Places, name: str) -> None:
+    field = next(field for field in fields.fields() if field.name == name)
+    after = drafts.from_form(text, {field.path: LINES[name]})
+    changed = [(a, b) for a, b in zip(text.splitlines(), after.splitlines(), strict=True) if a != b]
+    assert [b.strip() for _, b in changed] == [f"{name}: {LINES[name]}"]
+    draft = drafts.check(after, QUICKSTART, places)
+    assert not draft.problems and draft.values and draft.values[field.path] == LINES[name]
+
+
+def test_spelling_and_comments_stay(text: str) -> None:
+    after = drafts.from_form(text, {"training.learning_rate": "1.50e-4"})
+    assert "learning_rate: 1.50e-4" in after and "router_rank: 0 # frozen" in after and after.startswith("# QLoRA")
+
+
+def test_experts_can_be_typed_without_brackets_and_nothing_means_null(text: str, places: Places) -> None:
+    edits = {"adapter.routed_experts": "0, 3", "training.epochs": "", "training.max_steps": "20"}
+    draft = drafts.check(drafts.from_form(text, edits), QUICKSTART, places)
+    assert draft.recipe and draft.recipe.adapter.routed_experts == (0, 3)
+    assert draft.recipe.training.epochs is None and draft.recipe.training.max_steps == 20
+
+
+def test_max_steps_alone_shows_no_epochs() -> None:
+    assert fields.shown({"training": {"max_steps": 20}})["training.epochs"] == ""
+    assert fields.shown({})["training.epochs"] == "3.0"
+
+
+@given(
+    rank=st.integers(-5, 2000),
+    rate=st.floats(1e-9, 2.0),
+    switch=st.booleans(),
+    words=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_typed_in_the_form_comes_back_from_the_yaml(rank: int, rate: float, switch: bool, words: str) -> None:
+    text = (RECIPES / "quickstart.yaml").read_text()
+    words = words.strip()
+    edits = {
+        "adapter.attention_rank": str(rank),
+        "training.learning_rate": repr(rate),
+        "model.double_quant": switch,
+        "data.train": words,
+    }
+    shown = fields.shown(fields.load(fields.written(text, edits)))
+    assert {path: shown[path] for path in edits} == edits
+
+
+# -------------------------------------------------------------------- what is wrong, and where
+
+
+def test_problems_stand_at_their_field_and_line(text: str, places: Places) -> None:
+    edits = {"adapter.attention_rank": "many", "training.epochs": "-1"}
+    draft = drafts.check(drafts.from_form(text, edits), QUICKSTART, places)
+    found = draft.by_place()
+    assert set(found) == set(edits)
+    assert found["adapter.attention_rank"] == (
+        'Received the text "many"; allowed: a whole number, at least 0, at most 1024'
+    )
+    assert draft.lines() == [line_of(draft.text, "attention_rank"), line_of(draft.text, "epochs")]
+    assert draft.recipe is None
+
+
+def test_an_unknown_key_stands_at_its_section(text: str, places: Places) -> None:
+    draft = drafts.check(text.replace("alpha: 32", "alpah: 32"), QUICKSTART, places)
+    assert draft.by_place() == {"adapter": 'Alpah: unknown key; did you mean "alpha"?'}
+
+
+def test_a_text_that_is_no_yaml_keeps_itself_and_locks_the_form(text: str, places: Places) -> None:
+    broken = text + "\n  [oops"
+    draft = drafts.check(broken, QUICKSTART, places)
+    assert draft.text == broken and draft.values is None and draft.lines()
+    assert drafts.from_form(broken, {"training.epochs": "9"}) == broken
+
+
+@pytest.mark.parametrize("where", ["elsewhere/job", "/etc/job", "runs/a/b", "runs/../job"])
+def test_the_job_directory_lies_in_the_jobs_root(
+    text: str, places: Places, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places.jobs_root.parent)
+    inside = drafts.check(drafts.from_form(text, {"output.dir": "runs/job"}), QUICKSTART, places)
+    outside = drafts.check(drafts.from_form(text, {"output.dir": where}), QUICKSTART, places)
+    assert inside.recipe and inside.recipe.output.dir == places.jobs_root / "job"
+    assert (
+        set(outside.by_place()) == {"output.dir"} and "jobs started in the browser" in outside.by_place()["output.dir"]
+    )
+
+
+@given(typed=st.text(max_size=60), at=st.integers(0, 900))
+@settings(max_examples=60, deadline=None)
+def test_checking_never_fails_whatever_is_typed(typed: str, at: int) -> None:
+    text = (RECIPES / "quickstart.yaml").read_text()
+    draft = drafts.check(text[:at] + typed + text[at:], QUICKSTART, Places(Path("/nowhere"), RECIPES))
+    assert draft.problems  # at least: the job directory is not in /nowhere
+
+
+# -------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../a", "/etc", "a\\b", "a\x00b", "a\nb", "x" * 201])
+def test_names_that_could_leave_their_folder_are_refused(places: Places, name: str) -> None:
+    with pytest.raises(StudioError, match="allowed: a name"):
+        checked_name(name)
+    for kind in ("job", "recipe"):
+        with pytest.raises(StudioError):
+            Source.parse(f"{kind}:{name}")
+
+
+def test_a_link_out_of_the_root_is_no_job(places: Places, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    places.jobs_root.mkdir()
+    (places.jobs_root / "inside").symlink_to(tmp_path / "outside")
+    with pytest.raises(JobError, match="leads out of"):
+        places.job("inside")
+    with pytest.raises(JobError, match="There is no job"):
+        places.job("other")
+
+
+def test_free_names_count_up(places: Places) -> None:
+    for name in ("a", "a-2", "b-7"):
+        (places.jobs_root / name).mkdir(parents=True)
+    assert [places.free_name(name) for name in ("c", "a", "a-2", "b-7", "c-3")] == ["c", "a-3", "a-3", "b-2", "c-3"]
+
+
+# -------------------------------------------------------------------- what is shown
+
+
+def test_text_is_escaped_wherever_it_stands() -> None:
+    evil = "<img src=x onerror=\"alert('x')\">"
+    shown = el("p", evil, el("b", evil), title=evil)
+    assert "<img" not in shown and shown.count("&lt;img") == 3 and '"alert' not in shown
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
+    rows = [{"kind": "train", "step": step, "loss": 1000.0 - step} for step in range(1, 1001)]
+    assert loss_points(rows, most=1000) == [(step, 1000.0 - step) for step in range(1, 1001)]
+    thin = loss_points(rows, most=100)
+    assert len(thin) == 100 and thin[-1] == (1000, 4.5) and thin[0] == (10, 994.5)
+    assert loss_points([{"kind": "train", "step": 1, "loss": None}]) == []
+
+
+def test_the_time_left_is_that_of_the_steps_left() -> None:
+    rows = [{"kind": "train", "step": step, "time": 100.0 + 2 * step} for step in (1, 5, 11)]
+    state = JobState(created_at=0.0, status="running", phase="training", step=11, total_steps=31)
+    assert seconds_left(state, rows) == pytest.approx(40.0)
+    assert seconds_left(state, rows[:1]) is None
+    assert seconds_left(state.model_copy(update={"phase": "saving"}), rows) is None
+
+
+# -------------------------------------------------------------------- who may talk to the app
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost:80"}, 200),
+        ({"origin": "http://127.0.0.1:7860"}, 200),
+        ({"host": "evil.example"}, 400),
+        ({"host": "127.0.0.1.evil.example"}, 400),
+        ({"host": "[::1"}, 400),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://127.0.0.1:9999"}, 403),
+        ({"origin": "null"}, 403),
+    ],
+)
+def test_only_pages_of_this_app_on_this_machine_are_answered(headers: dict[str, str], status: int) -> None:
+    app = LocalOnly(Starlette(routes=[Route("/", lambda request: PlainTextResponse("hello"))]))
+    answer = TestClient(app, base_url="http://127.0.0.1:7860").get("/", headers=headers)
+    assert answer.status_code == status
+    if status == 200:
+        assert "default-src 'self'" in answer.headers["content-security-policy"]

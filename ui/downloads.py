@@ -1,0 +1,60 @@
+"""The adapter of a job as one zip file: GET /adapter/NAME."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from typing import IO
+from urllib.parse import quote
+
+from fastapi import FastAPI, HTTPException
+from starlette.responses import StreamingResponse
+
+from studio import Job, StudioError
+from ui.places import Places
+
+CHUNK_BYTES = 1 << 20
+
+
+def add_downloads(app: FastAPI, places: Places) -> None:
+    """Adds the route; a plain `def`, so that it runs beside the event loop."""
+
+    @app.get("/adapter/{name}")
+    def adapter(name: str) -> StreamingResponse:
+        try:
+            job = places.job(name)
+        except StudioError as error:
+            raise HTTPException(404, str(error)) from None
+        if not has_adapter(job):
+            raise HTTPException(404, f"{job.name} has no adapter")
+        return _sent(adapter_zip(job), f"{job.name}-adapter.zip")
+
+
+def has_adapter(job: Job) -> bool:
+    return (job.path / "adapter" / "adapter_config.json").is_file()
+
+
+def adapter_zip(job: Job) -> IO[bytes]:
+    """A nameless file in the job directory that holds the zip; it is gone when closed. Weights do not compress."""
+    folder = job.path / "adapter"
+    file = tempfile.TemporaryFile(dir=job.path)  # noqa: SIM115 (closed when it has been sent)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                archive.write(path, path.relative_to(folder))
+    return file
+
+
+def _sent(file: IO[bytes], name: str) -> StreamingResponse:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}", "Content-Length": str(size)}
+    return StreamingResponse(_chunks(file), media_type="application/zip", headers=headers)
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

@@ -1,0 +1,291 @@
+"""The fields of a recipe's form, read off its JSON Schema, and their way to YAML and back. No gradio here.
+
+schema ──▶ Field …          values in YAML ── shown ──▶ what the form shows ── written ──▶ values in YAML
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from io import StringIO
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.constructor import RoundTripConstructor
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+import studio
+
+Kind = Literal["switch", "choice", "text"]
+FormValue = str | bool | None
+Schema = Mapping[str, Any]
+
+ESSENTIAL = {
+    "model": ("base", "quantization"),
+    "data": ("train", "eval"),
+    "adapter": ("attention_rank", "shared_expert_rank", "routed_experts_rank", "routed_experts"),
+    "training": ("epochs", "learning_rate", "batch_size"),
+    "evaluation": ("examples", "generations"),
+    "output": ("dir",),
+}
+"""What is always in sight; every other field is folded, in its section, in the order of the schema."""
+
+TITLES = {
+    "model.base": "Base model",
+    "model.quantization": "Weights in memory",
+    "model.double_quant": "Double quantisation",
+    "model.dtype": "Number type",
+    "data.train": "Training examples",
+    "data.eval": "Held-out examples",
+    "data.max_length_tokens": "Longest example (tokens)",
+    "adapter.routed_experts": "Which routed experts",
+    "training.lr_scheduler": "Learning rate schedule",
+    "training.max_grad_norm": "Largest gradient norm",
+    "training.max_steps": "Steps, instead of epochs",
+    "training.logging_steps": "Steps between loss points",
+    "evaluation.examples": "Examples to compare on",
+    "evaluation.generations": "Answers to show",
+    "evaluation.max_new_tokens": "Longest answer (tokens)",
+    "trl": "Further TRL options",
+    "output.dir": "Job directory",
+}
+"""Titles where the key alone reads badly."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the form.
+
+    Attributes:
+        path: where it stands in the recipe, as "training.epochs"; a top-level field has no section.
+        hint: the description in the schema.
+        kind: a switch for booleans, a choice for enumerations, text for the rest.
+        default: the value where the recipe says nothing.
+        choices: what a choice offers.
+        nullable: an empty text means null.
+        is_text: the value is text and is not read as a number or list.
+        is_list: a list is allowed, so that "0, 3" is read as one.
+    """
+
+    path: str
+    hint: str
+    kind: Kind
+    default: Any
+    choices: tuple[str, ...]
+    nullable: bool
+    is_text: bool
+    is_list: bool
+
+    @property
+    def section(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.path, self.name.replace("_", " ").capitalize())
+
+    @property
+    def essential(self) -> bool:
+        return self.name in ESSENTIAL.get(self.section, ())
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the recipe; the top-level fields are one of their own, named ""."""
+
+    name: str
+    hint: str
+    fields: tuple[Field, ...]
+
+
+@cache
+def sections() -> tuple[Section, ...]:
+    """The sections of the recipe's schema, in its order."""
+    root = studio.recipe_schema()
+    found = []
+    for name, schema in root["properties"].items():
+        inner = _resolved(schema, root)
+        if "properties" in inner:
+            own = tuple(_field(f"{name}.{key}", value, root) for key, value in inner["properties"].items())
+            hint = schema.get("description", inner.get("description", ""))
+            found.append(Section(name, str(hint), own))
+        else:
+            found.append(Section(name, "", (_field(name, schema, root),)))
+    return tuple(found)
+
+
+@cache
+def fields() -> tuple[Field, ...]:
+    """Every field of the form."""
+    return tuple(field for section in sections() for field in section.fields)
+
+
+def shown(document: Mapping[str, Any]) -> dict[str, FormValue]:
+    """What the form shows of the YAML mapping `document`, field by field; its defaults where it says nothing."""
+    return {field.path: _shown(field, document) for field in fields()}
+
+
+def written(text: str, values: Mapping[str, FormValue]) -> str:
+    """The YAML `text` with the form's `values` in it: fields that show the same already stay as they are written.
+
+    Comments and the order of the keys stay. `text` must be a YAML mapping.
+    """
+    document = load(text)
+    before = shown(document)
+    changed = [field for field in fields() if values.get(field.path, before[field.path]) != before[field.path]]
+    if not changed:
+        return text
+    for field in changed:
+        _section_of(document, field)[field.name] = _value(field, values[field.path])
+    return dump(document)
+
+
+def load(text: str) -> CommentedMap:
+    """The YAML mapping `text` with its comments and spellings.
+
+    Raises:
+        YAMLError, ValueError: it is no YAML mapping.
+    """
+    document = _yaml().load(text)
+    if not isinstance(document, CommentedMap):
+        raise ValueError("not a mapping")
+    return document
+
+
+def dump(document: Any) -> str:
+    stream = StringIO()
+    _yaml().dump(document, stream)
+    return stream.getvalue()
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.Constructor, yaml.Representer = _AsSpelled, _NullIsSaid
+    yaml.preserve_quotes = True
+    yaml.width = 10_000
+    return yaml
+
+
+class _Float(float):
+    """A float that remembers its spelling: ruamel's own writes 5.960464477539063e-08 back with another last digit."""
+
+    text: str
+
+
+class _AsSpelled(RoundTripConstructor):
+    """Reads floats as `_Float`."""
+
+    def construct_yaml_float(self, node: ScalarNode) -> _Float:
+        value = _Float(super().construct_yaml_float(node))
+        value.text = str(node.value)
+        return value
+
+
+_AsSpelled.add_constructor("tag:yaml.org,2002:float", _AsSpelled.construct_yaml_float)
+
+
+class _NullIsSaid(RoundTripRepresenter):
+    """Writes null as `null`, where ruamel writes nothing, and floats as they were spelled."""
+
+
+_NullIsSaid.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+_NullIsSaid.add_representer(_Float, lambda self, value: self.represent_scalar("tag:yaml.org,2002:float", value.text))
+
+
+def _field(path: str, schema: Schema, root: Schema) -> Field:
+    options = [_resolved(option, root) for option in schema.get("anyOf", [schema])]
+    types = {option.get("type") for option in options}
+    choices = () if "anyOf" in schema else tuple(schema.get("enum", [schema["const"]] if "const" in schema else []))
+    return Field(
+        path=path,
+        hint=str(schema.get("description", "")),
+        kind="switch" if types == {"boolean"} else "choice" if choices else "text",
+        default=schema.get("default", {} if "object" in types else None),
+        choices=choices,
+        nullable="null" in types,
+        is_text=types <= {"string", "null"},
+        is_list="array" in types,
+    )
+
+
+def _resolved(schema: Schema, root: Schema) -> Schema:
+    reference = schema.get("$ref")
+    return root["$defs"][reference.rsplit("/", 1)[-1]] if reference else schema
+
+
+def _shown(field: Field, document: Mapping[str, Any]) -> FormValue:
+    section = document.get(field.section) if field.section else document
+    value = _default(field, section)
+    if isinstance(section, Mapping) and field.name in section:
+        value = section[field.name]
+    if field.kind == "switch":
+        return value if isinstance(value, bool) else bool(field.default)
+    if field.kind == "choice":
+        return value if value in field.choices else None
+    return _as_text(value)
+
+
+def _default(field: Field, section: Any) -> Any:
+    """As the Recipe has it: max_steps alone takes the place of epochs."""
+    if field.path == "training.epochs" and isinstance(section, Mapping) and section.get("max_steps") is not None:
+        return None
+    return field.default
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, dict | list):
+        return _flow(value)
+    return dump(value).removesuffix("...\n").strip()
+
+
+def _flow(value: Any) -> str:
+    """A list or mapping on one line."""
+    yaml, stream = YAML(), StringIO()
+    yaml.default_flow_style, yaml.width = True, 10_000
+    yaml.dump(_plain(value), stream)
+    return stream.getvalue().strip()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _section_of(document: CommentedMap, field: Field) -> CommentedMap:
+    if not field.section:
+        return document
+    if not isinstance(document.get(field.section), CommentedMap):
+        document[field.section] = CommentedMap()
+    section: CommentedMap = document[field.section]
+    return section
+
+
+def _value(field: Field, shown_value: FormValue) -> Any:
+    """What the form shows as a value for YAML; text that is no number or list stays text, for the schema to refuse."""
+    if not isinstance(shown_value, str) or field.kind != "text":
+        return shown_value
+    text = shown_value.strip()
+    if not text:
+        return {} if field.path == "trl" else None if not field.is_text or field.nullable else ""
+    if field.is_text:
+        return text
+    if field.is_list and "," in text and not text.startswith("["):
+        text = f"[{text}]"
+    try:
+        value = _yaml().load(text)
+    except (YAMLError, ValueError):
+        return text
+    return text if value is None and text.lower() not in ("null", "~") else value

@@ -1,0 +1,135 @@
+"""The form: one Gradio component for each field of the recipe's schema, and the updates that keep it in step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from ui import fields
+from ui.drafts import Draft
+from ui.fields import Field, FormValue, Section
+from ui.html import el, join
+from ui.look import show
+
+ALWAYS = "field"
+WIDE = {"model.base", "data.train", "data.eval", "output.dir", "trl"}
+"""Fields that take a whole row: paths and free text."""
+
+Updates = dict[Any, Any]
+Shown = dict[str, Any]
+"""What the page shows now: the error of each place, and whether the form is locked."""
+
+
+@dataclass
+class Form:
+    """The components by field path, and the note of each section."""
+
+    components: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> list[Any]:
+        return list(self.components.values())
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [*self.components.values(), *self.notes.values()]
+
+    def values(self, given: Sequence[FormValue]) -> dict[str, FormValue]:
+        """The values that Gradio hands over, by field path."""
+        return dict(zip(self.components, given, strict=True))
+
+    def updates(self, draft: Draft, given: Mapping[str, FormValue], before: Shown, after: Shown) -> Updates:
+        """Updates by component: values that the draft has otherwise than the form, and what `errors` finds."""
+        values = draft.values or given
+        changes = self._changes(before, after)
+        for path, value in values.items():
+            if value != given.get(path):
+                changes.setdefault(path, {})["value"] = value
+        return self._as_updates(changes) | self._note_updates(before, after)
+
+    def errors(self, before: Shown, after: Shown) -> Updates:
+        """Updates by component for the errors that came or went; no value is touched."""
+        return self._as_updates(self._changes(before, after)) | self._note_updates(before, after)
+
+    def _changes(self, before: Shown, after: Shown) -> dict[str, dict[str, Any]]:
+        found = {entry.path: _field_changes(entry, before, after) for entry in fields.fields()}
+        return {path: changes for path, changes in found.items() if changes}
+
+    def _as_updates(self, changes: Mapping[str, dict[str, Any]]) -> Updates:
+        return {self.components[path]: gr.update(**change) for path, change in changes.items()}
+
+    def _note_updates(self, before: Shown, after: Shown) -> Updates:
+        found: Updates = {}
+        for name, component in self.notes.items():
+            error = after["errors"].get(name)
+            if error != before["errors"].get(name):
+                view = el("p", error, cls="section-error", role="alert") if error else ""
+                found[component] = gr.update(value=view, visible=bool(error))
+        return found
+
+
+NOTHING_SHOWN: Shown = {"errors": {}, "locked": False}
+
+
+def shown_of(draft: Draft) -> Shown:
+    return {"errors": draft.by_place(), "locked": draft.values is None}
+
+
+def build_form() -> Form:
+    """The form in the current Gradio context, its fields at their defaults."""
+    form = Form()
+    for section in fields.sections():
+        with gr.Column(elem_classes=["card", "section"]):
+            _build_section(form, section)
+    return form
+
+
+def _build_section(form: Form, section: Section) -> None:
+    essential = [entry for entry in section.fields if entry.essential]
+    rare = [entry for entry in section.fields if not entry.essential]
+    title = section.name.capitalize() if essential else rare[0].title
+    if essential:
+        show(join(el("h2", title), el("p", section.hint, cls="quiet-text")))
+        form.notes[section.name] = show(visible=False)
+        _build_fields(form, essential)
+    if rare:
+        label = f"More {section.name} settings" if essential else title
+        with gr.Accordion(label, open=False, elem_classes="more"):
+            _build_fields(form, rare)
+
+
+def _build_fields(form: Form, entries: Sequence[Field]) -> None:
+    wide = [entry for entry in entries if entry.path in WIDE]
+    narrow = [entry for entry in entries if entry.path not in WIDE]
+    for entry in wide:
+        form.components[entry.path] = _component(entry)
+    columns = 3 if len(narrow) in (3, 5, 6) else 2
+    for start in range(0, len(narrow), columns):
+        with gr.Row(equal_height=True):
+            for entry in narrow[start : start + columns]:
+                form.components[entry.path] = _component(entry)
+
+
+def _component(entry: Field) -> Any:
+    common: dict[str, Any] = {"label": entry.title, "info": entry.hint, "elem_classes": [ALWAYS], "min_width": 120}
+    value: Any = fields.shown({})[entry.path]
+    if entry.kind == "switch":
+        return gr.Checkbox(value, interactive=True, **common)
+    if entry.kind == "choice":
+        return gr.Dropdown(list(entry.choices), value=value, interactive=True, filterable=False, **common)
+    empty = "empty: null" if entry.nullable else ""
+    return gr.Textbox(value, placeholder=empty, interactive=True, max_lines=1, **common)
+
+
+def _field_changes(entry: Field, before: Shown, after: Shown) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    error = after["errors"].get(entry.path)
+    if error != before["errors"].get(entry.path):
+        changes |= {"info": error or entry.hint, "elem_classes": [ALWAYS, "invalid"] if error else [ALWAYS]}
+    if after["locked"] != before["locked"]:
+        changes["interactive"] = not after["locked"]
+    return changes

@@ -1,0 +1,5 @@
+"""The pages, one file each: TITLE, PATH and build(places). The first is the one at /."""
+
+from ui.pages import finetune, jobs
+
+PAGES = (finetune, jobs)

@@ -1,0 +1,357 @@
+"""The page Fine-tune: open a recipe, edit it as a form or as YAML, see its plan, start its job.
+
+The YAML text is the one truth. Every edit leads to a new Draft, and `_follow` turns a Draft into what the page shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+import studio
+from studio import OutputExistsError, StudioError
+from ui import drafts, fields
+from ui.drafts import Draft
+from ui.form import NOTHING_SHOWN, Form, Shown, build_form, shown_of
+from ui.html import el, join
+from ui.look import show
+from ui.places import Places, Source
+from ui.views import error_note, note, page_head, plan_view
+
+TITLE = "Fine-tune"
+PATH = ""
+
+FIRST = "recipe:quickstart"
+TO_JOB = "(name) => { if (name) window.location.assign('jobs?job=' + encodeURIComponent(name)); }"
+TO_PLAN = "() => setTimeout(() => document.querySelector('.plan-panel')?.scrollIntoView({behavior: 'smooth'}), 150)"
+FORGET_QUESTION = (
+    "() => { if (location.search.includes('recipe=')) history.replaceState(null, '', location.pathname); }"
+)
+"""Once opened, so that a reload shows the edits and not the recipe again."""
+
+Updates = dict[Any, Any]
+
+
+@dataclass
+class Page:
+    """The components, and what their handlers do. `origin` is the source that the text came from."""
+
+    places: Places
+    form: Form
+    source: Any
+    undo: Any
+    text: Any
+    verdict: Any
+    panel: Any
+    plan: Any
+    exists: Any
+    exists_text: Any
+    rename: Any
+    replace: Any
+    back: Any
+    status: Any
+    see_plan: Any
+    start: Any
+    origin: Any
+    shown: Any
+    seen: Any
+    planned: Any
+    replaced: Any
+    kept: Any
+    started: Any
+
+    @property
+    def state(self) -> list[Any]:
+        """What every edit needs to know."""
+        return [self.origin, self.text, self.shown, self.planned, *self.form.inputs]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Everything that a handler may change."""
+        own = [value for name, value in vars(self).items() if name not in ("places", "form")]
+        return [*own, *self.form.outputs]
+
+    # ---------------------------------------------------------------- editing
+
+    def on_form(self, seen: dict[str, Any], origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
+        """An edit in the form: what differs from `seen`, the values that were last here or sent from here."""
+        values = self.form.values(given)
+        edits = {path: value for path, value in values.items() if value != seen[path]}
+        if not edits:
+            return {self.seen: gr.skip()}
+        after = drafts.from_form(text, edits)
+        changed = {self.text: after} if after != text else {}
+        follow = self._follow(origin, after, shown, planned, *given)
+        untouched = {field: update for field, update in follow.items() if field not in self.form.inputs}
+        return changed | untouched | self.form.errors(shown, follow[self.shown]) | {self.seen: values}
+
+    def on_text(self, origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
+        """An edit in the YAML: the form follows."""
+        return self._follow(origin, text, shown, planned, *given)
+
+    def on_open(self, source: str, origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
+        """Another recipe: its text replaces what is there, which can be brought back."""
+        try:
+            after = drafts.opened(Source.parse(source), self.places)
+        except StudioError as error:
+            gr.Warning(str(error))
+            return {self.source: origin}
+        follow = self._follow(source, after, shown, planned, *given)
+        return {self.text: after, self.replaced: [origin, text], self.undo: gr.update(visible=True), **follow}
+
+    def on_undo(self, replaced: list[str], origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
+        """The text that was there before another recipe was opened."""
+        source, before = replaced
+        follow = self._follow(source, before, shown, planned, *given)
+        return {self.text: before, self.source: source, self.undo: gr.update(visible=False), **follow}
+
+    def on_load(self, request: gr.Request, kept: Any, *given: Any) -> Updates:
+        """The recipe in the address (?recipe=job:NAME), else the last edits in this browser, else the first recipe."""
+        choices = self.places.sources()
+        asked, last = self._asked(request.query_params.get("recipe")), self._last(kept)
+        origin, text = asked or last or self._asked(FIRST) or (FIRST, "")
+        known = origin in [value for _, value in choices]
+        covered = {self.replaced: last, self.undo: gr.update(visible=True)} if asked and last else {}
+        return {
+            **covered,
+            self.source: gr.update(choices=choices, value=origin if known else None),
+            self.text: text,
+            **self._follow(origin, text, NOTHING_SHOWN, "", *given),
+        }
+
+    def _asked(self, source: str | None) -> tuple[str, str] | None:
+        try:
+            return (source, drafts.opened(Source.parse(source), self.places)) if source else None
+        except StudioError as error:
+            gr.Warning(str(error))
+            return None
+
+    def _last(self, kept: Any) -> tuple[str, str] | None:
+        """The edits that this browser kept; a job that was started from them keeps its name for itself."""
+        try:
+            origin, text = str(Source.parse(kept["source"])), str(kept["text"])
+            return origin, drafts.with_free_name(text, self.places) if kept["submitted"] else text
+        except (StudioError, KeyError, TypeError, AttributeError):  # nothing kept, or not by this version
+            return None
+
+    def _follow(
+        self, origin: str, text: str, shown: Shown, planned: str, *given: Any, submitted: bool = False
+    ) -> Updates:
+        """What the page shows of this text."""
+        draft = drafts.check(text, Source.parse(origin), self.places)
+        after = shown_of(draft)
+        return {
+            **self.form.updates(draft, self.form.values(given), shown, after),
+            self.seen: draft.values or self.form.values(given),
+            **self._next_step(draft, planned),
+            self.verdict: _verdict(draft),
+            self.origin: origin,
+            self.shown: after,
+            self.kept: {"source": origin, "text": text, "submitted": submitted},
+        }
+
+    def _next_step(self, draft: Draft, planned: str) -> Updates:
+        """The line and the one primary button at the foot of the page."""
+        ready = draft.recipe is not None and planned == draft.text
+        label = "See the new plan" if planned else "See the plan"
+        return {
+            self.status: _status(draft, planned),
+            self.see_plan: gr.update(value=label, visible=not ready, interactive=draft.recipe is not None),
+            self.start: gr.update(visible=ready),
+            self.exists: gr.update(visible=False),
+            self.panel: gr.update(elem_classes=["card", "plan-panel"] + ([] if ready else ["stale"])),
+        }
+
+    # ---------------------------------------------------------------- plan and start
+
+    def on_plan(self, origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
+        """The plan of the text, or why there can be none."""
+        draft = drafts.check(text, Source.parse(origin), self.places)
+        if draft.recipe is None:
+            return self._follow(origin, text, shown, planned, *given)
+        panel = {self.panel: gr.update(visible=True, elem_classes=["card", "plan-panel"])}
+        try:
+            view = plan_view(studio.make_plan(draft.recipe))
+        except StudioError as error:
+            view = error_note("This recipe cannot be trained yet", error)
+            told = el("p", "This recipe cannot be trained yet: see the plan.", cls="bad")
+            follow = self._follow(origin, text, shown, "", *given)
+            return {**follow, **panel, self.plan: view, self.planned: "", self.status: told}
+        return {**self._follow(origin, text, shown, text, *given), **panel, self.plan: view, self.planned: text}
+
+    def on_start(self, origin: str, text: str, overwrite: bool = False) -> Updates:
+        """Starts the job; its name goes into `started`, from where the browser opens its page."""
+        draft = drafts.check(text, Source.parse(origin), self.places)
+        if draft.recipe is None:
+            return {self.verdict: _verdict(draft)}
+        try:
+            job = studio.submit(draft.recipe, overwrite=overwrite)
+        except OutputExistsError as error:
+            return self._ask_about(draft.recipe.output.dir.name, error, overwrite)
+        except StudioError as error:
+            return {self.plan: error_note("The job was not started", error), self.started: ""}
+        kept = {"source": origin, "text": text, "submitted": True}
+        return {self.started: job.name, self.kept: kept, self.exists: gr.update(visible=False)}
+
+    def on_replace(self, origin: str, text: str) -> Updates:
+        return self.on_start(origin, text, overwrite=True)
+
+    def _ask_about(self, name: str, error: OutputExistsError, overwrite: bool) -> Updates:
+        """Overwrite, or another name?"""
+        free = self.places.free_name(name)
+        words = f"Use the name {free}, or replace the old job: its adapter, log and results are deleted."
+        view = (
+            error_note("It cannot be replaced", error)
+            if overwrite
+            else note("warning", f"A job named {name} exists already", el("p", words))
+        )
+        return {
+            self.exists: gr.update(visible=True),
+            self.exists_text: view,
+            self.rename: f"Start as {free}",
+            self.replace: gr.update(visible=not overwrite),
+            self.started: "",
+            self.start: gr.update(visible=False),
+            self.status: el("p", "One thing to decide before it starts."),
+        }
+
+    def on_rename(self, origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
+        """A name that is free, written into the recipe; nothing else of the plan changes with it."""
+        after = drafts.with_free_name(text, self.places)
+        follow = self._follow(origin, after, shown, after if planned == text else planned, *given)
+        return {self.text: after, self.planned: after if planned == text else planned, **follow}
+
+
+def build(places: Places) -> None:
+    """Builds the page in the current Gradio context."""
+    page = _layout(places)
+    private: dict[str, Any] = {"api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", **private}
+    typed: dict[str, Any] = {
+        "trigger_mode": "always_last",
+        "concurrency_id": "typing",
+        "concurrency_limit": 1,
+        **quiet,
+    }
+    outputs = page.outputs
+    gr.on([entry.input for entry in page.form.inputs], page.on_form, [page.seen, *page.state], outputs, **typed)
+    page.text.input(page.on_text, page.state, outputs, **typed)
+    page.source.input(page.on_open, [page.source, *page.state], outputs, **quiet)
+    page.undo.click(page.on_undo, [page.replaced, *page.state], outputs, **quiet)
+    page.see_plan.click(page.on_plan, page.state, outputs, **quiet).then(None, js=TO_PLAN, **private)
+
+    start: dict[str, Any] = {"inputs": [page.origin, page.text], "outputs": outputs, **quiet}
+    follow: dict[str, Any] = {"fn": None, "inputs": page.started, "js": TO_JOB, **private}
+    page.start.click(page.on_start, **start).then(**follow)
+    page.replace.click(page.on_replace, **start).then(**follow)
+    page.rename.click(page.on_rename, page.state, outputs, **quiet).then(page.on_start, **start).then(**follow)
+    page.back.click(page.on_text, page.state, outputs, **quiet)
+
+    block = gr.context.Context.root_block
+    assert block is not None
+    loaded = block.load(page.on_load, [page.kept, *page.form.inputs], outputs, **quiet)
+    loaded.then(None, js=FORGET_QUESTION, **private)
+
+
+def _layout(places: Places) -> Page:
+    with gr.Row(elem_classes="opener"):
+        with gr.Column(scale=1, min_width=380):
+            show(
+                page_head(
+                    "Fine-tune a Mixture-of-Experts model", "Open a recipe, change what you need, see its plan, start."
+                )
+            )
+        undo = gr.Button("Bring back my edits", visible=False, scale=0, min_width=190)
+        source = gr.Dropdown(
+            [("quickstart", FIRST)], value=FIRST, label="Open a recipe", interactive=True, scale=0, min_width=320
+        )
+    with gr.Row(elem_classes="editors"):
+        with gr.Column(scale=11, min_width=380):
+            form = build_form()
+        with gr.Column(scale=9, min_width=320, elem_classes="yaml"):
+            text = gr.Code(label="The same recipe as YAML", language="yaml", lines=24, interactive=True)
+            verdict = show()
+    with gr.Column(visible=False, elem_classes=["card", "plan-panel"]) as panel:
+        show(el("h2", "Plan"))
+        plan = show()
+    with gr.Column(elem_classes="foot"):
+        with gr.Column(visible=False, elem_classes="exists") as exists:
+            exists_text = show()
+            with gr.Row():
+                rename = gr.Button("Start under another name", variant="primary", size="md")
+                replace = gr.Button("Replace the old job", variant="stop", size="md")
+                back = gr.Button("Back", size="md")
+        with gr.Row(elem_classes="actions", equal_height=True):
+            status = show(elem_classes="status")
+            see_plan = gr.Button("See the plan", variant="primary", scale=0, min_width=190)
+            start = gr.Button("Start training", variant="primary", visible=False, scale=0, min_width=190)
+    return Page(
+        places=places,
+        form=form,
+        source=source,
+        undo=undo,
+        text=text,
+        verdict=verdict,
+        panel=panel,
+        plan=plan,
+        exists=exists,
+        exists_text=exists_text,
+        rename=rename,
+        replace=replace,
+        back=back,
+        status=status,
+        see_plan=see_plan,
+        start=start,
+        origin=gr.State(FIRST),
+        shown=gr.State(NOTHING_SHOWN),
+        seen=gr.State(fields.shown({})),
+        planned=gr.State(""),
+        replaced=gr.State(None),
+        kept=gr.BrowserState(None, storage_key="moe-studio-draft", secret="moe-studio"),
+        started=gr.Textbox(visible="hidden", label="Started job"),
+    )
+
+
+# -------------------------------------------------------------------- what a draft looks like
+
+
+def _verdict(draft: Draft) -> Markup:
+    """Every problem with its line, under the editor, and a style that marks these lines in it."""
+    if not draft.problems:
+        return note("good", "This recipe is valid.")
+    count = len(draft.problems)
+    items = [
+        el(
+            "li",
+            el("span", f"line {p.line}", cls="line") if p.line else None,
+            f"{p.field}: " if p.field else "",
+            p.message,
+        )
+        for p in draft.problems
+    ]
+    locked = el("p", "The form waits until the YAML can be read again.") if draft.values is None else None
+    title = f"{count} problem{'s' if count > 1 else ''} in the recipe"
+    return join(_marks(draft), note("error", title, el("ul", *items), locked))
+
+
+def _marks(draft: Draft) -> Markup:
+    """Numbers of lines alone go into this style."""
+    rules = [
+        f".yaml .cm-line:nth-child({int(line)}), .yaml .cm-lineNumbers .cm-gutterElement:nth-child({int(line) + 1})"
+        for line in draft.lines()
+    ]
+    return el("style", Markup(", ".join(rules) + " { background: var(--mark) !important; }") if rules else "")
+
+
+def _status(draft: Draft, planned: str) -> Markup:
+    if draft.recipe is None:
+        count = len(draft.problems)
+        return el("p", f"{count} problem{'s' if count > 1 else ''} to solve before the plan can be made.", cls="bad")
+    if planned == draft.text:
+        return el("p", f"Ready to train. The job is named {draft.recipe.output.dir.name}.")
+    if planned:
+        return el("p", "The recipe has changed since this plan.")
+    return el("p", "The recipe is valid. Next, see what it will do and what it needs.")
