@@ -105,7 +105,10 @@ ROLES = ("user", "assistant")
 
 def show(rows: list[dict[str, Any]], runtime: int) -> None:
     console = Console()
-    console.print(f"libraries alone: {runtime / 1e6:.0f} MB measured, {RUNTIME_BYTES / 1e6:.0f} MB planned")
+    console.print(
+        f"libraries alone: {runtime / 1e6:.0f} MB; the plan counts {RUNTIME_BYTES / 1e6:.0f} MB for them, the trainer, "
+        "tokenised data and what the allocator keeps"
+    )
     table = Table("case", "longest row", "predicted", "measured", "predicted / measured")
     for row in rows:
         predicted, measured = row["predicted_bytes"], row["measured_bytes"]
