@@ -82,7 +82,7 @@ class RoutedExperts(nn.Module):
         y_PH = torch.cat(outputs) if outputs else x_PH
         if self.layout.weight_on == "output":
             y_PH = y_PH * weight_P1
-        return torch.zeros_like(hidden_TH).index_add(0, token_P, y_PH)
+        return torch.zeros_like(hidden_TH).index_add(0, token_P, y_PH.to(hidden_TH.dtype))
 
     def _expert(self, expert: int, x: Tensor, gate_up: Project, down: Project) -> Tensor:
         gate, up = gate_up(expert, x).chunk(2, dim=-1)

@@ -79,6 +79,30 @@ def plain_loop(layer: ExpertLora, tokens: torch.Tensor, chosen: torch.Tensor, we
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_autocast_stays_close_to_float32(square: Tiny, tmp_path: Path, hidden_dtype: torch.dtype) -> None:
+    """As on a GPU: 4-bit experts, float32 adapters, bfloat16 arithmetic. bfloat16 has 8 bits of mantissa."""
+    model = attach(load_base(save(square, tmp_path)), placement_for(square))
+    randomise(model)
+    layer = next(m for m in model.modules() if isinstance(m, ExpertLora))
+    tokens = torch.randn(11, square.hidden)
+    chosen = torch.stack([torch.randperm(EXPERTS)[: square.top_k] for _ in range(11)])
+    weights = torch.rand(11, square.top_k)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def run(x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        output = layer(x, chosen, weights.to(x.dtype))
+        assert output.dtype == x.dtype
+        return [output.detach(), *torch.autograd.grad(output.float().square().sum(), [x, *trained])]
+
+    exact = run(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = run(tokens.to(hidden_dtype))
+    for a, b in zip(rough, exact, strict=True):
+        assert (a.float() - b).norm() <= 0.05 * b.norm()
+
+
 def test_fresh_adapter_changes_nothing_and_disable_adapter_is_the_base(
     square: Tiny, tmp_path: Path, ids: torch.Tensor
 ) -> None:
