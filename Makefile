@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
+export DEBIAN_FRONTEND = noninteractive
 
 .PHONY: quickstart test check ui setup chromium clean
 
@@ -29,8 +31,8 @@ setup: $(READY)
 # torch first and alone: the plain CPU build satisfies the others' ranges, so nothing pulls another one in
 $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q torch
+	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $(READY)
 
 # the browser tests need a Chromium; Debian's is installed where that is possible, elsewhere they say they were skipped
@@ -41,4 +43,4 @@ chromium:
 	  || echo "no chromium: the browser tests will be skipped; install Debian's package 'chromium' to run them"
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import CheckpointError
+from adapters.errors import CheckpointError, StudioError
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CONFIG_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -67,8 +68,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _info(path: Path, base: int, entry: dict[str, Any]) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), base + start, end - start)
+    try:
+        start, end = entry["data_offsets"]
+        return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), base + start, end - start)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(path, [f"unreadable safetensors header: {error!r}"]) from error
 
 
 def _problem(name: str, info: TensorInfo, file_size: int) -> str | None:
@@ -89,8 +93,12 @@ def read_index(directory: Path) -> dict[str, TensorInfo]:
     """
     index_file = directory / "model.safetensors.index.json"
     if index_file.exists():
-        names = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
-        files = [directory / name for name in names]
+        weight_map = read_json_object(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(index_file, ["no weight_map from tensor names to shards"])
+        files = [directory / Path(name).name for name in sorted(set(weight_map.values()))]
+    elif (directory / "model.safetensors").exists():
+        files = [directory / "model.safetensors"]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -118,13 +126,31 @@ def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a model directory.
 
     Raises:
-        CheckpointError: missing or malformed.
+        CheckpointError: missing, malformed, or without the keys that every model has.
     """
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(directory, ["config.json is missing; expected a transformers model directory"])
+    config = read_json_object(path)
+    if missing := [key for key in CONFIG_KEYS if key not in config and "text_config" not in config]:
+        raise CheckpointError(path, [f"{', '.join(missing)} missing; expected the config of a causal language model"])
+    return config
+
+
+def read_json_object(path: Path, error_class: type[StudioError] = CheckpointError) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError, or the `error_class` given: unreadable, malformed, or not an object.
+    """
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(path, [f"malformed JSON: {error}"]) from error
-    return dict(config)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _json_error(path, f"cannot be read as JSON: {error}", error_class) from None
+    if not isinstance(value, dict):
+        raise _json_error(path, "expected a JSON object", error_class)
+    return value
+
+
+def _json_error(path: Path, problem: str, error_class: type[StudioError]) -> StudioError:
+    return CheckpointError(path, [problem]) if error_class is CheckpointError else error_class(f"{path}: {problem}")

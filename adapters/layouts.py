@@ -150,6 +150,11 @@ def layout_for(model_type: str) -> ExpertLayout:
     Raises:
         LayoutError: the family is not in the table.
     """
+    if model_type == "llama4":
+        raise LayoutError(
+            "model_type 'llama4' is the multimodal Llama 4; its language model inside is not loaded yet. Supported are "
+            f"text checkpoints of {', '.join(sorted(LAYOUTS))}"
+        )
     if model_type not in LAYOUTS:
         raise LayoutError(
             f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(LAYOUTS))}. "

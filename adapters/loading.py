@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from adapters.checkpoint import TensorInfo, read_config, read_index
@@ -63,6 +63,8 @@ def load_base(
     _reset_meta_buffers(model, device)
     if quantize:
         check_quantized(model)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
 
 

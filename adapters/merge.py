@@ -7,10 +7,12 @@ file and tensor by tensor: read, add scale · B A in float32, write in the wante
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,27 @@ import torch
 from torch import Tensor
 
 from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_config, read_index
-from adapters.errors import AdapterFileError, CheckpointError, listed
+from adapters.errors import AdapterFileError, CheckpointError, OutputExistsError, listed
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.peft_files import AdapterFile, ExpertFactors, read_adapter
 from adapters.tensor_files import DTYPES, new_directory, read_tensor, write_tensors
 
 Progress = Callable[[int, int], None]
-Delta = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to one base tensor, matrix by matrix so that one float32 matrix exists at a time.
+
+    Attributes:
+        matrices: one for a matrix, one an expert for a stack; each gives (rows, cols) float32 in the base's axis order.
+        experts: how many of them are experts that are really adapted.
+    """
+
+    matrices: tuple[Callable[[], Tensor], ...]
+    experts: int = 0
+
+
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """What goes along from the base directory: config, generation config, tokenizer, chat template."""
 
@@ -62,6 +78,8 @@ def merge_adapter(
         CheckpointError: the base cannot be read, or a merged tensor would not be finite in `dtype`.
         OutputExistsError: `out` exists.
     """
+    out = Path(os.path.abspath(out))
+    check_output(base, adapter, out, overwrite)
     config = read_config(base)
     layout = layout_for(config["model_type"])
     index = read_index(base)
@@ -84,16 +102,29 @@ def merge_adapter(
             write_tensors(directory / file.name, specs, produce)
             written += (directory / file.name).stat().st_size
         _copy_rest(base, directory, config, dtype, written)
-    experts = sum(1 for key in deltas for _ in _experts_of(key, index[key], layout))
+    experts = sum(delta.experts for delta in deltas.values())
     names = {DTYPE_NAMES.get(info.dtype, info.dtype) for info in index.values()}
     shown = str(dtype).removeprefix("torch.") if dtype else "/".join(sorted(names))
     return MergeReport(out, len(index), len(deltas), experts, written, len(files), shown)
 
 
-def _experts_of(key: str, info: TensorInfo, layout: ExpertLayout) -> range:
-    if layout.tensor_class(key) != "routed_experts":
-        return range(0)
-    return range(info.shape[0] if len(info.shape) == 3 else 1)
+def check_output(base: Path, adapter: Path, out: Path, overwrite: bool) -> None:
+    """Refuses an output that exists, and even with `overwrite` one that is no model, or that is being read.
+
+    Raises:
+        OutputExistsError
+    """
+    here = out.resolve()
+    if any(here in (path, *path.parents) for path in (base.resolve(), adapter.resolve())):
+        raise OutputExistsError(f"{out} holds the base or the adapter that is being read; choose another output")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{out} exists already; choose another output or pass --overwrite")
+    empty = out.is_dir() and not any(out.iterdir())
+    model = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
+    if out.is_symlink() or not (empty or model):
+        raise OutputExistsError(f"{out} is no model directory (config.json and safetensors); it is never overwritten")
 
 
 def _dtype(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
@@ -102,9 +133,13 @@ def _dtype(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
 
 def _merged(key: str, info: TensorInfo, delta: Delta | None, dtype: torch.dtype | None) -> Tensor:
     tensor = read_tensor(info)
+    merged = tensor.to(_dtype(info, dtype))
     if delta is not None:
-        tensor = tensor.float().add_(delta())
-    tensor = tensor.to(_dtype(info, dtype))
+        stacked = tensor if tensor.ndim == 3 else tensor[None]
+        target = merged if tensor.ndim == 3 else merged[None]
+        for number, matrix in enumerate(delta.matrices):
+            target[number] = stacked[number].float().add_(matrix())
+    tensor = merged
     if not torch.isfinite(tensor).all():
         raise CheckpointError(info.file, [f"{key} would hold NaN or infinity as {_dtype(info, dtype)} after merging"])
     return tensor
@@ -128,7 +163,7 @@ def plan_deltas(adapter: AdapterFile, layout: ExpertLayout, index: dict[str, Ten
             deltas[key] = delta
 
     for key, linear in adapter.linear.items():
-        add(key, (linear.B.shape[0], linear.A.shape[1]), linear.delta)
+        add(key, (linear.B.shape[0], linear.A.shape[1]), Delta((linear.delta,)))
     for key, factors in adapter.experts.items():
         for name, shape, delta in _expert_deltas(key, factors, layout):
             add(name, shape, delta)
@@ -142,7 +177,8 @@ def _expert_deltas(key: str, factors: ExpertFactors, layout: ExpertLayout) -> li
     if layout.checkpoint == "stacked":
         transposed = layout.stack_order == "in_out"
         shape = (experts, inputs, outputs) if transposed else (experts, outputs, inputs)
-        return [(key, shape, lambda: _stack_delta(factors, transposed))]
+        matrices = tuple(partial(_expert_delta, factors, expert, transposed) for expert in range(experts))
+        return [(key, shape, Delta(matrices, sum(map(factors.adapts, range(experts)))))]
     prefix, _, projection = key.rpartition(".")
     found: list[tuple[str, tuple[int, ...], Delta]] = []
     for expert in range(experts):
@@ -156,12 +192,14 @@ def _expert_deltas(key: str, factors: ExpertFactors, layout: ExpertLayout) -> li
 
 
 def _part(key: str, factors: ExpertFactors, expert: int, start: int, stop: int) -> tuple[str, tuple[int, ...], Delta]:
-    return key, (stop - start, factors.A.shape[2]), lambda: factors.delta(expert)[start:stop]
+    """One projection of one expert of a per-expert checkpoint: rows `start` to `stop` of its delta."""
+    rows = Delta((lambda: factors.delta(expert)[start:stop],), int(factors.adapts(expert)))
+    return key, (stop - start, factors.A.shape[2]), rows
 
 
-def _stack_delta(factors: ExpertFactors, transposed: bool) -> Tensor:
-    deltas = torch.stack([factors.delta(expert) for expert in range(len(factors.A))])
-    return deltas.transpose(1, 2) if transposed else deltas
+def _expert_delta(factors: ExpertFactors, expert: int, transposed: bool) -> Tensor:
+    delta = factors.delta(expert)
+    return delta.t() if transposed else delta
 
 
 def _copy_rest(base: Path, out: Path, config: dict[str, Any], dtype: torch.dtype | None, written: int) -> None:

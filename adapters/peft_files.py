@@ -12,7 +12,6 @@ A stack has one rank in the file: experts with a smaller rank, or none, are fill
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, listed
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.lora import ExpertLora, lora_targets, target_suffixes
@@ -32,6 +33,17 @@ from adapters.tensor_files import new_directory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+NOT_MERGED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "layer_replication",
+    "fan_in_fan_out",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+)
+"""Options of a LoRA whose merge is more than W + scale · B A: refused, not merged wrongly."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,10 @@ class ExpertFactors:
     def delta(self, expert: int) -> Tensor:
         """(out, in) in float32."""
         return self.scale * (self.B[expert].float() @ self.A[expert].float())
+
+    def adapts(self, expert: int) -> bool:
+        """Whether the expert has an adapter: one that was given none is zero-filled in the file."""
+        return bool(self.A[expert].any() or self.B[expert].any())
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,10 @@ def read_adapter(directory: Path, layout: ExpertLayout) -> AdapterFile:
         AdapterFileError: files missing, not a LoRA, an option whose merge is not implemented, or stray tensors.
     """
     config = _read_config(directory)
-    tensors = load_file(directory / WEIGHTS)
+    try:
+        tensors = load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{directory / WEIGHTS} cannot be read: {error}") from None
     linear: dict[str, LinearFactors] = {}
     experts: dict[str, ExpertFactors] = {}
     problems: list[str] = []
@@ -195,9 +214,16 @@ def read_adapter(directory: Path, layout: ExpertLayout) -> AdapterFile:
         if module.removesuffix(".base_layer").endswith(f"{layout.block}.{layout.experts}"):
             stack = _stack_key(module, config)
             rank, scale = rank_and_scale(config, stack)
+            if pair[0].shape[0] % rank or pair[1].shape[1] != pair[0].shape[0]:
+                problems.append(f"{key} is {tuple(pair[0].shape)} and {tuple(pair[1].shape)}: not of rank {rank}")
+                continue
             experts[stack] = from_peft(*pair, rank=rank, scale=scale, layout=layout)
         else:
-            linear[f"{module}.weight"] = LinearFactors(*pair, scale=rank_and_scale(config, module)[1])
+            rank, scale = rank_and_scale(config, module)
+            if pair[0].shape[0] != rank or pair[1].shape[1] != rank:
+                problems.append(f"{key} is {tuple(pair[0].shape)} and {tuple(pair[1].shape)}: not of rank {rank}")
+                continue
+            linear[f"{module}.weight"] = LinearFactors(*pair, scale=scale)
     stray = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
     problems += [f"{key} is not a LoRA factor" for key in stray]
     problems += [f"{key} holds NaN or infinity" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -241,14 +267,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 else ""
             )
             raise AdapterFileError(f"{directory} has no {name}: expected a PEFT adapter directory{hint}")
-    config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
+    config = read_json_object(directory / CONFIG, AdapterFileError)
     if config.get("peft_type") != "LORA":
         raise AdapterFileError(
             f"{directory}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged"
         )
-    unsupported = [
-        name for name in ("use_dora", "modules_to_save", "lora_bias", "layer_replication") if config.get(name)
-    ]
+    unsupported = [name for name in NOT_MERGED if config.get(name)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
+        unsupported.append(f"init_lora_weights {start!r}, which changes the base,")
     if unsupported:
         raise AdapterFileError(f"{directory}: adapters with {', '.join(unsupported)} cannot be merged here")
     return config

@@ -121,7 +121,13 @@ def _swap(staged: Path, target: Path) -> None:
     if target.exists():
         old = target.with_name(f".{target.name}.old-{os.getpid()}")
         target.rename(old)
-    staged.rename(target)
+    _fsync(staged)
+    try:
+        staged.rename(target)
+    except BaseException:
+        if old is not None:
+            old.rename(target)
+        raise
     _fsync(target.parent)
     if old is not None:
         shutil.rmtree(old)

@@ -50,7 +50,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(**arguments: Any) -> None:
         try:
             command(**arguments)
-        except StudioError as error:
+        except (StudioError, OSError) as error:
             if arguments.get("as_json"):
                 print_json(error_as_json(error))
             else:
@@ -60,7 +60,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-def error_as_json(error: StudioError) -> dict[str, Any]:
+def error_as_json(error: Exception) -> dict[str, Any]:
     """{"error": {"type", "message", "problems"}}."""
     problems = [vars(problem) for problem in error.problems] if isinstance(error, ProblemsError) else []
     return {"error": {"type": type(error).__name__, "message": str(error), "problems": problems}}
@@ -76,11 +76,12 @@ def main(version: Annotated[bool, typer.Option("--version", help="Show the versi
 @app.command(epilog="Example: studio validate recipes/quickstart.yaml")
 @reported
 def validate(recipe: RecipePath, as_json: AsJson = False) -> None:
-    """Check a recipe and its data files; report every problem with its line."""
+    """Check a recipe, its data files and its base model; report every problem with its line."""
     from studio.data import read_all
 
     wanted = studio.load_recipe(recipe)
     train, held_out = read_all(wanted.data.train, wanted.data.eval)
+    studio.make_plan(wanted)  # refuses what the base cannot do
     if as_json:
         counts = {"train_examples": len(train), "eval_examples": len(held_out)}
         print_json({"valid": True, **counts, "recipe": wanted.model_dump(mode="json")})
@@ -212,7 +213,7 @@ def jobs_cancel(job: JobPath, root: Root = Path("runs"), as_json: AsJson = False
 
 def find_job(name: str, root: Path) -> Job:
     """The job at the path `name`, or of that name in `root`."""
-    return studio.open_job(name if Path(name).is_dir() else root / name)
+    return studio.open_job(name if (Path(name) / "state.json").is_file() else root / name)
 
 
 def watch(job: Job, as_json: bool) -> None:

@@ -120,7 +120,7 @@ def _example(line: bytes) -> Example:
 
 def _json_object(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise RowProblems(("", f"is not UTF-8 text (byte {error.start + 1} of the line)")) from None
     except json.JSONDecodeError as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.data import Example
+from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 
 Progress = Callable[[int, int], None]
 LOGITS_CHUNK_TOKENS = 256
@@ -26,11 +27,13 @@ class Evaluation:
         loss: mean cross-entropy per completion token, in nats.
         exact_match: share of examples whose greedy answer equals the reference, white space at the ends aside.
         answers: the greedy answers, in the order of the examples.
+        references: what they are compared with, as the chat template writes it.
     """
 
     loss: float
     exact_match: float
     answers: tuple[str, ...]
+    references: tuple[str, ...]
 
 
 def evaluate(
@@ -62,13 +65,15 @@ def evaluate(
             model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(examples) + n)
         )
     model.train(was_training)
-    right = sum(a.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True))
-    return Evaluation(loss, right / len(examples), tuple(answers))
+    references = tuple(wanted(tokenizer, example) for example in examples)
+    right = sum(answer.strip() == text for answer, text in zip(answers, references, strict=True))
+    return Evaluation(loss, right / len(examples), tuple(answers), references)
 
 
-def reference(example: Example) -> str:
-    """The answer that the example asks for."""
-    return "\n".join(message.content for message in example.completion)
+def wanted(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The answer as the model is trained to write it: some templates put an empty think block before it."""
+    prompt, whole = _prompt_and_whole(tokenizer, example)
+    return str(tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)).strip()
 
 
 def prompt_text(example: Example) -> str:
@@ -115,11 +120,37 @@ def _cross_entropy(head: Any, hidden_PH: Tensor, targets_P: Tensor) -> float:
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length_tokens: int) -> tuple[list[int], list[int]]:
     """(input ids, labels) of one example by the model's chat template; the prompt's labels are -100."""
-    row = example.as_row()
-    prompt = _template(tokenizer, row["prompt"], add_generation_prompt=True)
-    whole = _template(tokenizer, [*row["prompt"], *row["completion"]], add_generation_prompt=False)
+    prompt, whole = _prompt_and_whole(tokenizer, example)
     labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
     return whole[:max_length_tokens], labels[:max_length_tokens]
+
+
+def _prompt_and_whole(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
+    row = example.as_row()
+    prompt = _template(tokenizer, row["prompt"], add_generation_prompt=True)
+    return prompt, _template(tokenizer, [*row["prompt"], *row["completion"]], add_generation_prompt=False)
+
+
+def check_lengths(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length_tokens: int, file: str
+) -> None:
+    """Refuses examples whose prompt alone fills `max_length_tokens`: nothing of their answer would be learned.
+
+    Raises:
+        DataError: the first 20 of them, and how many more.
+    """
+    rows = (
+        (number, len(_template(tokenizer, example.as_row()["prompt"], add_generation_prompt=True)))
+        for number, example in enumerate(examples, 1)
+    )
+    allowed = f"allowed: fewer than data.max_length_tokens, {max_length_tokens}; raise it or shorten the prompt"
+    problems = [
+        Problem("", None, f"example {number}: the prompt has {tokens} tokens; {allowed}", file)
+        for number, tokens in rows
+        if tokens >= max_length_tokens
+    ]
+    if problems:
+        raise DataError(problems[:SHOWN_PROBLEMS], max(0, len(problems) - SHOWN_PROBLEMS))
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:

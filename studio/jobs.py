@@ -38,7 +38,7 @@ Status = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled", "lost")
 POLL_SECONDS = 0.05
 CLEAR_UP_SECONDS = 30.0
-LOST = "its processes are gone without a last word: killed, or the machine restarted"
+LOST = "its processes are gone without a last word: killed, or the machine restarted (log.txt may say more)"
 
 
 class JobFailure(BaseModel):
@@ -312,7 +312,8 @@ def start_worker(job: Job, lock: int, command: Sequence[str] | None = None) -> N
     command = command or [sys.executable, "-m", "studio.worker", str(job.path)]
     try:
         with (job.path / "log.txt").open("ab") as log:
-            worker = subprocess.Popen(command, stdin=lock, stdout=log, stderr=log, start_new_session=True)
+            safe = {**os.environ, "PYTHONSAFEPATH": "1"}  # a random.py in the working directory is not the library's
+            worker = subprocess.Popen(command, stdin=lock, stdout=log, stderr=log, env=safe, start_new_session=True)
     except OSError as error:
         job.update(status="failed", error={"type": "JobError", "message": f"the worker did not start: {error}"})
         raise JobError(f"the worker of {job.name} did not start: {error}") from None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adapters.checkpoint import read_json_object
 from studio.errors import AdapterFileError
 from studio.models import resolve_base
 
@@ -67,7 +67,7 @@ def _recorded_base(directory: Path) -> str:
     file = directory / "adapter_config.json"
     if not file.is_file():
         raise AdapterFileError(f"{directory} holds no adapter_config.json: expected a PEFT adapter or a finished job")
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    base = read_json_object(file, AdapterFileError).get("base_model_name_or_path")
     if not base:
         raise AdapterFileError(f"{file} does not name its base model; give it with --base")
     return str(base)

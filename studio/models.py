@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+from adapters.checkpoint import read_json_object
 from studio.base import EMBEDDED_DIR
 from studio.errors import CheckpointError, StudioError
 
@@ -32,14 +32,16 @@ def resolve_base(base: str) -> Path:
 
 def _cached(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, local_files_only=True))
+    except HFValidationError as error:
+        raise StudioError(f"base model {hub_id!r}: {error}") from None
     except LocalEntryNotFoundError as error:
         raise StudioError(
-            f"base model {hub_id!r} is not on this machine. Download it first: "
-            f"hf download {hub_id} --exclude '*.bin' '*.pt' '*.pth'"
+            f"base model {hub_id!r} is neither a directory here ({Path(hub_id).absolute()}) nor a hub model on this "
+            f"machine. If it is a hub id, download it first: hf download {hub_id} --exclude '*.bin' '*.pt' '*.pth'"
         ) from error
 
 
@@ -52,7 +54,7 @@ def check_tokenizer(directory: Path) -> None:
     if not (directory / "tokenizer.json").is_file():
         raise CheckpointError(directory, ["tokenizer.json is missing; expected the model's fast tokenizer"])
     config = directory / "tokenizer_config.json"
-    in_config = config.is_file() and "chat_template" in json.loads(config.read_text())
+    in_config = config.is_file() and bool(read_json_object(config).get("chat_template"))
     if not in_config and not (directory / "chat_template.jinja").is_file():
         problem = "no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); base models "
         raise CheckpointError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from adapters.checkpoint import TensorInfo, read_config, read_index
-from adapters.errors import TargetError
+from adapters.errors import CheckpointError, TargetError
 from adapters.layouts import QUANTIZED_CLASSES, TENSOR_CLASSES, ExpertLayout, TensorClassName, layout_for
 from adapters.placement import Placement, same_experts_everywhere
 from studio.data import Example, read_examples
@@ -167,7 +167,7 @@ def count_experts(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> int:
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of the whole training."""
+    """Optimizer steps of the whole training; with `trl: {packing: true}` an upper bound."""
     training = recipe.training
     if training.max_steps is not None:
         return training.max_steps
@@ -225,6 +225,8 @@ def _lora(key: str, info: TensorInfo, rank: int, adapted_experts: int, layout: E
         return 0
     if layout.tensor_class(key) != "routed_experts":
         return rank * sum(info.shape)
+    if len(info.shape) != (3 if layout.checkpoint == "stacked" else 2):
+        raise CheckpointError(info.file, [f"{key} has shape {info.shape}: not an expert tensor of {layout.model_type}"])
     if layout.checkpoint == "stacked":
         return adapted_experts * rank * (info.shape[1] + info.shape[2])
     return _lora_of_expert_part(key, info, rank, adapted_experts, layout)
@@ -242,7 +244,12 @@ def _lengths_tokens(directory: Path, examples: list[Example]) -> list[int]:
     """Tokens of each example by the model's own tokenizer, and 8 a turn for the chat template."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # what the Rust library raises has no narrower class
+        raise CheckpointError(directory / "tokenizer.json", [f"cannot be read: {error}"]) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     turns = [[message.content for message in (*example.prompt, *example.completion)] for example in examples]
     encoded = tokenizer.encode_batch(["\n".join(texts) for texts in turns])
     return [len(row.ids) + 8 * len(texts) for row, texts in zip(encoded, turns, strict=True)]

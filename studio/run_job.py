@@ -50,11 +50,14 @@ def run(job: Job) -> None:
     with clock.phase("loading", "load"):
         model, tokenizer, placement, recipe = _load(job)
     from studio.data import read_examples
-    from studio.evaluation import evaluate
+    from studio.evaluation import check_lengths, evaluate
     from studio.trainers import trainer_for
 
     train_examples = read_examples(recipe.data.train)
     held_out = read_examples(recipe.data.eval)[: recipe.evaluation.examples] if recipe.data.eval else []
+
+    for examples, file in ((train_examples, recipe.data.train), (held_out, recipe.data.eval)):
+        check_lengths(tokenizer, examples, recipe.data.max_length_tokens, str(file))
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
@@ -90,7 +93,7 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     from adapters.layouts import layout_for
     from adapters.loading import check_quantized, load_base
     from adapters.lora import attach
-    from studio.models import compute_dtype, resolve_base
+    from studio.models import compute_dtype, has_gpu, resolve_base
     from studio.plan import plan_placement
 
     recipe = job.recipe()
@@ -104,25 +107,30 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
         quantize=quantize,
         double_quant=recipe.model.double_quant,
         dtype=getattr(torch, compute_dtype(recipe.model.dtype)),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if has_gpu() else "cpu",
         progress=_Clock(job).progress("loading"),
     )
     model = attach(base, placement)
     if quantize:
         check_quantized(model)
-    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False), placement, recipe
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer, placement, recipe
 
 
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     from adapters.peft_files import save_adapter
+    from studio.models import resolve_base
 
-    return save_adapter(model, placement, job.path / "adapter", base_name=recipe.model.base)
+    name = str(resolve_base("embedded")) if recipe.model.base == "embedded" else recipe.model.base
+    return save_adapter(model, placement, job.path / "adapter", base_name=name)
 
 
 def _result(
     job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
 ) -> dict[str, Any]:
-    from studio.evaluation import prompt_text, reference
+    from studio.evaluation import prompt_text
 
     def summary(found: Any) -> dict[str, Any] | None:
         if found is None:
@@ -136,7 +144,7 @@ def _result(
         "generations": [
             {
                 "prompt": prompt_text(held_out[i]),
-                "reference": reference(held_out[i]),
+                "reference": after.references[i],
                 "base": before.answers[i],
                 "tuned": after.answers[i],
             }

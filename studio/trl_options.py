@@ -71,6 +71,8 @@ REASONS = {  # TRL name, or prefix ending in "*" -> why a recipe may not set it
     "accelerator_config": "a job is one process on one device",
     "auto_find_batch_size": "the plan holds for the batch size it was made with",
     "resume_from_checkpoint": "a job starts from its base model",
+    "save_*": "a job writes its adapter at the end; checkpoints and resume are not there yet",
+    "router_aux_loss_coef": "with a frozen router a load-balance loss would push on the adapters instead",
 }
 
 SIMPLE_TYPES: dict[str, tuple[type, ...]] = {

@@ -80,7 +80,8 @@ def launch_command(job: Job) -> list[str]:
         "--dynamo_backend": "no",
     }
     flat = [word for pair in options.items() for word in pair]
-    device = [] if has_gpu() else ["--cpu"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one device, or Trainer would use them all
+    device = ["--gpu_ids", first] if has_gpu() else ["--cpu"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     return [*launcher, *flat, *device, "-m", "studio.run_job", str(job.path)]
 
@@ -135,7 +136,8 @@ def _goes_before(other: Job, job: Job) -> bool:
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     _say(" ".join(command))
-    environment = {**os.environ, **ENVIRONMENT}
+    hidden = {} if has_gpu() else {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **ENVIRONMENT, **hidden}
     return subprocess.Popen(command, stdin=0, env=environment, process_group=0, preexec_fn=_unblock)
 
 

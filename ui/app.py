@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import gradio as gr
@@ -65,4 +66,5 @@ def main(host: str = HOST, port: int = 7860, jobs_root: Path = Path("runs"), rec
     print(
         f"MoE Studio is at http://{HOST}:{port}, with the jobs in {jobs_root.absolute()}. Ctrl-C ends it.", flush=True
     )
+    warnings.filterwarnings("ignore", message="SSR mode is not supported")  # nobody asked for it
     uvicorn.run(make_app(jobs_root, recipes_root), host=HOST, port=port, log_level="warning")

@@ -45,28 +45,28 @@ def train(
     repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
     trainer = _FiniteLossTrainer(
         model=model,
-        args=_config(recipe, len(examples), job),
+        args=_config(recipe, job),
         train_dataset=Dataset.from_list([example.as_row() for example in examples]),
         processing_class=tokenizer,
         callbacks=[_Report(job)],
     )
     outcome = trainer.train()
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise TrainingError(f"the adapter holds NaN or infinity after step {outcome.global_step}; it was not written")
     return {"steps": outcome.global_step, "loss": outcome.training_loss}
 
 
-def _config(recipe: Recipe, examples: int, job: Job) -> SFTConfig:
-    from studio.plan import total_steps
-
+def _config(recipe: Recipe, job: Job) -> SFTConfig:
     training, on_gpu = recipe.training, torch.cuda.is_available()
-    steps = total_steps(recipe, examples)
     ours: dict[str, Any] = {
         "output_dir": str(job.path / "checkpoints"),
-        "max_steps": steps,
+        "max_steps": training.max_steps or -1,
+        "num_train_epochs": training.epochs or 1.0,
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.lr_scheduler,
-        "warmup_steps": round(training.warmup_fraction * steps),
+        "warmup_steps": training.warmup_fraction,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "gradient_checkpointing": training.gradient_checkpointing,

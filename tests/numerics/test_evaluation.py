@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, Llama4ForCausalLM
 from studio import evaluation
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, Message
-from studio.evaluation import encode, evaluate, reference
+from studio.errors import DataError
+from studio.evaluation import check_lengths, encode, evaluate
 
 EXAMPLES = [
     Example(
@@ -48,7 +49,7 @@ def test_the_prompt_is_masked_and_the_end_of_turn_is_learned(tools) -> None:
     _, tokenizer = tools
     ids, labels = encode(tokenizer, EXAMPLES[0], 256)
     learned = tokenizer.decode([token for token in labels if token != -100])
-    assert learned == f"{reference(EXAMPLES[0])}<|eot|>"
+    assert learned == "ok 1<|eot|>"
     assert len(ids) == len(labels)
 
 
@@ -68,6 +69,25 @@ def test_a_model_in_training_mode_is_left_in_training_mode(tools) -> None:
     run(tools, EXAMPLES[:1])
     assert model.training
     model.eval()
+
+
+def test_what_the_template_puts_before_an_answer_belongs_to_the_reference(tools) -> None:
+    model, tokenizer = tools
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template.replace("{{- message['content'] |", "{{- 'Well, ' + message['content'] |")
+        assert tokenizer.chat_template != template
+        assert run((model, tokenizer), EXAMPLES[:1]).references == ("Well, ok 1",)
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_a_prompt_that_fills_the_length_is_refused_with_its_number(tools) -> None:
+    _, tokenizer = tools
+    lengths = [len(encode(tokenizer, e, 10_000)[0]) for e in EXAMPLES]
+    check_lengths(tokenizer, EXAMPLES, max(lengths), "file")
+    with pytest.raises(DataError, match="example 6: the prompt has"):
+        check_lengths(tokenizer, EXAMPLES, lengths[-1] - 8, "file")
 
 
 def test_every_example_is_reported(tools, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -185,8 +187,9 @@ def test_nothing_is_overwritten_and_a_failure_keeps_the_old_output(square: Tiny,
     directory = save(square, tmp_path)
     trained(directory, Placement(attention=2), tmp_path / "adapter")
     out = tmp_path / "merged"
-    out.mkdir()
+    shutil.copytree(directory, out)
     (out / "mine.txt").write_text("keep")
+    before = sorted(out.iterdir())
     with pytest.raises(OutputExistsError, match="--overwrite"):
         merge_adapter(directory, tmp_path / "adapter", out)
 
@@ -195,7 +198,7 @@ def test_nothing_is_overwritten_and_a_failure_keeps_the_old_output(square: Tiny,
 
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(directory, tmp_path / "adapter", out, overwrite=True, progress=interrupted)
-    assert [p.name for p in out.iterdir()] == ["mine.txt"] and not list(tmp_path.glob(".merged*"))
+    assert sorted(out.iterdir()) == before and not list(tmp_path.glob(".merged*"))
     merge_adapter(directory, tmp_path / "adapter", out, overwrite=True)
     assert (out / "config.json").exists() and not (out / "mine.txt").exists()
 
@@ -206,3 +209,48 @@ def test_a_nan_adapter_is_never_written(square: Tiny, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="NaN or infinity"):
         save_adapter(model, Placement(routed=ALL), tmp_path / "adapter", base_name="base")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_overwrite_never_replaces_what_is_no_model_or_is_being_read(square: Tiny, tmp_path: Path) -> None:
+    directory, adapter = save(square, tmp_path), tmp_path / "job" / "adapter"
+    trained(directory, Placement(attention=2), adapter)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("keep")
+    for out in (precious, directory, adapter, adapter.parent, tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OutputExistsError):
+            merge_adapter(directory, adapter, out, overwrite=True)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_report_counts_adapted_experts_alone(square: Tiny, tmp_path: Path) -> None:
+    directory = save(square, tmp_path)
+    trained(directory, Placement(routed=SOME), tmp_path / "adapter")
+    report = merge_adapter(directory, tmp_path / "adapter", tmp_path / "merged")
+    matrices = 2 if square.family == "llama4_text" else 3
+    assert report.experts_changed == 2 * 3 * matrices  # layers, experts 1, 3 and 4
+
+
+@pytest.mark.parametrize(
+    "option", [{"fan_in_fan_out": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"r": 3}]
+)
+def test_an_adapter_whose_option_changes_the_mathematics_is_refused(
+    square: Tiny, tmp_path: Path, option: dict[str, object]
+) -> None:
+    directory = save(square, tmp_path)
+    trained(directory, Placement(attention=2, routed=ALL), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **option}))
+    with pytest.raises(AdapterFileError):
+        merge_adapter(directory, tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
+def test_torn_adapter_files_are_refused_in_words(square: Tiny, tmp_path: Path, name: str) -> None:
+    directory = save(square, tmp_path)
+    trained(directory, Placement(attention=2), tmp_path / "adapter")
+    file = tmp_path / "adapter" / name
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(AdapterFileError, match=name.partition(".")[0]):
+        merge_adapter(directory, tmp_path / "adapter", tmp_path / "merged")

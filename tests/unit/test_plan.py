@@ -142,3 +142,36 @@ def write_header(path: Path, shapes: dict[str, list[int]]) -> None:
         offset += size
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(offset))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[]", "expected a JSON object"),
+        ("config.json", "{}", "model_type, num_hidden_layers"),
+        ("config.json", "{", "cannot be read as JSON"),
+        ("tokenizer.json", "{", "tokenizer.json"),
+        ("tokenizer_config.json", "{", "cannot be read as JSON"),
+        ("model.safetensors.index.json", "{}", "no weight_map"),
+    ],
+)
+def test_torn_files_of_a_base_are_refused_in_words(tmp_path: Path, name: str, text: str, message: str) -> None:
+    base = copied_base(tmp_path)
+    (base / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(recipe(model={"base": str(base)}))
+
+
+def test_the_multimodal_llama_4_says_that_it_is_not_supported_yet(tmp_path: Path) -> None:
+    base = copied_base(tmp_path)
+    (base / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": {}}))
+    with pytest.raises(StudioError, match="multimodal Llama 4"):
+        make_plan(recipe(model={"base": str(base)}))
+
+
+def test_a_tokenizer_that_truncates_does_not_shorten_the_plan(tmp_path: Path) -> None:
+    base = copied_base(tmp_path)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert make_plan(recipe(model={"base": str(base)})).longest_tokens == make_plan(recipe()).longest_tokens
