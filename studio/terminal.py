@@ -5,6 +5,7 @@ Text that comes from a model, a data file or a log goes through `clean`: it is s
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,6 +166,7 @@ def _facts(job: Job, result: dict[str, Any]) -> Table:
     places = result.get("files") or {"job": job.path}
     for name, place in places.items():
         facts.add_row(name.replace("_", " ").capitalize(), Text(clean(str(place))))
+    facts.add_row("Next", Text(clean(f"studio merge {shlex.quote(str(job.path))} --out merged/{job.name}")))
     return facts
 
 
@@ -223,6 +225,8 @@ def job_view(job: Job, state: JobState, losses: Sequence[float]) -> RenderableTy
         view.add_row("Time", ran_for(state))
     if losses:
         view.add_row("Loss", f"{losses[-1]:.4f}  {sparkline(losses)}")
+    if state.ended and not (job.path / "adapter").exists():
+        view.add_row("Adapter", "none was written")
     if state.error:
         view.add_row("Error", Text(clean(f"{state.error.type}: {state.error.message}"), style="red"))
         view.add_row("Log", Text(clean(str(job.path / "log.txt"))))
