@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--quick] [--json FILE]
 
 Each row is a whole job through `accelerate launch`; measured is the resident peak of its process. The first line is
-what the process needs with every library loaded and no model: `studio.memory.RUNTIME_BYTES`.
+what the libraries alone need; `studio.memory.RUNTIME_BYTES` is fitted to the rows.
 """
 
 from __future__ import annotations

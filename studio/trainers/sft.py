@@ -24,6 +24,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from studio.data import Example
 from studio.errors import TrainingError
 from studio.jobs import Job
+from studio.models import compute_dtype
 from studio.recipe import Recipe
 from studio.trainers.llama4 import repair_for_trl
 
@@ -81,17 +82,10 @@ def _config(recipe: Recipe, job: Job) -> SFTConfig:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
-        "bf16": on_gpu and model_dtype(recipe) == "bfloat16",
+        "bf16": on_gpu and compute_dtype(recipe.model.dtype) == "bfloat16",
         "dataloader_pin_memory": on_gpu,
     }
     return SFTConfig(**{**ours, **recipe.trl})
-
-
-def model_dtype(recipe: Recipe) -> str:
-    """The recipe's dtype with "auto" settled."""
-    from studio.models import compute_dtype
-
-    return compute_dtype(recipe.model.dtype)
 
 
 class _FiniteLossTrainer(SFTTrainer):
