@@ -8,7 +8,7 @@ loading torch.
     placement     * which tensor classes and which experts get adapters, and of what rank
     checkpoint    * what a base directory holds, from safetensors headers alone
     tensor_files    exact reads and atomic writes of safetensors files
-    nf4             4-bit expert stacks with bitsandbytes' bytes
+    quantized       4-bit expert stacks with bitsandbytes' bytes
     routed          routed experts: only routed (token, expert) pairs are computed
     loading         a base model streamed from its files, quantised one expert at a time
     lora            expert LoRA as a PEFT layer; `attach` puts a placement on a model

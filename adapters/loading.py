@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import CheckpointError, QuantizationError
 from adapters.layouts import QUANTIZED_CLASSES, ExpertLayout, layout_for
-from adapters.nf4 import Nf4Stack
+from adapters.quantized import QuantizedStack
 from adapters.routed import PROJECTIONS, RoutedExperts, Stack, moe_blocks, replace_experts
 from adapters.tensor_files import read_tensor
 
@@ -44,7 +44,7 @@ def load_base(
     Args:
         directory: config.json and safetensors weights.
         quantize: nf4 for attention, shared expert, routed experts and dense MLPs (bitsandbytes' `Linear4bit` for the
-            linears, `Nf4Stack` for the experts); everything else in `dtype`.
+            linears, `QuantizedStack` for the experts); everything else in `dtype`.
         double_quant: quantise the block constants too (8 bit).
         dtype: of everything that is not quantised, and of the computation.
         progress: called with (bytes read, bytes in all).
@@ -127,7 +127,7 @@ def _prepare_modules(
     def stack(parameter: Tensor) -> Stack:
         if quantize:
             experts, rows, cols = parameter.shape
-            return Nf4Stack(experts, rows, cols, double_quant, device)
+            return QuantizedStack(experts, rows, cols, double_quant, device)
         return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
 
     for _, block in list(moe_blocks(model, layout)):
@@ -208,7 +208,7 @@ def _expert_pieces(
     for expert in range(experts):
 
         def write(matrix: Tensor, expert: int = expert) -> None:
-            if isinstance(stack, Nf4Stack):
+            if isinstance(stack, QuantizedStack):
                 stack.write(expert, matrix)
             else:
                 stack.data[expert] = matrix.to(stack.device, stack.dtype)
@@ -277,7 +277,7 @@ def check_quantized(model: nn.Module) -> None:
 
 
 def _stack_problems(name: str, stack: Stack) -> list[str]:
-    if not isinstance(stack, Nf4Stack):
+    if not isinstance(stack, QuantizedStack):
         return [f"{name} is {stack.dtype}"]
     unwritten = (~stack.written).nonzero().flatten().tolist()
     return [f"{name}: experts {unwritten} were never quantised"] if unwritten else []

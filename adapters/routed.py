@@ -5,7 +5,7 @@ have no bias, so dropping those pairs changes neither the output nor any gradien
 experts alone.
 
     use_routed_experts(model)   swaps the experts of each MoE block for `RoutedExperts`, in place, same parameter names
-    RoutedExperts               the experts of one layer: dense stacks, or 4-bit ones (adapters/nf4.py)
+    RoutedExperts               the experts of one layer: dense stacks, or 4-bit ones (adapters/quantized.py)
 
 Dimension legend: T tokens, K experts a token (top-k), P = T·K pairs, E experts, H hidden size, I expert width.
 """
@@ -23,11 +23,11 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from adapters.errors import LayoutError
 from adapters.layouts import ExpertLayout, layout_for
-from adapters.nf4 import Nf4Stack
+from adapters.quantized import QuantizedStack
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
-Stack = nn.Parameter | Nf4Stack
+Stack = nn.Parameter | QuantizedStack
 Project = Callable[[int, Tensor], Tensor]
 
 
@@ -101,7 +101,7 @@ class RoutedExperts(nn.Module):
 
 
 def _base_projection(stack: Stack, transposed: bool) -> Project:
-    if isinstance(stack, Nf4Stack):
+    if isinstance(stack, QuantizedStack):
         return lambda expert, x: stack.matmul(expert, x, transposed)
     # unbound once: indexing stack[e] would make a gradient the size of the whole stack for each expert
     matrices = [matrix.t() for matrix in stack.unbind(0)] if transposed else stack.unbind(0)

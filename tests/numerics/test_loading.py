@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.errors import CheckpointError, LayoutError
 from adapters.loading import load_base
-from adapters.nf4 import Nf4Stack
+from adapters.quantized import QuantizedStack
 from adapters.routed import use_routed_experts
 from tests.numerics.conftest import Tiny, save
 
@@ -45,7 +45,7 @@ def test_4_bit_logits_equal_stock_on_the_dequantised_weights(
         for name, parameter in stock.named_parameters():
             module = ours.get_submodule(name.rpartition(".")[0])
             held = getattr(module, name.rpartition(".")[2])
-            if isinstance(held, Nf4Stack):
+            if isinstance(held, QuantizedStack):
                 parameter.copy_(torch.stack([held.dequantize(e) for e in range(held.experts)]))
             elif held.dtype == torch.uint8:
                 import bitsandbytes.functional as bnb

@@ -60,7 +60,7 @@ def test_lora_parameters_by_hand() -> None:
 @pytest.mark.parametrize(
     ("values", "double_quant", "expected"), [(64, False, 36), (64, True, 41), (65536, True, 33812)]
 )
-def test_nf4_bytes(values: int, double_quant: bool, expected: int) -> None:
+def test_quantized_bytes(values: int, double_quant: bool, expected: int) -> None:
     assert nf4_bytes(values, double_quant) == expected
 
 

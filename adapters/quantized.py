@@ -1,7 +1,7 @@
 """4-bit expert stacks: one nf4 matrix an expert, the same bytes that bitsandbytes writes for it.
 
-bitsandbytes quantises `nn.Linear` only; a fused (E, ·, ·) expert stack stays in 16 bit there. `Nf4Stack` holds the
-stack as E separately quantised matrices, so that one expert can be written or dequantised alone. Only experts that
+bitsandbytes quantises `nn.Linear` only; a fused (E, ·, ·) expert stack stays in 16 bit there. `QuantizedStack` holds
+the stack as E separately quantised matrices, so that one expert can be written or dequantised alone. Only experts that
 received tokens are dequantised, in the forward and again in the backward: nothing dequantised is kept between them.
 
 NF4 is from QLoRA (Dettmers et al., 2023, arXiv 2305.14314, section 3): blocks of 64 values share one absmax; with
@@ -22,7 +22,7 @@ BLOCK = 64
 ABSMAX_BLOCK = 256
 
 
-class Nf4Stack(nn.Module):
+class QuantizedStack(nn.Module):
     """E matrices of one shape, each nf4.
 
     Tensors (n = rows · cols of one expert):
@@ -121,7 +121,7 @@ class _Matmul(torch.autograd.Function):
     """x @ W with W dequantised in the forward, dropped, and dequantised again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Nf4Stack, expert: int, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stack: QuantizedStack, expert: int, transposed: bool) -> Tensor:
         ctx.stack, ctx.expert, ctx.transposed = stack, expert, transposed
         weight = stack.dequantize(expert, x.dtype)
         return x @ (weight.t() if transposed else weight)

@@ -11,15 +11,15 @@ from torch import nn
 
 from adapters.errors import QuantizationError
 from adapters.loading import check_quantized, load_base
-from adapters.nf4 import Nf4Stack
+from adapters.quantized import QuantizedStack
 from adapters.routed import RoutedExperts
 from studio.plan import nf4_bytes
 from tests.numerics.conftest import Tiny, save
 
 
-def filled(double_quant: bool, shape: tuple[int, int, int] = (3, 48, 64)) -> tuple[Nf4Stack, torch.Tensor]:
+def filled(double_quant: bool, shape: tuple[int, int, int] = (3, 48, 64)) -> tuple[QuantizedStack, torch.Tensor]:
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    stack = Nf4Stack(*shape, double_quant=double_quant)
+    stack = QuantizedStack(*shape, double_quant=double_quant)
     for expert, matrix in enumerate(weights):
         stack.write(expert, matrix)
     return stack, weights
@@ -57,7 +57,7 @@ def test_matmul_and_its_gradient_are_those_of_the_dequantised_matrix(transposed:
 
 def test_partial_blocks_are_refused() -> None:
     with pytest.raises(QuantizationError, match="whole nf4 blocks of 64"):
-        Nf4Stack(2, 3, 5)
+        QuantizedStack(2, 3, 5)
 
 
 def test_every_routed_expert_weight_is_4_bit_after_loading(square: Tiny, tmp_path: Path) -> None:
