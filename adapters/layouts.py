@@ -65,6 +65,7 @@ class ExpertLayout:
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     experts: str = field(default="experts")
+    interleaved: bool = False
 
     def tensor_class(self, key: str) -> TensorClassName:
         """The class of the tensor called `key` in a checkpoint or a state dict.
