@@ -269,6 +269,8 @@ TINY.append(Tiny("llama4_text", 64, 32, 2))
 SQUARE = [TINY[0], TINY[3]]
 EACH = [Tiny(name, 64, 32 if number % 2 else 64) for number, name in enumerate(FAMILIES)]
 """Every family once, the two shapes by turns."""
+OTHER = [Tiny(tiny.family, 64, 96 - tiny.width) for tiny in EACH if tiny.layout.has_experts]
+"""The MoE families at the other shape."""
 MULTIMODAL = [Tiny(name, 64, 32) for name in VISION]
 
 

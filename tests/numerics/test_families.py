@@ -26,7 +26,7 @@ from adapters.placement import Placement, same_experts_everywhere
 from adapters.quantized import QuantizedStack
 from adapters.routed import use_routed_experts
 from adapters.tensor_files import read_tensor
-from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, MULTIMODAL, Tiny, load_plain, randomise, save
+from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, MULTIMODAL, OTHER, Tiny, load_plain, randomise, save
 
 ATOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -75,7 +75,11 @@ EXTRA = {
 """Multi-token prediction, which stock passes over: published beside the language model, not loaded, kept by merges."""
 
 
-@pytest.fixture(scope="module", params=EACH + MULTIMODAL, ids=lambda tiny: tiny.family)
+STACKED = [tiny for tiny in OTHER if tiny.layout.checkpoint == "stacked"]
+"""Both shapes where the files hold stacks: a square one shows no wrong axis by its size."""
+
+
+@pytest.fixture(scope="module", params=EACH + STACKED + MULTIMODAL, ids=str)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp(request.param.family)
     found = Trained(request.param, save(request.param, folder), folder / "adapter")
@@ -110,7 +114,7 @@ def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float) ->
 
 
 @pytest.mark.parametrize("dtype", ATOL, ids=str)
-@pytest.mark.parametrize("tiny", EACH, ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", EACH + OTHER, ids=str)
 def test_output_and_every_base_gradient_equal_stock(tiny: Tiny, dtype: torch.dtype, ids: Tensor) -> None:
     model = tiny.build().to(dtype)
     if tiny.family != "llama4_text":
