@@ -60,6 +60,13 @@ class Tiny:
     def layout(self) -> ExpertLayout:
         return layout_for(self.family)
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layer has a plain MLP in the place of the experts."""
+        return "intermediate_size_mlp" in (text := FAMILIES[self.layout.model_type](self)) or (
+            "moe_intermediate_size" in text and "intermediate_size" in text
+        )
+
     def config(self) -> dict[str, Any]:
         text = {**TOKENS, "hidden_size": self.hidden, **FAMILIES[self.layout.model_type](self)}
         return {"text_config": text, "vision_config": VISION[self.family]} if self.family in VISION else text
