@@ -410,7 +410,8 @@ class Gradients:
     def add_weights(self, pairs_P: Tensor, products: Tensor) -> None:
         """The routing weights' gradients of these pairs: the row sums of `products`."""
         if self.weights is not None:
-            self.weights.view(-1)[pairs_P] += products.sum(-1, dtype=self.weights.dtype)
+            dtype = torch.promote_types(products.dtype, self.weights.dtype)  # a router may compute in float32
+            self.weights.view(-1)[pairs_P] += products.sum(-1, dtype=dtype).to(self.weights.dtype)
 
 
 class RoutedFunction(torch.autograd.Function):
