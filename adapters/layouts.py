@@ -342,41 +342,18 @@ def layout_for(model: str | Mapping[str, Any], keys: Iterable[str] = ()) -> Expe
             holds stacks or one tensor an expert.
 
     Raises:
-        LayoutError: the family is not in the table, or its weights are quantised already.
+        LayoutError: the family is not in the table.
     """
     config = {"model_type": model} if isinstance(model, str) else model
     model_type, keys = config["model_type"], list(keys)
     if model_type not in LAYOUTS:
         raise LayoutError(_unknown(config, keys))
-    _check_not_quantized(config)
     layout = replace(LAYOUTS[model_type], layers=text_config(config).get("num_hidden_layers"))
     stack, one = f".{layout.block}.{layout.experts}.gate_up_proj", re.compile(rf"\.{layout.experts}\.\d+\.")
     if any(key.endswith(stack) for key in keys):  # under its name in the model: so are the other tensors of the block
         prefixes = tuple(pair for pair in layout.renames if not pair[0].startswith("."))
         return replace(layout, checkpoint="stacked", renames=prefixes)
     return replace(layout, checkpoint="per_expert") if any(map(one.search, keys)) else layout
-
-
-def _check_not_quantized(config: Mapping[str, Any]) -> None:
-    found = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if not found:
-        return
-    method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown"
-    raise LayoutError(
-        f"the weights of this {config['model_type']} checkpoint are quantised already ({method}: quantization_config "
-        "in config.json); the studio reads float32, bfloat16 and float16 weights and quantises them itself. Use a "
-        "published bfloat16 version of the model, or write one with stock transformers: "
-        + CONVERSIONS.get(method, "load it with dequantisation, remove quantization_config, save_pretrained")
-    )
-
-
-CONVERSIONS = {
-    "mxfp4": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
-    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(new_path)",
-    "fp8": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
-    "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(new_path)",
-}
-"""How stock transformers turns a quantised checkpoint into a plain one, by quant_method."""
 
 
 def _unknown(config: Mapping[str, Any], keys: Collection[str]) -> str:
