@@ -1,7 +1,7 @@
 """4-bit blocks in bitsandbytes' own bytes: quantised many times faster on a CPU, dequantised into a given buffer.
 
-A block of 64 values shares one absmax; each value is the nearest of 16 codes times that absmax, two values a byte. NF4 is
-from QLoRA (Dettmers et al., 2023, arXiv 2305.14314, section 3). With double quantisation the absmax values are 8-bit
+A block of 64 values shares one absmax; each value is the nearest of 16 codes times that absmax, two values a byte. NF4
+is from QLoRA (Dettmers et al., 2023, arXiv 2305.14314, section 3). With double quantisation the absmax values are 8-bit
 themselves, in blocks of 256 with a float32 mean (the same paper).
 
     Quantizer(kind)(values, packed, absmax)     the bytes and scales of `bitsandbytes.functional.quantize_4bit`
@@ -55,10 +55,7 @@ class Quantizer:
     def __init__(self, kind: str):
         thresholds, order = _thresholds(kind)
         self._thresholds = thresholds.numpy()[:, None]
-        # fp4's codes are not in the order of their values: byte by byte, two indices become two codes
-        pairs = np.arange(256)
-        codes = order.numpy()
-        self._codes = None if (codes == np.arange(16)).all() else (codes[pairs >> 4] << 4 | codes[pairs & 15]).astype("u1")
+        self._codes = _code_pairs(order.numpy())
         self._scaled, self._magnitude = torch.empty(CHUNK // BLOCK, BLOCK), torch.empty(CHUNK // BLOCK, BLOCK)
         self._above = np.empty((15, CHUNK), bool)
         self._index, self._shifted = np.empty(CHUNK, np.uint8), np.empty(CHUNK // 2, np.uint16)
@@ -110,9 +107,15 @@ class Quantizer:
             packed[:] = self._codes[packed]
 
 
+def _code_pairs(order: np.ndarray) -> np.ndarray | None:
+    """The byte of two codes for each byte of two ranks (256,); None where a rank is its code, as with nf4."""
+    ranks, pairs = np.arange(16), np.arange(256)
+    return None if (order == ranks).all() else (order[pairs >> 4] << 4 | order[pairs & 15]).astype(np.uint8)
+
+
 @cache
 def _thresholds(kind: str) -> tuple[Tensor, Tensor]:
-    """Halfway values between neighbouring codes (15,), and the code of each rank (16,), both as bitsandbytes has them."""
+    """Halfway values between neighbouring codes (15,) and the code of each rank (16,), as bitsandbytes has them."""
     code = bnb.get_4bit_type(kind, device="cpu")
     order = torch.argsort(code)
     return (code[order[:-1]] + code[order[1:]]) / 2, order
@@ -187,7 +190,7 @@ def _kernel(kind: str, dtype: torch.dtype) -> Any:
     Its registered operator allocates the output anew, and the page faults of a fresh 32 MB cost 20 times the kernel.
     Where this build of bitsandbytes has no such kernel, its operator does it.
     """
-    native = None
+    native: Any = None
     if not isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary):
         native = getattr(cextension.lib, f"cdequantize_blockwise_cpu_{kind}_{_NATIVE_DTYPES[dtype]}", None)
 

@@ -1,7 +1,7 @@
 """Quantised expert stacks: E matrices of one shape, each in its own format, in the bytes that bitsandbytes writes.
 
-bitsandbytes quantises `nn.Linear` only; a fused (E, ·, ·) expert stack stays in 16 bit there. `QuantizedStack` holds the
-stack as E separately quantised matrices, so that one expert can be written or dequantised alone, and experts of one
+bitsandbytes quantises `nn.Linear` only; a fused (E, ·, ·) expert stack stays in 16 bit there. `QuantizedStack` holds
+the stack as E separately quantised matrices, so that one expert can be written or dequantised alone, and experts of one
 stack may differ: hot ones in int8, cold ones in nf4.
 
     format      a value takes      scales
@@ -359,7 +359,7 @@ class QuantizedStack(nn.Module):
         if tuple(matrix.shape) != (self.rows, self.cols):
             raise QuantizationError(f"expert {expert}: got {tuple(matrix.shape)}, the stack is {self.shape}")
         if matrix.dtype not in BITS_MASK:
-            raise QuantizationError(f"expert {expert}: got {matrix.dtype}; quantised are {', '.join(map(str, BITS_MASK))}")
+            raise QuantizationError(f"expert {expert}: got {matrix.dtype}; allowed: {', '.join(map(str, BITS_MASK))}")
         matrix = matrix.detach().to(self.device)
         self.written[expert] = False
         writer = self.writer(expert)

@@ -31,15 +31,16 @@ def quantized_linear(
     return _linear_4bit(stock, cast(FourBit, held), dtype), held
 
 
-def linear_problem(module: nn.Linear) -> str | None:
+def linear_problems(module: nn.Linear) -> list[str]:
     """What makes a linear layer of a quantised base unfit for use."""
-    if isinstance(module, Int8Linear):
-        return None if torch.isfinite(module.absmax).all() else "has scales that hold NaN or infinity"
     state = getattr(module.weight, "quant_state", None)
-    if module.weight.dtype != torch.uint8 or state is None:
-        return f"is {module.weight.dtype}"
-    scales = [state.state2.absmax, state.offset] if state.nested else [state.absmax]
-    return None if all(torch.isfinite(s).all() for s in scales) else "has scales that hold NaN or infinity"
+    if isinstance(module, Int8Linear):
+        scales = [module.absmax]
+    elif module.weight.dtype != torch.uint8 or state is None:
+        return [f"is {module.weight.dtype}"]
+    else:
+        scales = [state.state2.absmax, state.offset] if state.nested else [state.absmax]
+    return [] if all(torch.isfinite(s).all() for s in scales) else ["has scales that hold NaN or infinity"]
 
 
 def _linear_4bit(stock: nn.Linear, held: FourBit, dtype: torch.dtype) -> Linear4bit:
@@ -127,7 +128,8 @@ class _Int8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] @ _dense(*ctx.saved_tensors, grads[0].dtype), None, None
+        weight, absmax = ctx.saved_tensors
+        return grads[0] @ _dense(weight, absmax, grads[0].dtype), None, None
 
 
 def _dense(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:

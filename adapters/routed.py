@@ -123,7 +123,7 @@ class RoutedExperts(nn.Module):
     def group_experts(self, dtype: torch.dtype) -> int:
         """Experts computed together: one, or on CUDA in bfloat16 as many as the workspace holds."""
         stack = self.gate_up_proj
-        device = stack.packed.device if isinstance(stack, QuantizedStack) else stack.device
+        device = stack.device
         if device.type != "cuda" or dtype != torch.bfloat16:
             return 1
         expert_bytes = 2 * int(stack.shape[1]) * int(stack.shape[2])

@@ -33,7 +33,7 @@ def placement_for(tiny: Tiny, routed: tuple[tuple[int, ...], ...] = UNEVEN, rout
 
 
 def test_forward_and_gradients_equal_a_plain_loop_over_experts(tiny: Tiny, saved: Path) -> None:
-    model = attach(load_base(saved, quantize=False), placement_for(tiny)).double()
+    model = attach(load_base(saved, quantize="none"), placement_for(tiny)).double()
     randomise(model)
     layers = [m for m in model.modules() if isinstance(m, ExpertLora)]
     for layer, ranks in zip(layers, UNEVEN, strict=True):
