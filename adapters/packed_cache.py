@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,8 @@ FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 PIECE_BYTES = 16 * 2**20
 """What is read and hashed at a time: xxh3 of 128 bits, 30 GB/s on a core where sha256 makes 0.8."""
+
+ABANDONED_SECONDS = 86_400
 
 SPARE_BYTES = 256 * 2**20
 """Left free on the disk."""
@@ -91,6 +94,7 @@ class Entry:
         key = json.dumps([self.source, self.settings], sort_keys=True)
         self.path = cache / f"{directory.resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self._sources: dict[str, Any] | None = None
+        self._seen: dict[str, int] | None = None
 
     def load(self, tensors: Mapping[str, Tensor], progress: Callable[[int, int], None] | None = None) -> bool:
         """Fills `tensors` from the entry; False when there is none to use, and then they may hold anything.
@@ -98,6 +102,7 @@ class Entry:
         Args:
             progress: called with (bytes read, bytes in all).
         """
+        self._seen = self._state()
         manifest = _manifest(self.path)
         if manifest is None:
             return False
@@ -108,6 +113,11 @@ class Entry:
         if problem:
             warnings.warn(f"the packed model {self.path} is not used and built anew: {problem}", stacklevel=2)
         return not problem
+
+    def _state(self) -> dict[str, int] | None:
+        """Tells one entry in this place from another that replaced it; None for none."""
+        manifest = self.path / MANIFEST
+        return _stat(manifest) if manifest.exists() else None
 
     def _unfit(self, manifest: dict[str, Any]) -> str | None:
         """Why the manifest is not of this checkpoint in these settings. Refreshes times that alone have changed."""
@@ -198,6 +208,9 @@ class Entry:
             hashes[name] = [_hash(_piece(tensor, number)) for number in range(_piece_count(tensor))]
             return tensor
 
+        for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -209,12 +222,14 @@ class Entry:
             shutil.rmtree(staged, ignore_errors=True)
 
     def _take_place(self, staged: Path) -> None:
-        """Renames the staged entry into place. Another process that does the same at this moment may win."""
+        """Renames the staged entry into place, unless another process has put one there since `load`."""
+        if self._state() != self._seen:
+            return
         _discard(self.path)
         try:
             staged.rename(self.path)
         except OSError:
-            if not self.path.exists():
+            if not self.path.exists():  # not even from another process at this very moment
                 raise
 
 
