@@ -310,7 +310,7 @@ def save(tiny: Tiny, tmp_path: Path) -> Path:
 
 def load_plain(directory: Path, **options: Any) -> PreTrainedModel:
     """The base, streamed, not quantised."""
-    return load_base(directory, quantize=False, **options)
+    return load_base(directory, quantize="none", **options)
 
 
 def randomise(model: nn.Module, seed: int = 3, std: float = 0.2) -> None:
