@@ -32,6 +32,7 @@ DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 16,
+    "rms_norm_eps": 1e-3,  # the norm behind the delta rule would else blow up float32's rounding where q·k is near 0
 }
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LINEAR, FULL = "linear_attention", "full_attention"
