@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Mxfp4Config, PreTrainedModel
 
 from adapters.checkpoint import read_config, read_index
 from adapters.errors import CheckpointError
@@ -261,6 +261,24 @@ def test_the_way_out_of_a_quantised_checkpoint_that_the_error_names_works(tmp_pa
     with torch.no_grad():
         found = load_plain(plain)(ids).logits
         torch.testing.assert_close(found, stock_model(plain, dtype=torch.float32)(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_multimodal_model_is_merged_whole_and_in_another_dtype(tmp_path: Path) -> None:
+    tiny = MULTIMODAL[0]
+    base = save(tiny, tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["dtype"] = "float32"
+    (base / "config.json").write_text(json.dumps(config))
+    model = attach(load_plain(base), placement(tiny))
+    save_adapter(model, placement(tiny), tmp_path / "adapter", base_name="base")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", dtype=torch.bfloat16)
+    merged, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    after = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert after["dtype"] == after["text_config"].pop("dtype") == "bfloat16"
+    del config["text_config"]["dtype"]
+    assert {**after, "dtype": "float32"} == config
 
 
 def test_a_text_model_taken_out_of_a_multimodal_one_keeps_its_prefix_and_loads(tmp_path: Path, ids: Tensor) -> None:
