@@ -199,6 +199,22 @@ def test_4_bit_logits_equal_stock_on_the_dequantised_weights(trained: Trained, i
     assert "attention" in seen and ("routed_experts" in seen) == trained.tiny.layout.has_experts
 
 
+def test_4_bit_training_reaches_every_adapter_and_its_checkpoint_restores_it(
+    trained: Trained, tmp_path: Path, ids: Tensor
+) -> None:
+    model = attach(load_base(trained.base), placement(trained.tiny)).train()
+    randomise(model, std=0.07)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model(input_ids=ids, labels=ids).loss.backward()
+    adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert [name for name, p in adapters.items() if p.grad is None or not p.grad.any()] == []
+    model.save_pretrained(tmp_path / "checkpoint")
+    again = attach(load_base(trained.base), placement(trained.tiny))
+    again.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)
+    compare({n: p for n, p in again.named_parameters() if p.requires_grad}, adapters, 0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_model_keeps_the_dtypes_of_stocks(trained: Trained, dtype: torch.dtype) -> None:
     """Some routing corrections and norms stay in float32 there."""
