@@ -22,16 +22,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from adapters import routed
 from adapters.layouts import LAYOUTS, ExpertLayout
 from adapters.lora import attach
 from adapters.placement import Placement, same_experts_everywhere
 from adapters.quantized import QuantizedStack
-from adapters.routed import PROJECTIONS, moe_blocks, use_routed_experts
+from adapters.routed import PROJECTIONS, moe_blocks, set_expert_path, use_routed_experts
 
 Kind = Literal["peft", "lora", "frozen"]
-set_expert_path = getattr(routed, "set_expert_path", None)
-HAS_LEAN = set_expert_path is not None
 
 
 @dataclass(frozen=True)
@@ -182,8 +179,7 @@ def with_ours(model: PreTrainedModel, side: Side, layout: ExpertLayout) -> nn.Mo
     if side.kind == "lora":
         ranks = same_experts_everywhere(side.shape.rank, 1, side.shape.experts)
         adapted = attach(model, Placement(routed=ranks, alpha=2.0 * side.shape.rank))
-    if set_expert_path is not None:
-        set_expert_path(adapted, side.path)
+    set_expert_path(adapted, side.path)
     return adapted
 
 
