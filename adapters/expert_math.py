@@ -351,7 +351,8 @@ def _lora_backward(
 def _write_rows(target: Tensor, product: Tensor, spec: LoraRanks, group: Group) -> None:
     """product (G, r, ·) into the rows (R, ·) of the group's experts."""
     run = slice(spec.rows(group.experts[0]).start, spec.rows(group.experts[-1]).stop)
-    if run.stop - run.start == product.shape[0] * product.shape[1]:
+    whole = all(spec.ranks[expert] == product.shape[1] for expert in group.experts)
+    if whole and run.stop - run.start == product.shape[0] * product.shape[1]:
         target[run] = product.view(-1, product.shape[2])
         return
     for place, expert in enumerate(group.experts):
