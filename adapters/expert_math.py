@@ -23,7 +23,7 @@ I expert width, G experts of a group, r LoRA rank, R sum of the ranks of all exp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -148,30 +148,19 @@ def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def stack_linear(stack: Stack, group: Group, x: Tensor, transposed: bool, fused: bool) -> Tensor:
-    """x (P, ·) through the experts of a group: x @ Wᵀ when `transposed`, else x @ W.
-
-    Args:
-        fused: one grouped matmul over all of them; else one matmul, and one dequantised matrix at a time, for each.
-    """
-    if fused:
-        return grouped_linear(x, matrices(stack, group.experts, x.dtype), group.counts, transposed)
-    parts = []
-    for expert, rows in zip(group.experts, x.split(list(group.counts)), strict=True):
-        weight = matrix(stack, expert, x.dtype)
-        parts.append(linear(rows, weight if transposed else weight.t()))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def matrix(stack: Stack, expert: int, dtype: torch.dtype) -> Tensor:
-    """(rows, cols) of one expert in `dtype`."""
-    return stack.dequantize(expert, dtype) if isinstance(stack, QuantizedStack) else stack[expert].to(dtype)
+def matrix(stack: Stack, expert: int, dtype: torch.dtype, scratch: dict[object, Tensor]) -> Tensor:
+    """(rows, cols) of one expert in `dtype`: a view of a dense stack, or dequantised into a buffer in `scratch`."""
+    if not isinstance(stack, QuantizedStack):
+        return stack[expert].to(dtype)
+    if stack.shape not in scratch:
+        scratch[stack.shape] = torch.empty(stack.shape[1:], dtype=dtype, device=stack.device)
+    return stack.dequantize(expert, dtype, out=scratch[stack.shape])
 
 
 def matrices(stack: Stack, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(G, rows, cols) of these experts in `dtype`; of a dense stack a view, so they must adjoin."""
     if isinstance(stack, QuantizedStack):
-        return torch.stack([stack.dequantize(expert, dtype) for expert in experts])
+        return stack.dequantize_many(experts, dtype)
     return stack[experts[0] : experts[-1] + 1].to(dtype)
 
 
@@ -216,6 +205,8 @@ class Layer:
 
     Attributes:
         fused_experts: CUDA: how many experts one grouped matmul serves. 0: a matmul for each expert.
+        scratch: the buffers that experts are dequantised into, one after the other: a fresh block for each would cost
+            more page faults than the dequantisation.
     """
 
     gate_up: Projection
@@ -225,6 +216,7 @@ class Layer:
     weight_on: str
     fused_experts: int
     dtype: torch.dtype
+    scratch: dict[object, Tensor] = field(default_factory=dict)
 
     @property
     def experts(self) -> int:
@@ -248,9 +240,19 @@ class Layer:
             return len(run) < self.fused_experts
         return sum(counts[expert] for expert in run) < CPU_GROUP_ROWS
 
+    def base(self, part: Projection, group: Group, x: Tensor, transposed: bool) -> Tensor:
+        """x (P, ·) through the frozen experts of a group: x @ Wᵀ when `transposed`, else x @ W."""
+        if self.fused_experts:
+            return grouped_linear(x, matrices(part.stack, group.experts, self.dtype), group.counts, transposed)
+        products = []
+        for expert, rows in zip(group.experts, x.split(list(group.counts)), strict=True):
+            weight = matrix(part.stack, expert, self.dtype, self.scratch)
+            products.append(linear(rows, weight if transposed else weight.t()))
+        return products[0] if len(products) == 1 else torch.cat(products)
+
     def forward(self, part: Projection, group: Group, x: Tensor) -> Tensor:
         """x (P, in) → (P, out), bias and adapters included."""
-        y = stack_linear(part.stack, group, x, part.transposed, bool(self.fused_experts))
+        y = self.base(part, group, x, part.transposed)
         if part.bias is not None:
             y += _by_pair(part.bias, group, self.dtype)
         for lora in part.loras:
@@ -277,7 +279,7 @@ class Layer:
         """
         d_x = None
         if through:
-            d_x = stack_linear(part.stack, group, grad, not part.transposed, bool(self.fused_experts))
+            d_x = self.base(part, group, grad, not part.transposed)
         for lora in part.loras:
             _lora_backward(lora, group, x, grad, weight, grads, d_x)
         _base_backward(part, group, x, grad, weight, grads)

@@ -123,7 +123,7 @@ class RoutedExperts(nn.Module):
     def fused_experts(self, dtype: torch.dtype) -> int:
         """Experts that one grouped matmul serves: on CUDA in bfloat16 as many as the workspace holds, else 0."""
         stack = self.gate_up_proj
-        if next(self.parameters()).device.type != "cuda" or dtype != torch.bfloat16:
+        if stack.device.type != "cuda" or dtype != torch.bfloat16:
             return 0
         expert_bytes = 2 * int(stack.shape[1]) * int(stack.shape[2])
         return self.num_experts if isinstance(stack, nn.Parameter) else max(1, WORKSPACE_BYTES // expert_bytes)

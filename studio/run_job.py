@@ -99,17 +99,16 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     directory = resolve_base(recipe.model.base)
     torch.manual_seed(recipe.training.seed)
     placement = plan_placement(recipe, *language_model(directory, read_config(directory)))
-    quantize = recipe.model.quantization == "nf4"
     base = load_base(
         directory,
-        quantize=quantize,
+        quantize=recipe.model.quantization,
         double_quant=recipe.model.double_quant,
         dtype=getattr(torch, compute_dtype(recipe.model.dtype)),
         device="cuda" if has_gpu() else "cpu",
         progress=_Clock(job).progress("loading"),
     )
     model = attach(base, placement)
-    if quantize:
+    if recipe.model.quantization != "none":
         check_quantized(model)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if tokenizer.pad_token_id is None:

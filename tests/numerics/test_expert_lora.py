@@ -26,7 +26,7 @@ def placement_for(tiny: Tiny, routed: tuple[tuple[int, ...], ...] = UNEVEN, rout
 
 
 def test_forward_and_gradients_equal_a_plain_loop_over_experts(tiny: Tiny, saved: Path) -> None:
-    model = attach(load_base(saved, quantize=False), placement_for(tiny)).double()
+    model = attach(load_base(saved, quantize="none"), placement_for(tiny)).double()
     randomise(model)
     layers = [m for m in model.modules() if isinstance(m, ExpertLora)]
     for layer, ranks in zip(layers, UNEVEN, strict=True):
@@ -170,7 +170,7 @@ def test_peft_merge_is_refused_and_not_silently_skipped(square: Tiny, tmp_path: 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("path", ["fast", "lean"])
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("ranks", [UNEVEN, ((8,) * EXPERTS, (8,) * EXPERTS)], ids=["uneven", "even"])
 def test_one_grouped_matmul_equals_one_matmul_an_expert(
     square: Tiny,
@@ -179,7 +179,7 @@ def test_one_grouped_matmul_equals_one_matmul_an_expert(
     dtype: torch.dtype,
     tolerance: float,
     path: Literal["fast", "lean"],
-    quantize: bool,
+    quantize: str,
     ranks: tuple[tuple[int, ...], ...],
 ) -> None:
     """The way of the GPU, taken on the CPU: several experts at a time, in groups of four."""
