@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -216,18 +215,10 @@ def routing(block: nn.Module, layout: ExpertLayout, hidden: Tensor) -> tuple[Ten
     return result[2], result[1]
 
 
-def stacks(bench: Bench) -> Iterator[Tensor]:
-    """Every tensor that holds base weights of the routed experts."""
-    for module in bench.model.modules():
-        if isinstance(module, QuantizedStack):
-            yield from (*module.parameters(), *(b for n, b in module.named_buffers() if n != "written"))
-        elif bench.side.stacks == "plain" and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
-            yield from (p for p in (module.gate_up_proj, module.down_proj) if p.ndim == 3)
-
-
 def expert_bytes(bench: Bench) -> int:
     """Bytes in which the routed experts' base weights are held."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in stacks(bench))
+    layer = next(module for module in bench.model.modules() if all(hasattr(module, name) for name in PROJECTIONS))
+    return sum(int(getattr(layer, name).nbytes) for name in PROJECTIONS)
 
 
 def floor(bench: Bench) -> tuple[float, float]:
