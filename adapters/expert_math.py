@@ -38,6 +38,8 @@ from adapters.quantized import QuantizedStack
 Stack = nn.Parameter | Tensor | QuantizedStack
 GateBackward = Callable[[Tensor], Tensor]
 HALF = (torch.bfloat16, torch.float16)
+ROW_BYTES = 16
+"""What torch's grouped matmul wants the rows of its operands to be a multiple of."""
 
 
 CPU_GROUP_ROWS = 128
@@ -123,7 +125,7 @@ def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], transposed
     """x (P, ·) times each group's matrix: x @ W[g]ᵀ when `transposed`, else x @ W[g]. weights (G, ·, ·)."""
     if len(counts) == 1:
         return x @ (weights[0].t() if transposed else weights[0])
-    if not _serves(x):
+    if not _serves(x, weights):
         parts = zip(x.split(list(counts)), weights, strict=True)
         return torch.cat([rows @ (weight.t() if transposed else weight) for rows, weight in parts])
     return F.grouped_mm(x, weights.transpose(1, 2) if transposed else weights, offs=_offsets(counts, x.device))
@@ -133,15 +135,17 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
     """left (P, m), right (P, n) → (G, m, n): leftᵀ right of each group's rows."""
     if len(counts) == 1:
         return (left.t() @ right)[None]
-    if not _serves(left):
+    if not _serves(left, right):
         parts = zip(left.split(list(counts)), right.split(list(counts)), strict=True)
         return torch.stack([a.t() @ b for a, b in parts])
     return F.grouped_mm(left.t(), right, offs=_offsets(counts, left.device))
 
 
-def _serves(x: Tensor) -> bool:
-    """Whether torch has a grouped matmul for this."""
-    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
+def _serves(*operands: Tensor) -> bool:
+    """Whether torch has a grouped matmul for these: the dtype, and rows of whole 16 bytes."""
+    dtype, device = operands[0].dtype, operands[0].device.type
+    aligned = all(stride * t.itemsize % ROW_BYTES == 0 for t in operands for stride in sorted(t.stride())[1:])
+    return aligned and (dtype == torch.bfloat16 or (dtype == torch.float32 and device == "cpu"))
 
 
 def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -309,11 +313,12 @@ def lora_factors(lora: Lora, group: Group, dtype: torch.dtype) -> tuple[Tensor, 
     if not rank:
         return None
     run = slice(lora.spec.rows(group.experts[0]).start, lora.spec.rows(group.experts[-1]).stop)
-    whole = len(ranks) == 1 or dtype not in HALF or rank % 8 == 0  # grouped matmuls want rows of whole 16 bytes
+    step = ROW_BYTES // dtype.itemsize
+    whole = len(ranks) == 1 or dtype == torch.float64 or rank % step == 0
     if whole and min(ranks) == rank and run.stop - run.start == rank * len(ranks):
         a, b = (factor[run].to(dtype).reshape(len(ranks), rank, -1) for factor in (lora.a, lora.b))
         return a, b
-    rank = rank if whole else rank + 8 - rank % 8
+    rank = rank if whole else rank + step - rank % step
     return _padded(lora.a, lora.spec, group, rank, dtype), _padded(lora.b, lora.spec, group, rank, dtype)
 
 
@@ -353,7 +358,8 @@ def _lora_backward(
 def _write_rows(target: Tensor, product: Tensor, spec: LoraRanks, group: Group) -> None:
     """product (G, r, ·) into the rows (R, ·) of the group's experts."""
     run = slice(spec.rows(group.experts[0]).start, spec.rows(group.experts[-1]).stop)
-    if run.stop - run.start == product.shape[0] * product.shape[1]:
+    whole = all(spec.ranks[expert] == product.shape[1] for expert in group.experts)
+    if whole and run.stop - run.start == product.shape[0] * product.shape[1]:
         target[run] = product.view(-1, product.shape[2])
         return
     for place, expert in enumerate(group.experts):
