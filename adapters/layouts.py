@@ -179,6 +179,11 @@ class ExpertLayout:
             return name.endswith(("gate_up_proj", "down_proj"))
         return any(name.endswith(f".{module}.weight") for module in self.class_modules(found))
 
+    def experts_per_token(self, config: Mapping[str, Any]) -> int:
+        """Top-k by the language model's config, the largest where it differs by layer; 0 for a dense family."""
+        found = config.get(self.top_k, 0) if self.has_experts else 0
+        return max(found) if isinstance(found, list) else int(found)
+
     def stack_shapes(self, experts: int, hidden: int, width: int) -> dict[str, tuple[int, int, int]]:
         """Shapes of the fused stacks of one layer, by parameter name."""
         gate_up, down = (experts, hidden, 2 * width), (experts, width, hidden)

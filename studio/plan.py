@@ -114,7 +114,7 @@ def make_plan(recipe: Recipe) -> Plan:
         layers=config["num_hidden_layers"],
         moe_layers=len(routers(layout, index)),
         experts=count_experts(layout, index),
-        top_k=config.get(layout.top_k, 0),
+        top_k=layout.experts_per_token(config),
         classes=classes,
         parameters=parameters,
         bytes=shape.weights_bytes,

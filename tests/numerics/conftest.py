@@ -32,6 +32,7 @@ DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 16,
+    "rms_norm_eps": 1e-3,  # the norm behind the delta rule would else blow up float32's rounding where q·k is near 0
 }
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -59,6 +60,13 @@ class Tiny:
     @property
     def layout(self) -> ExpertLayout:
         return layout_for(self.family)
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layer has a plain MLP in the place of the experts."""
+        return "intermediate_size_mlp" in (text := FAMILIES[self.layout.model_type](self)) or (
+            "moe_intermediate_size" in text and "intermediate_size" in text
+        )
 
     def config(self) -> dict[str, Any]:
         text = {**TOKENS, "hidden_size": self.hidden, **FAMILIES[self.layout.model_type](self)}
