@@ -118,6 +118,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no weights": lambda entry: (entry / WEIGHTS).unlink(),
     "no manifest": lambda entry: (entry / MANIFEST).unlink(),
     "half a manifest": lambda entry: os.truncate(entry / MANIFEST, 300),
+    "another shape": lambda entry: (entry / WEIGHTS).write_bytes(
+        (entry / WEIGHTS).read_bytes().replace(b'"shape": [96, 64]', b'"shape": [64, 96]')
+    ),
     "no hashes": edit_manifest(lambda manifest: manifest["hashes"].clear()),
     "hashes cut short": edit_manifest(lambda manifest: manifest["hashes"].update({"model.norm.weight": []})),
     "other settings": edit_manifest(lambda manifest: manifest["settings"].update(double_quant=False)),
