@@ -86,7 +86,7 @@ class Held(nn.Module):
         return super()._apply(moved, recurse)
 
     def _hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> None:
-        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
         if hasattr(self, "_main"):
             self.register_buffer(name, tensor)
         else:  # the first is a parameter: PEFT finds a module's device by one
