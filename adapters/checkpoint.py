@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(directory, ["config.json is missing; expected a transformers model directory"])
     config = read_json_object(path)
-    if missing := [key for key in CONFIG_KEYS if key not in config and "text_config" not in config]:
+    have = {**config, **text_config(config)}
+    if missing := [key for key in CONFIG_KEYS if key not in have]:
         raise CheckpointError(path, [f"{', '.join(missing)} missing; expected the config of a causal language model"])
     return config
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of config.json: `text_config` where it is multimodal, else all of it."""
+    found = config.get("text_config", config)
+    return found if isinstance(found, Mapping) else {}
 
 
 def read_json_object(path: Path, error_class: type[StudioError] = CheckpointError) -> dict[str, Any]:

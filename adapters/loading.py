@@ -17,13 +17,13 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 
 from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import CheckpointError, QuantizationError
+from adapters.expert_math import Stack
 from adapters.layouts import QUANTIZED_CLASSES, ExpertLayout, layout_for
 from adapters.quantized import QuantizedStack
-from adapters.routed import PROJECTIONS, RoutedExperts, Stack, moe_blocks, replace_experts
+from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks, replace_experts
 from adapters.tensor_files import read_tensor
 
 Progress = Callable[[int, int], None]
@@ -124,7 +124,7 @@ def _prepare_modules(
 ) -> None:
     """Swaps experts for `RoutedExperts` and, quantised, linears of the 4-bit classes for `Linear4bit`."""
 
-    def stack(parameter: Tensor) -> Stack:
+    def stack(parameter: Tensor) -> nn.Parameter | QuantizedStack:
         if quantize:
             experts, rows, cols = parameter.shape
             return QuantizedStack(experts, rows, cols, double_quant, device)
@@ -132,8 +132,7 @@ def _prepare_modules(
 
     for _, block in list(moe_blocks(model, layout)):
         stock = getattr(block, layout.experts)
-        activation = ACT2FN[model.config.hidden_act]
-        replace_experts(block, layout, stack(stock.gate_up_proj), stack(stock.down_proj), activation)
+        replace_experts(block, layout, stock, stack(stock.gate_up_proj), stack(stock.down_proj))
     if quantize:
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and layout.tensor_class(f"{name}.weight") in QUANTIZED_CLASSES:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.errors import StudioError, TargetError
+from adapters.expert_math import LoraRanks
 from adapters.layouts import ExpertLayout, TensorClassName, layout_for
 from adapters.placement import Placement
 from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks
@@ -83,30 +84,17 @@ class ExpertLora(nn.Module, LoraLayer):
             )
 
     def forward(self, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Like `RoutedExperts.forward`, with the active adapters added expert by expert."""
+        """Like `RoutedExperts.forward`, with the active adapters on each expert."""
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.ranks]
-        delta = self._delta(active) if active else None
-        output: Tensor = self.base_layer(hidden_TH, experts_TK, weights_TK, delta)
+        loras = [
+            (
+                LoraRanks(self.ranks[name], self.scaling[name]),
+                [tensor for projection in PROJECTIONS for tensor in self.factors(name, projection)],
+            )
+            for name in active
+        ]
+        output: Tensor = self.base_layer(hidden_TH, experts_TK, weights_TK, loras)
         return output
-
-    def _delta(self, active: list[str]) -> Any:
-        factors = {name: {p: self._split(name, p) for p in PROJECTIONS} for name in active}
-
-        def delta(projection: str, expert: int, x: Tensor) -> Tensor | None:
-            total = None
-            for name in active:
-                if self.ranks[name][expert]:
-                    a, b = factors[name][projection][expert]
-                    part = (self.scaling[name] * ((x.to(a.dtype) @ a.t()) @ b)).to(x.dtype)
-                    total = part if total is None else total + part
-            return total
-
-        return delta
-
-    def _split(self, adapter_name: str, projection: str) -> list[tuple[Tensor, Tensor]]:
-        ranks = list(self.ranks[adapter_name])
-        a, b = self.factors(adapter_name, projection)
-        return list(zip(a.split(ranks), b.split(ranks), strict=True))
 
     def factors(self, adapter_name: str, projection: str) -> tuple[Tensor, Tensor]:
         """A (R, in) and Bᵀ (R, out) of one projection, experts one after the other."""

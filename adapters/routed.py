@@ -4,16 +4,18 @@ Stock Llama 4 in transformers sends every token through every expert and multipl
 have no bias, so dropping those pairs changes neither the output nor any gradient, and the cost follows the active
 experts alone.
 
-    use_routed_experts(model)   swaps the experts of each MoE block for `RoutedExperts`, in place, same parameter names
-    RoutedExperts               the experts of one layer: dense stacks, or 4-bit ones (adapters/quantized.py)
+    use_routed_experts(model)            swaps the experts of each MoE block for `RoutedExperts`, in place, same names
+    RoutedExperts                        the experts of one layer: dense stacks, or quantised ones (quantized.py)
+    set_expert_path(model, "lean")       what they keep for the backward; the mathematics is in expert_math.py
 
-Dimension legend: T tokens, K experts a token (top-k), P = T·K pairs, E experts, H hidden size, I expert width.
+Dimension legend: T tokens, K experts a token (top-k), E experts, H hidden size, I expert width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,41 +24,60 @@ from transformers.activations import ACT2FN
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from adapters.errors import LayoutError
+from adapters.expert_math import Layer, Lora, LoraRanks, Projection, RoutedFunction, Stack, clamped_swiglu
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.quantized import QuantizedStack
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
-
-Stack = nn.Parameter | QuantizedStack
-Project = Callable[[int, Tensor], Tensor]
-
-
-class ExpertDelta(Protocol):
-    """What an adapter adds: (projection, expert, its inputs (P_e, in)) → (P_e, out), or None for no adapter there."""
-
-    def __call__(self, projection: str, expert: int, x: Tensor) -> Tensor | None: ...
+ExpertPath = Literal["fast", "lean"]
+EXPERT_PATHS: tuple[ExpertPath, ...] = ("fast", "lean")
+WORKSPACE_BYTES = 256 * 2**20
+"""On CUDA: how much of a layer's experts is dequantised at one time."""
 
 
 class RoutedExperts(nn.Module):
-    """The routed experts of one layer, gate and up fused (gate first), no bias.
+    """The routed experts of one layer, gate and up fused.
 
     Args:
         layout: the family: axis order, and where the routing weight goes.
         gate_up_proj: (E, H, 2I) or (E, 2I, H) by `layout.stack_order`.
         down_proj: (E, I, H) or (E, H, I).
         act_fn: the gate's activation.
+        gate_up_proj_bias: (E, 2I) or None. down_proj_bias: (E, H) or None.
+        gate: for families with a gating of their own, (P, 2I) → (P, I); None for act_fn(gate) · up.
+
+    Attributes:
+        lean: keep nothing but hidden states and routing for the backward, and compute the rest again.
     """
 
-    def __init__(self, layout: ExpertLayout, gate_up_proj: Stack, down_proj: Stack, act_fn: nn.Module):
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        gate_up_proj: nn.Parameter | QuantizedStack,
+        down_proj: nn.Parameter | QuantizedStack,
+        act_fn: nn.Module,
+        gate_up_proj_bias: nn.Parameter | None = None,
+        down_proj_bias: nn.Parameter | None = None,
+        gate: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__()
         self.layout = layout
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
+        self.gate_up_proj_bias = gate_up_proj_bias
+        self.down_proj_bias = down_proj_bias
         self.act_fn = act_fn
+        self.gate = gate
         self.num_experts = gate_up_proj.shape[0]
+        self.lean = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
-        self, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, delta: ExpertDelta | None = None
+        self,
+        hidden_TH: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        loras: Sequence[tuple[LoraRanks, Sequence[Tensor]]] = (),
     ) -> Tensor:
         """Sum over each token's experts.
 
@@ -64,54 +85,49 @@ class RoutedExperts(nn.Module):
             hidden_TH: (T, H) floating point.
             experts_TK: (T, K) integer ids of the experts of each token.
             weights_TK: (T, K) routing weights.
-            delta: an adapter's additive part, asked per projection and expert.
+            loras: each adapter's ranks and its factors: gate_up A (R, H), B (R, 2I), down A (R, I), B (R, H).
 
         Returns:
-            (T, H), dtype of `hidden_TH`.
+            (T, H), dtype of `hidden_TH`. Under autocast the arithmetic is in its dtype.
         """
-        order_P = experts_TK.reshape(-1).argsort(stable=True)
-        token_P = order_P.div(experts_TK.shape[1], rounding_mode="floor")
-        counts_E = torch.bincount(experts_TK.reshape(-1), minlength=self.num_experts).tolist()
-        weight_P1 = weights_TK.reshape(-1)[order_P].unsqueeze(-1).to(hidden_TH.dtype)
+        device = hidden_TH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
+        build = partial(self._layer, tuple(ranks for ranks, _ in loras), dtype)
+        stacks = [None if isinstance(s, QuantizedStack) else s for s in (self.gate_up_proj, self.down_proj)]
+        tensors = [*stacks, self.gate_up_proj_bias, self.down_proj_bias, *(t for _, four in loras for t in four)]
+        keep = torch.is_grad_enabled() and not self.lean
+        with torch.autocast(device, enabled=False):
+            output: Tensor = RoutedFunction.apply(build, keep, hidden_TH, weights_TK, experts_TK, *tensors)
+        return output
 
-        x_PH = hidden_TH[token_P]
-        if self.layout.weight_on == "input":
-            x_PH = x_PH * weight_P1
-        gate_up, down = (self._projection(name, delta) for name in PROJECTIONS)
-        outputs = [self._expert(e, x, gate_up, down) for e, x in _by_expert(x_PH, counts_E)]
-        y_PH = torch.cat(outputs) if outputs else x_PH
-        if self.layout.weight_on == "output":
-            y_PH = y_PH * weight_P1
-        return torch.zeros_like(hidden_TH).index_add(0, token_P, y_PH.to(hidden_TH.dtype))
+    def _layer(self, ranks: tuple[LoraRanks, ...], dtype: torch.dtype, tensors: Sequence[Any]) -> Layer:
+        gate_up, down, gate_up_bias, down_bias, *factors = tensors
+        transposed = self.layout.stack_order == "out_in"
+        loras = [
+            tuple(Lora(spec, *factors[4 * i + first : 4 * i + first + 2]) for i, spec in enumerate(ranks))
+            for first in (0, 2)
+        ]
+        return Layer(
+            gate_up=Projection(self._stack("gate_up_proj", gate_up), gate_up_bias, transposed, loras[0]),
+            down=Projection(self._stack("down_proj", down), down_bias, transposed, loras[1]),
+            gate=self.gate,
+            act_fn=self.act_fn,
+            weight_on=self.layout.weight_on,
+            group_experts=self.group_experts(dtype),
+            dtype=dtype,
+        )
 
-    def _expert(self, expert: int, x: Tensor, gate_up: Project, down: Project) -> Tensor:
-        gate, up = gate_up(expert, x).chunk(2, dim=-1)
-        return down(expert, self.act_fn(gate) * up)
+    def _stack(self, name: str, dense: Tensor | None) -> Stack:
+        return getattr(self, name) if dense is None else dense
 
-    def _projection(self, name: str, delta: ExpertDelta | None) -> Project:
-        base = _base_projection(getattr(self, name), transposed=self.layout.stack_order == "out_in")
-        if delta is None:
-            return base
-
-        def project(expert: int, x: Tensor) -> Tensor:
-            extra = delta(name, expert, x)
-            return base(expert, x) if extra is None else base(expert, x) + extra
-
-        return project
-
-
-def _base_projection(stack: Stack, transposed: bool) -> Project:
-    if isinstance(stack, QuantizedStack):
-        return lambda expert, x: stack.matmul(expert, x, transposed)
-    # unbound once: indexing stack[e] would make a gradient the size of the whole stack for each expert
-    matrices = [matrix.t() for matrix in stack.unbind(0)] if transposed else stack.unbind(0)
-    return lambda expert, x: x @ matrices[expert]
-
-
-def _by_expert(x_PH: Tensor, counts_E: list[int]) -> Iterator[tuple[int, Tensor]]:
-    for expert, x in enumerate(x_PH.split(counts_E)):
-        if len(x):
-            yield expert, x
+    def group_experts(self, dtype: torch.dtype) -> int:
+        """Experts computed together: one, or on CUDA in bfloat16 as many as the workspace holds."""
+        stack = self.gate_up_proj
+        device = stack.packed.device if isinstance(stack, QuantizedStack) else stack.device
+        if device.type != "cuda" or dtype != torch.bfloat16:
+            return 1
+        expert_bytes = 2 * int(stack.shape[1]) * int(stack.shape[2])
+        return self.num_experts if isinstance(stack, nn.Parameter) else max(1, WORKSPACE_BYTES // expert_bytes)
 
 
 class RoutedLlama4Moe(Llama4TextMoe):
@@ -136,6 +152,15 @@ def moe_blocks(model: nn.Module, layout: ExpertLayout) -> Iterator[tuple[str, nn
             yield name, module
 
 
+def set_expert_path(model: nn.Module, path: ExpertPath) -> None:
+    """Chooses what every `RoutedExperts` of the model keeps for the backward: "fast" or "lean" (expert_math.py)."""
+    if path not in EXPERT_PATHS:
+        raise LayoutError(f"expert path {path!r}; allowed: {', '.join(EXPERT_PATHS)}")
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.lean = path == "lean"
+
+
 def use_routed_experts(model: PreTrainedModel) -> PreTrainedModel:
     """Swaps the experts of every MoE block of a stock model for `RoutedExperts`, in place; returns the model.
 
@@ -144,21 +169,33 @@ def use_routed_experts(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         LayoutError: unknown family, or no MoE block found.
     """
-    config = model.config
-    layout = layout_for(config.model_type)
+    layout = layout_for(model.config.model_type)
     blocks = list(moe_blocks(model, layout))
     if not blocks:
-        raise LayoutError(f"no {layout.block}.{layout.experts} found in this {config.model_type} model")
+        raise LayoutError(f"no {layout.block}.{layout.experts} found in this {model.config.model_type} model")
     for _, block in blocks:
         stock = getattr(block, layout.experts)
-        replace_experts(block, layout, stock.gate_up_proj, stock.down_proj, ACT2FN[config.hidden_act])
+        replace_experts(block, layout, stock, stock.gate_up_proj, stock.down_proj)
     return model
 
 
 def replace_experts(
-    block: nn.Module, layout: ExpertLayout, gate_up_proj: Stack, down_proj: Stack, act_fn: nn.Module
+    block: nn.Module,
+    layout: ExpertLayout,
+    stock: Any,
+    gate_up_proj: nn.Parameter | QuantizedStack,
+    down_proj: nn.Parameter | QuantizedStack,
 ) -> None:
-    """Puts `RoutedExperts` on these stacks into an MoE block, and makes the block hand them the routing."""
-    setattr(block, layout.experts, RoutedExperts(layout, gate_up_proj, down_proj, act_fn))
+    """Puts `RoutedExperts` on these stacks into an MoE block, and makes the block hand them the routing.
+
+    Args:
+        stock: the block's own experts: activation, gating and biases are taken from it.
+    """
+    gate = None
+    if layout.interleaved:
+        gate = partial(clamped_swiglu, alpha=stock.alpha, limit=stock.limit)
+    act_fn = getattr(stock, "act_fn", None) or ACT2FN["silu"]
+    biases = getattr(stock, "gate_up_proj_bias", None), getattr(stock, "down_proj_bias", None)
+    setattr(block, layout.experts, RoutedExperts(layout, gate_up_proj, down_proj, act_fn, *biases, gate))
     if layout.model_type in BLOCKS:
         block.__class__ = BLOCKS[layout.model_type]

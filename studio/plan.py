@@ -9,10 +9,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.checkpoint import TensorInfo, read_config, read_index
+from adapters.checkpoint import TensorInfo, read_config, read_index, text_config
 from adapters.errors import CheckpointError, TargetError
 from adapters.layouts import QUANTIZED_CLASSES, TENSOR_CLASSES, ExpertLayout, TensorClassName, layout_for
 from adapters.placement import Placement, same_experts_everywhere
@@ -85,9 +86,9 @@ def make_plan(recipe: Recipe) -> Plan:
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     directory = resolve_base(recipe.model.base)
-    config = read_config(directory)
-    layout = layout_for(config["model_type"])
-    index = read_index(directory)
+    whole = read_config(directory)
+    layout, index = language_model(directory, whole)
+    config = text_config(whole)
     check_tokenizer(directory)
     placement = plan_placement(recipe, layout, index)
     classes = _classes(recipe, layout, index, placement)
@@ -113,7 +114,7 @@ def make_plan(recipe: Recipe) -> Plan:
         layers=config["num_hidden_layers"],
         moe_layers=len(routers(layout, index)),
         experts=count_experts(layout, index),
-        top_k=config.get("num_experts_per_tok", 0),
+        top_k=config.get(layout.top_k, 0),
         classes=classes,
         parameters=parameters,
         bytes=shape.weights_bytes,
@@ -126,6 +127,13 @@ def make_plan(recipe: Recipe) -> Plan:
         truncated_examples=sum(length > limit for length in lengths),
         total_steps=total_steps(recipe, len(train)),
     )
+
+
+def language_model(directory: Path, config: Mapping[str, Any]) -> tuple[ExpertLayout, dict[str, TensorInfo]]:
+    """The layout of a checkpoint, and its index without what is no part of the language model."""
+    index = read_index(directory)
+    layout = layout_for(config, index)
+    return layout, {key: info for key, info in index.items() if layout.model_key(key)}
 
 
 def plan_placement(recipe: Recipe, layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> Placement:
@@ -157,8 +165,10 @@ def plan_placement(recipe: Recipe, layout: ExpertLayout, index: Mapping[str, Ten
 
 def routers(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> list[TensorInfo]:
     """The router weights, (E, H) each: one for every layer with routed experts."""
-    found = (info for key, info in index.items() if key.endswith(f".{layout.block}.{layout.router}.weight"))
-    return list(found)
+    weight = f".{layout.block}.{layout.router}.weight"
+    return [
+        info for key, info in index.items() if layout.has_experts and (layout.model_key(key) or "").endswith(weight)
+    ]
 
 
 def count_experts(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> int:
@@ -221,7 +231,7 @@ def nf4_bytes(values: int, double_quant: bool) -> int:
 
 def _lora(key: str, info: TensorInfo, rank: int, adapted_experts: int, layout: ExpertLayout) -> int:
     """Parameters of the LoRA on one tensor of the checkpoint."""
-    if not rank:
+    if not rank or not layout.takes_lora(key):
         return 0
     if layout.tensor_class(key) != "routed_experts":
         return rank * sum(info.shape)
@@ -236,7 +246,7 @@ def _lora_of_expert_part(key: str, info: TensorInfo, rank: int, adapted_experts:
     """Per-expert files: counted at expert 0, times the adapted ones. Gate and up share one A: up adds its B alone."""
     if f".{layout.experts}.0." not in key:
         return 0
-    sides = info.shape[0] if ".up_proj." in key else sum(info.shape)
+    sides = info.shape[0] if f".{layout.parts[1]}." in key else sum(info.shape)
     return adapted_experts * rank * sides
 
 

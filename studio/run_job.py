@@ -89,18 +89,16 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from adapters.checkpoint import read_config, read_index
-    from adapters.layouts import layout_for
+    from adapters.checkpoint import read_config
     from adapters.loading import check_quantized, load_base
     from adapters.lora import attach
     from studio.models import compute_dtype, has_gpu, resolve_base
-    from studio.plan import plan_placement
+    from studio.plan import language_model, plan_placement
 
     recipe = job.recipe()
     directory = resolve_base(recipe.model.base)
     torch.manual_seed(recipe.training.seed)
-    config, index = read_config(directory), read_index(directory)
-    placement = plan_placement(recipe, layout_for(config["model_type"]), index)
+    placement = plan_placement(recipe, *language_model(directory, read_config(directory)))
     quantize = recipe.model.quantization == "nf4"
     base = load_base(
         directory,

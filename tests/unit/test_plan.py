@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from adapters.checkpoint import read_index
 from adapters.errors import CheckpointError, StudioError, TargetError
-from adapters.layouts import LAYOUTS
 from studio import Recipe, make_plan
 from studio.base import EMBEDDED_DIR
 from studio.plan import nf4_bytes, total_steps
@@ -114,18 +114,6 @@ def test_a_hub_model_that_is_not_here_says_how_to_fetch_it() -> None:
         make_plan(recipe(model={"base": "org/name-that-is-not-here"}))
 
 
-@pytest.mark.parametrize("family", sorted(LAYOUTS))
-def test_a_layout_knows_its_own_tensors(family: str) -> None:
-    layout = LAYOUTS[family]
-    prefix = f"model.layers.3.{layout.block}"
-    assert layout.tensor_class(f"{prefix}.{layout.experts}.gate_up_proj") == "routed_experts"
-    assert layout.tensor_class(f"{prefix}.{layout.router}.weight") == "router"
-    assert layout.tensor_class(f"{prefix}.gate_proj.weight") == "dense_mlp"
-    assert layout.tensor_class("model.layers.3.post_attention_layernorm.weight") == "norms"
-    with pytest.raises(StudioError, match=r"fits no class.*adapters/layouts\.py"):
-        layout.tensor_class("model.layers.3.mamba.weight")
-
-
 def copied_base(folder: Path) -> Path:
     shutil.copytree(EMBEDDED_DIR, folder / "base")
     return folder / "base"
@@ -162,11 +150,21 @@ def test_torn_files_of_a_base_are_refused_in_words(tmp_path: Path, name: str, te
         make_plan(recipe(model={"base": str(base)}))
 
 
-def test_the_multimodal_llama_4_says_that_it_is_not_supported_yet(tmp_path: Path) -> None:
+def test_a_multimodal_config_without_its_language_model_is_refused_in_words(tmp_path: Path) -> None:
     base = copied_base(tmp_path)
     (base / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": {}}))
-    with pytest.raises(StudioError, match="multimodal Llama 4"):
+    with pytest.raises(CheckpointError, match="num_hidden_layers, hidden_size"):
         make_plan(recipe(model={"base": str(base)}))
+
+
+def test_the_multimodal_llama_4_is_planned_as_its_language_model(tmp_path: Path) -> None:
+    alone, base = make_plan(recipe()), copied_base(tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": config}))
+    shapes = {f"language_model.{key}": list(info.shape) for key, info in read_index(EMBEDDED_DIR).items()}
+    write_header(base / "model.safetensors", {**shapes, "vision_model.class_embedding": [8]})
+    inside = make_plan(recipe(model={"base": str(base)}))
+    assert inside == alone.model_copy(update={"model": str(base)})
 
 
 def test_a_tokenizer_that_truncates_does_not_shorten_the_plan(tmp_path: Path) -> None:
