@@ -89,16 +89,16 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from adapters.checkpoint import read_config
     from adapters.loading import check_quantized, load_base
     from adapters.lora import attach
+    from adapters.routed import set_expert_path
     from studio.models import compute_dtype, has_gpu, resolve_base
-    from studio.plan import language_model, plan_placement
+    from studio.plan import plan_placement, recipe_base
 
     recipe = job.recipe()
     directory = resolve_base(recipe.model.base)
     torch.manual_seed(recipe.training.seed)
-    placement = plan_placement(recipe, *language_model(directory, read_config(directory)))
+    placement = plan_placement(recipe, recipe_base(recipe))
     quantize = recipe.model.quantization == "nf4"
     base = load_base(
         directory,
@@ -109,6 +109,7 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
         progress=_Clock(job).progress("loading"),
     )
     model = attach(base, placement)
+    set_expert_path(model, job.plan().expert_path)
     if quantize:
         check_quantized(model)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

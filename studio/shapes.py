@@ -1,7 +1,7 @@
 """Published shapes of models that need not be on this machine: their config, and the tensors that follow from it.
 
-    SHAPES ─ name ─▶ Shape ─▶ .config        the keys of config.json that decide shapes
-                            ─▶ .index()      {tensor name: TensorInfo}, as the published bfloat16 checkpoint has it
+    SHAPES ─ name ─▶ Shape ─▶ .index()   {tensor name: TensorInfo}, as the published bfloat16 checkpoint has it
+                            ─▶ .base()    what a plan is made of
 
 So a recipe can be planned for a model of 800 GB without a download: `studio plan RECIPE --shape llama4-scout`. Another
 model of a family in `TENSORS` is one entry in `SHAPES`; another family is one function more. No torch.
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import TensorInfo
+from adapters.layouts import layout_for
 from studio.errors import StudioError
+from studio.weights import Base
 
 Config = Mapping[str, Any]
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
@@ -40,6 +42,11 @@ class Shape:
         """Every tensor of the language model, as `read_index` would find it in the checkpoint."""
         tensors = TENSORS[self.config["model_type"]](self.config)
         return {key: TensorInfo(Path(self.name), "BF16", shape, 0, 2 * math.prod(shape)) for key, shape in tensors}
+
+    def base(self) -> Base:
+        """The model as far as its shapes go."""
+        index = self.index()
+        return Base(self.name, None, self.config, layout_for(self.config, index), index)
 
 
 def published_shape(name: str) -> Shape:
@@ -107,9 +114,7 @@ LLAMA4: Config = {
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape(
-            "llama4-scout", "Llama 4 Scout", {**LLAMA4, "num_local_experts": 16, "interleave_moe_layer_step": 1}
-        ),
+        Shape("llama4-scout", "Llama 4 Scout", {**LLAMA4, "num_local_experts": 16, "interleave_moe_layer_step": 1}),
         Shape(
             "llama4-maverick", "Llama 4 Maverick", {**LLAMA4, "num_local_experts": 128, "interleave_moe_layer_step": 2}
         ),

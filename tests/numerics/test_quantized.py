@@ -13,7 +13,7 @@ from adapters.errors import QuantizationError
 from adapters.loading import check_quantized, load_base
 from adapters.quantized import QuantizedStack
 from adapters.routed import RoutedExperts
-from studio.plan import nf4_bytes
+from studio.weights import four_bit_bytes
 from tests.numerics.conftest import Tiny, save
 
 
@@ -39,7 +39,7 @@ def test_bytes_are_those_of_bitsandbytes(double_quant: bool) -> None:
 def test_bytes_held_are_bytes_planned(double_quant: bool) -> None:
     stack, _ = filled(double_quant)
     held = [stack.packed, stack.absmax, *([stack.absmax_scale, stack.absmax_offset] if double_quant else [])]
-    assert sum(t.numel() * t.element_size() for t in held) == 3 * nf4_bytes(48 * 64, double_quant)
+    assert sum(t.numel() * t.element_size() for t in held) == 3 * four_bit_bytes(48 * 64, double_quant)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
