@@ -127,7 +127,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a model directory.
 
     Raises:
-        CheckpointError: missing, malformed, or without the keys that every model has.
+        CheckpointError: missing, malformed, without the keys that every model has, or of weights quantised already.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -136,7 +136,29 @@ def read_config(directory: Path) -> dict[str, Any]:
     have = {**config, **text_config(config)}
     if missing := [key for key in CONFIG_KEYS if key not in have]:
         raise CheckpointError(path, [f"{', '.join(missing)} missing; expected the config of a causal language model"])
+    for part in (config, have):
+        if part.get("quantization_config"):
+            raise CheckpointError(path, [_quantized(part["quantization_config"])])
     return config
+
+
+CONVERSIONS = {
+    "mxfp4": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(new_path)",
+    "fp8": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
+    "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(new_path)",
+}
+"""How stock transformers turns a quantised checkpoint into a plain one, by quant_method."""
+
+
+def _quantized(found: Any) -> str:
+    method = str(found.get("quant_method", "unknown")) if isinstance(found, Mapping) else "unknown"
+    usual = "load it dequantised, remove quantization_config from its config, save_pretrained"
+    return (
+        f"the weights are quantised already ({method}: quantization_config); float32, bfloat16 and float16 weights are "
+        "read here, and quantised as the recipe says. Use a published bfloat16 version of the model, or write one with "
+        f"stock transformers: {CONVERSIONS.get(method, usual)}"
+    )
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

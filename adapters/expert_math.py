@@ -378,10 +378,10 @@ def _backward_group(
     pair_weight = weight.to(layer.dtype) if on_output else None
     _parameter_gradients(layer.down, group, grads, a, grad, pair_weight)
     if on_output and grads.weights is not None:
-        d_weight = (d_a * a).sum(-1, dtype=grads.weights.dtype)
+        d_weight = (d_a * a).sum(-1, dtype=_wider(a, weight))
         if layer.down.bias is not None:
             d_weight += (grad * _by_pair(layer.down.bias, group, grad.dtype)).sum(-1, dtype=d_weight.dtype)
-        grads.weights.view(-1)[order_P[group.start : group.stop]] = d_weight
+        grads.weights.view(-1)[order_P[group.start : group.stop]] = d_weight.to(weight.dtype)
     d_gate_up = gate_backward(d_a if pair_weight is None else d_a * pair_weight)
     del a, d_a, gate_up, gate_backward
     _parameter_gradients(layer.gate_up, group, grads, x, d_gate_up, None)
@@ -391,7 +391,7 @@ def _backward_group(
     if not on_output:
         if grads.weights is not None:
             product = hidden_TH[token].to(layer.dtype) * d_x
-            grads.weights.view(-1)[order_P[group.start : group.stop]] = product.sum(-1, dtype=grads.weights.dtype)
+            grads.weights.view(-1)[order_P[group.start : group.stop]] = product.sum(-1, dtype=_wider(product, weight))
         d_x = d_x * weight.to(layer.dtype)
     if grads.hidden is not None:
         grads.hidden.index_add_(0, token, d_x.to(grads.hidden.dtype))
@@ -436,6 +436,11 @@ def _pairs(order_P: Tensor, weights_TK: Tensor, group: Group) -> tuple[Tensor, T
 def _gather(layer: Layer, hidden_TH: Tensor, token: Tensor, weight: Tensor) -> Tensor:
     x = hidden_TH[token].to(layer.dtype)
     return x * weight.to(layer.dtype) if layer.weight_on == "input" else x
+
+
+def _wider(values: Tensor, weight: Tensor) -> torch.dtype:
+    """Gradients of routing weights are summed in the wider of the two dtypes; a router may compute in float32."""
+    return torch.promote_types(values.dtype, weight.dtype)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -85,6 +85,8 @@ class ExpertLayout:
         bias: the experts have `gate_up_proj_bias` (E, 2I) and `down_proj_bias` (E, H).
         peft_swaps: stock PEFT puts lora_A on the *output* side of the stacks. It takes a 3-D parameter for (E, out, in)
             unless the stock class says `is_transposed`; Llama 4 is (E, in, out) and does not say so.
+        peft_fuses: stock PEFT takes a target module that ends in gate_proj, up_proj or down_proj for a routed expert of
+            transformers 4 and targets the fused stacks instead, even where the shared expert was meant.
         checkpoint: "stacked" when the files hold the fused stacks, "per_expert" when they hold
             `experts.{e}.{part}.weight` with the `parts` gate (I, H), up (I, H) and down (H, I).
         expert_width, top_k: config.json's keys for I and for the experts of a token.
@@ -105,6 +107,7 @@ class ExpertLayout:
     interleaved: bool = False
     bias: bool = False
     peft_swaps: bool = False
+    peft_fuses: bool = False
     checkpoint: Literal["stacked", "per_expert"] = "per_expert"
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     expert_width: str = "moe_intermediate_size"
@@ -271,9 +274,10 @@ LAYOUTS: dict[str, ExpertLayout] = {
         QWEN3_5,
         ExpertLayout("mixtral", parts=MIXTRAL_PARTS, renames=(MIXTRAL_BLOCK,), expert_width="intermediate_size"),
         ExpertLayout("qwen2_moe", shared_expert="shared_expert"),
-        ExpertLayout("qwen3_moe"),
+        ExpertLayout("qwen3_moe", peft_fuses=True),
         ExpertLayout(
             "qwen3_next",
+            peft_fuses=True,
             shared_expert="shared_expert",
             attention=(
                 *SELF_ATTENTION,
@@ -290,9 +294,9 @@ LAYOUTS: dict[str, ExpertLayout] = {
             checkpoint="stacked",
             expert_width="intermediate_size",
         ),
-        ExpertLayout("deepseek_v2", shared_expert="shared_experts", attention=MLA),
-        ExpertLayout("deepseek_v3", shared_expert="shared_experts", attention=MLA),
-        ExpertLayout("olmoe", expert_width="intermediate_size"),
+        ExpertLayout("deepseek_v2", shared_expert="shared_experts", attention=MLA, peft_fuses=True),
+        ExpertLayout("deepseek_v3", shared_expert="shared_experts", attention=MLA, peft_fuses=True),
+        ExpertLayout("olmoe", expert_width="intermediate_size", peft_fuses=True),
         ExpertLayout(
             "granitemoe",
             block="block_sparse_moe",
@@ -312,9 +316,10 @@ LAYOUTS: dict[str, ExpertLayout] = {
             renames=((".mlp.router.", ".mlp.gate."), MIXTRAL_BLOCK),
             expert_width="intermediate_size",
         ),
-        ExpertLayout("glm4_moe", shared_expert="shared_experts"),
+        ExpertLayout("glm4_moe", shared_expert="shared_experts", peft_fuses=True),
         ExpertLayout(
             "ernie4_5_moe",
+            peft_fuses=True,
             shared_expert="shared_experts",
             renames=((".mlp.gate.moe_statics.", ".mlp.moe_statics."),),
             top_k="moe_k",
@@ -323,6 +328,7 @@ LAYOUTS: dict[str, ExpertLayout] = {
         ExpertLayout("minimax_m2", parts=MIXTRAL_PARTS, renames=(MIXTRAL_BLOCK,), expert_width="intermediate_size"),
         ExpertLayout(
             "hunyuan_v1_moe",
+            peft_fuses=True,
             router="gate.wg",
             shared_expert="shared_mlp",
             expert_width="intermediate_size",
@@ -342,41 +348,18 @@ def layout_for(model: str | Mapping[str, Any], keys: Iterable[str] = ()) -> Expe
             holds stacks or one tensor an expert.
 
     Raises:
-        LayoutError: the family is not in the table, or its weights are quantised already.
+        LayoutError: the family is not in the table.
     """
     config = {"model_type": model} if isinstance(model, str) else model
     model_type, keys = config["model_type"], list(keys)
     if model_type not in LAYOUTS:
         raise LayoutError(_unknown(config, keys))
-    _check_not_quantized(config)
     layout = replace(LAYOUTS[model_type], layers=text_config(config).get("num_hidden_layers"))
     stack, one = f".{layout.block}.{layout.experts}.gate_up_proj", re.compile(rf"\.{layout.experts}\.\d+\.")
     if any(key.endswith(stack) for key in keys):  # under its name in the model: so are the other tensors of the block
         prefixes = tuple(pair for pair in layout.renames if not pair[0].startswith("."))
         return replace(layout, checkpoint="stacked", renames=prefixes)
     return replace(layout, checkpoint="per_expert") if any(map(one.search, keys)) else layout
-
-
-def _check_not_quantized(config: Mapping[str, Any]) -> None:
-    found = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if not found:
-        return
-    method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown"
-    raise LayoutError(
-        f"the weights of this {config['model_type']} checkpoint are quantised already ({method}: quantization_config "
-        "in config.json); the studio reads float32, bfloat16 and float16 weights and quantises them itself. Use a "
-        "published bfloat16 version of the model, or write one with stock transformers: "
-        + CONVERSIONS.get(method, "load it with dequantisation, remove quantization_config, save_pretrained")
-    )
-
-
-CONVERSIONS = {
-    "mxfp4": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
-    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(new_path)",
-    "fp8": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
-    "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(new_path)",
-}
-"""How stock transformers turns a quantised checkpoint into a plain one, by quant_method."""
 
 
 def _unknown(config: Mapping[str, Any], keys: Collection[str]) -> str:

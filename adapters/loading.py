@@ -9,6 +9,7 @@ All problems of a checkpoint (missing experts, wrong shapes, NaN) are found and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -53,13 +54,13 @@ def load_base(
         LayoutError: unsupported family.
         CheckpointError: missing, misshapen or non-finite tensors, all of them listed.
     """
-    layout = layout_for(read_config(directory)["model_type"])
-    index = read_index(directory)
+    config, index = read_config(directory), read_index(directory)
+    layout = layout_for(config, index)
     model = _empty_model(directory, dtype)
     expected = _expected_keys(model, layout)
-    _check_names_and_shapes(directory, expected, index)
+    _check_names_and_shapes(directory, layout, expected, index)
     _prepare_modules(model, layout, quantize, double_quant, dtype, device)
-    _fill(directory, model, layout, index, dtype, device, progress)
+    _fill(directory, model, layout, index, device, progress)
     _reset_meta_buffers(model, device)
     if quantize:
         check_quantized(model)
@@ -72,6 +73,10 @@ def _empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    for pattern, kept in model._get_dtype_plan(dtype).items():  # what stock keeps in float32 in a 16-bit model
+        for name, tensor in _tensors(model):
+            if re.search(pattern, name):
+                tensor.data = tensor.data.to(kept)
     return cast(PreTrainedModel, model.requires_grad_(False))
 
 
@@ -79,33 +84,30 @@ def _expected_keys(model: nn.Module, layout: ExpertLayout) -> dict[str, tuple[in
     """Name and shape of each tensor that the *files* must hold for this model."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
-        if layout.tensor_class(name) == "routed_experts" and layout.checkpoint == "per_expert":
-            expected.update(_per_expert_keys(name, tuple(tensor.shape)))
+        if layout.tensor_class(name) == "routed_experts":
+            expected.update(_expert_keys(name, tuple(tensor.shape), layout))
         else:
-            expected[name] = tuple(tensor.shape)
+            expected[layout.checkpoint_key(name)] = tuple(tensor.shape)
     if getattr(model.config, "tie_word_embeddings", False):
-        expected.pop("lm_head.weight", None)
+        expected.pop(layout.checkpoint_key("lm_head.weight"), None)
     return expected
 
 
-def _per_expert_keys(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Checkpoint keys of one fused (E, out, in) stack, by the names of its family."""
-    return {
-        f"{name.rpartition('.')[0]}.{expert}.{part}.weight": (rows, shape[2])
-        for expert in range(shape[0])
-        for part, rows in _parts(name, shape[1])
-    }
-
-
-def _parts(name: str, rows: int) -> list[tuple[str, int]]:
-    return (
-        [("gate_proj", rows // 2), ("up_proj", rows // 2)] if name.endswith("gate_up_proj") else [("down_proj", rows)]
-    )
+def _expert_keys(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
+    """Checkpoint keys of one fused stack: its own, or one for each part of each expert, (out, in)."""
+    found = {}
+    for expert in range(shape[0]):
+        sources = layout.sources(name, expert)
+        for source in sources:
+            whole = source.expert is not None
+            found[source.key] = shape if whole else (shape[1] // len(sources), *shape[2:])
+    return found
 
 
 def _check_names_and_shapes(
-    directory: Path, expected: dict[str, tuple[int, ...]], index: dict[str, TensorInfo]
+    directory: Path, layout: ExpertLayout, expected: dict[str, tuple[int, ...]], index: dict[str, TensorInfo]
 ) -> None:
+    head = layout.checkpoint_key("lm_head.weight")
     problems = [f"{name} is missing, expected shape {shape}" for name, shape in expected.items() if name not in index]
     problems += [
         f"{name} has shape {index[name].shape}, expected {shape}"
@@ -113,7 +115,9 @@ def _check_names_and_shapes(
         if name in index and index[name].shape != shape
     ]
     problems += [
-        f"{name} is not a tensor of this model" for name in index if name not in expected and name != "lm_head.weight"
+        f"{name} is not a tensor of this model"
+        for name in index
+        if name not in expected and name != head and layout.model_key(name)
     ]
     if problems:
         raise CheckpointError(directory, problems)
@@ -152,6 +156,8 @@ def _linear_4bit(stock: nn.Linear, double_quant: bool, dtype: torch.dtype) -> Li
     # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first evaluation into a form that computes in
     # bfloat16 and has no backward: training after an evaluation would silently lose gradients.
     linear.support_avx512bf16_for_cpu = False
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data.to(dtype)
     return linear.requires_grad_(False)
 
 
@@ -160,13 +166,12 @@ def _fill(
     model: PreTrainedModel,
     layout: ExpertLayout,
     index: dict[str, TensorInfo],
-    dtype: torch.dtype,
     device: str,
     progress: Progress | None,
 ) -> None:
     problems: list[str] = []
     done, total = 0, sum(info.size_bytes for info in index.values())
-    for label, tensor, write in _pieces(model, layout, index, dtype, device):
+    for label, tensor, write in _pieces(model, layout, index, device):
         if torch.isfinite(tensor).all():
             write(tensor)
         else:
@@ -180,18 +185,21 @@ def _fill(
 
 
 def _pieces(
-    model: PreTrainedModel, layout: ExpertLayout, index: dict[str, TensorInfo], dtype: torch.dtype, device: str
+    model: PreTrainedModel, layout: ExpertLayout, index: dict[str, TensorInfo], device: str
 ) -> Iterator[tuple[str, Tensor, Write]]:
     """(label, tensor as stored, what to do with it), never more than one expert or one tensor at a time."""
     for name, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if isinstance(module, RoutedExperts):
             for projection in PROJECTIONS:
                 yield from _expert_pieces(f"{name}.{projection}", getattr(module, projection), layout, index)
-        elif not any(isinstance(parent, RoutedExperts) for parent in _parents(model, name)):
-            for parameter_name, _ in list(module.named_parameters(recurse=False)):
-                key = f"{name}.{parameter_name}"
-                if key in index:
-                    yield key, read_tensor(index[key]), _writer(module, parameter_name, dtype, device)
+            own = [(part, tensor) for part, tensor in own if part not in PROJECTIONS]
+        elif any(isinstance(parent, RoutedExperts) for parent in _parents(model, name)):
+            continue
+        for part, tensor in own:
+            key = layout.checkpoint_key(f"{name}.{part}")
+            if key in index:
+                yield key, read_tensor(index[key]), _writer(module, part, tensor.dtype, device)
 
 
 def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -203,8 +211,7 @@ def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
 def _expert_pieces(
     key: str, stack: Stack, layout: ExpertLayout, index: dict[str, TensorInfo]
 ) -> Iterator[tuple[str, Tensor, Write]]:
-    experts, rows = stack.shape[0], stack.shape[1]
-    for expert in range(experts):
+    for expert in range(stack.shape[0]):
 
         def write(matrix: Tensor, expert: int = expert) -> None:
             if isinstance(stack, QuantizedStack):
@@ -212,12 +219,9 @@ def _expert_pieces(
             else:
                 stack.data[expert] = matrix.to(stack.device, stack.dtype)
 
-        if layout.checkpoint == "stacked":
-            yield f"{key}[{expert}]", read_tensor(index[key], expert), write
-        else:
-            prefix = key.rpartition(".")[0]
-            parts = [read_tensor(index[f"{prefix}.{expert}.{part}.weight"]) for part, _ in _parts(key, rows)]
-            yield f"{prefix}.{expert} ({key.rpartition('.')[2]})", torch.cat(parts), write
+        sources = layout.sources(key, expert)
+        pieces = [read_tensor(index[source.key], source.expert) for source in sources]
+        yield f"{sources[0].key} (expert {expert})", pieces[0] if len(pieces) == 1 else torch.cat(pieces), write
 
 
 def _writer(module: nn.Module, parameter_name: str, dtype: torch.dtype, device: str) -> Write:
@@ -232,6 +236,8 @@ def _writer(module: nn.Module, parameter_name: str, dtype: torch.dtype, device: 
                 module=module,
             )
             module.weight = cast(Any, weight).to(device)
+        elif parameter_name in dict(module.named_buffers(recurse=False)):
+            setattr(module, parameter_name, tensor.to(device, dtype))
         else:
             setattr(module, parameter_name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -138,7 +139,9 @@ def attach(model: PreTrainedModel, placement: Placement) -> PeftModel:
         ranks = dict(zip(names, placement.routed, strict=True))
         layer = partial(ExpertLora, ranks=ranks, alpha=placement.alpha)
         config._register_custom_module({RoutedExperts: cast(Any, layer)})
-    with warnings.catch_warnings():
+    # PEFT would take some of these names for those of transformers 4 and target other tensors: ExpertLayout.peft_fuses
+    as_named = patch("peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers")
+    with warnings.catch_warnings(), as_named:
         # PEFT looks for rank patterns among modules alone; those of target_parameters are used all the same
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         return cast(PeftModel, get_peft_model(model, config))

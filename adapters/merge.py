@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +39,10 @@ class Delta:
     experts: int = 0
 
 
+Found = list[tuple[str, tuple[int, ...], Delta]]
+"""(checkpoint key, shape that it must have, what is added to it)."""
+
+INDEX = "model.safetensors.index.json"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """What goes along from the base directory: config, generation config, tokenizer, chat template."""
 
@@ -80,9 +82,8 @@ def merge_adapter(
     """
     out = Path(os.path.abspath(out))
     check_output(base, adapter, out, overwrite)
-    config = read_config(base)
-    layout = layout_for(config["model_type"])
     index = read_index(base)
+    layout = layout_for(read_config(base), index)
     deltas = plan_deltas(read_adapter(adapter, layout), layout, index)
     total, done, written = sum(info.size_bytes for info in index.values()), 0, 0
 
@@ -101,7 +102,7 @@ def merge_adapter(
             specs = {key: (_dtype(index[key], dtype), index[key].shape) for key in keys}
             write_tensors(directory / file.name, specs, produce)
             written += (directory / file.name).stat().st_size
-        _copy_rest(base, directory, config, dtype, written)
+        _copy_rest(base, directory, dtype, written)
     experts = sum(delta.experts for delta in deltas.values())
     names = {DTYPE_NAMES.get(info.dtype, info.dtype) for info in index.values()}
     shown = str(dtype).removeprefix("torch.") if dtype else "/".join(sorted(names))
@@ -153,48 +154,52 @@ def plan_deltas(adapter: AdapterFile, layout: ExpertLayout, index: dict[str, Ten
     """
     problems: list[str] = []
     deltas: dict[str, Delta] = {}
-
-    def add(key: str, shape: tuple[int, ...], delta: Delta) -> None:
+    found: Found = [
+        (layout.checkpoint_key(name), (linear.B.shape[0], linear.A.shape[1]), Delta((linear.delta,)))
+        for name, linear in adapter.linear.items()
+    ]
+    for name, factors in adapter.experts.items():
+        found += (
+            _stacked_delta(name, factors, layout)
+            if layout.checkpoint == "stacked"
+            else (_per_expert_deltas(name, factors, layout))
+        )
+    for key, shape, delta in found:
         if key not in index:
             problems.append(f"{key} is adapted, but the base has no such tensor")
         elif index[key].shape != shape:
             problems.append(f"{key} is {index[key].shape} in the base, the adapter is for {shape}")
         else:
             deltas[key] = delta
-
-    for key, linear in adapter.linear.items():
-        add(key, (linear.B.shape[0], linear.A.shape[1]), Delta((linear.delta,)))
-    for key, factors in adapter.experts.items():
-        for name, shape, delta in _expert_deltas(key, factors, layout):
-            add(name, shape, delta)
     if problems:
         raise AdapterFileError(listed("the adapter does not fit this base", problems))
     return deltas
 
 
-def _expert_deltas(key: str, factors: ExpertFactors, layout: ExpertLayout) -> list[tuple[str, tuple[int, ...], Delta]]:
+def _stacked_delta(name: str, factors: ExpertFactors, layout: ExpertLayout) -> Found:
+    """(key, shape, delta) of a stack that lies in the files as one tensor."""
     experts, outputs, inputs = factors.B.shape[0], factors.B.shape[1], factors.A.shape[2]
-    if layout.checkpoint == "stacked":
-        transposed = layout.stack_order == "in_out"
-        shape = (experts, inputs, outputs) if transposed else (experts, outputs, inputs)
-        matrices = tuple(partial(_expert_delta, factors, expert, transposed) for expert in range(experts))
-        return [(key, shape, Delta(matrices, sum(map(factors.adapts, range(experts)))))]
-    prefix, _, projection = key.rpartition(".")
-    found: list[tuple[str, tuple[int, ...], Delta]] = []
+    transposed = layout.stack_order == "in_out"
+    shape = (experts, inputs, outputs) if transposed else (experts, outputs, inputs)
+    matrices = tuple(partial(_expert_delta, factors, expert, transposed) for expert in range(experts))
+    return [(layout.checkpoint_key(name), shape, Delta(matrices, sum(map(factors.adapts, range(experts)))))]
+
+
+def _per_expert_deltas(name: str, factors: ExpertFactors, layout: ExpertLayout) -> Found:
+    """(key, shape, delta) of each tensor that an expert of the stack lies in: its own rows of the expert's delta."""
+    experts, outputs, inputs = factors.B.shape[0], factors.B.shape[1], factors.A.shape[2]
+    found: Found = []
     for expert in range(experts):
-        if projection == "down_proj":
-            found.append(_part(f"{prefix}.{expert}.down_proj.weight", factors, expert, 0, outputs))
-        else:
-            half = outputs // 2
-            found.append(_part(f"{prefix}.{expert}.gate_proj.weight", factors, expert, 0, half))
-            found.append(_part(f"{prefix}.{expert}.up_proj.weight", factors, expert, half, outputs))
+        sources, adapts = layout.sources(name, expert), int(factors.adapts(expert))
+        rows = outputs // len(sources)
+        for number, source in enumerate(sources):
+            delta = Delta((partial(_rows, factors, expert, number * rows, rows),), adapts)
+            found.append((source.key, (rows, inputs), delta))
     return found
 
 
-def _part(key: str, factors: ExpertFactors, expert: int, start: int, stop: int) -> tuple[str, tuple[int, ...], Delta]:
-    """One projection of one expert of a per-expert checkpoint: rows `start` to `stop` of its delta."""
-    rows = Delta((lambda: factors.delta(expert)[start:stop],), int(factors.adapts(expert)))
-    return key, (stop - start, factors.A.shape[2]), rows
+def _rows(factors: ExpertFactors, expert: int, start: int, rows: int) -> Tensor:
+    return factors.delta(expert)[start : start + rows]
 
 
 def _expert_delta(factors: ExpertFactors, expert: int, transposed: bool) -> Tensor:
@@ -202,17 +207,25 @@ def _expert_delta(factors: ExpertFactors, expert: int, transposed: bool) -> Tens
     return delta.t() if transposed else delta
 
 
-def _copy_rest(base: Path, out: Path, config: dict[str, Any], dtype: torch.dtype | None, written: int) -> None:
+def _copy_rest(base: Path, out: Path, dtype: torch.dtype | None, written: int) -> None:
+    """Config, tokenizer and the like as they are: the base's own text, but for a dtype that was asked for."""
     for pattern in COPIED:
         for file in base.glob(pattern):
-            if not re.fullmatch(r"(config|model\.safetensors\.index)\.json", file.name):
+            if file.name != INDEX:
                 shutil.copy2(file, out / file.name)
     if dtype is not None:
-        config = {**config, "dtype": str(dtype).removeprefix("torch.")}
-        config.pop("torch_dtype", None)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    index_file = base / "model.safetensors.index.json"
-    if index_file.exists():
-        index = json.loads(index_file.read_text())
+        _set_dtype(out / "config.json", str(dtype).removeprefix("torch."))
+    if (base / INDEX).exists():
+        index = json.loads((base / INDEX).read_text())
         index["metadata"] = {**index.get("metadata", {}), "total_size": written}
-        (out / index_file.name).write_text(json.dumps(index, indent=2) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _set_dtype(file: Path, name: str) -> None:
+    """The dtype of the model and of each part of a multimodal one, wherever config.json states it."""
+    config = json.loads(file.read_text())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or {"dtype", "torch_dtype"} & set(part):
+            part.pop("torch_dtype", None)
+            part["dtype"] = name
+    file.write_text(json.dumps(config, indent=2) + "\n")

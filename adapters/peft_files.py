@@ -117,8 +117,8 @@ def expert_factors(module: ExpertLora, projection: str, adapter_name: str = "def
     """A layer's trained factors, zero-filled to the largest rank of the adapter."""
     ranks, rank = module.ranks[adapter_name], module.r[adapter_name]
     flat_a, flat_b = module.factors(adapter_name, projection)
-    a = torch.zeros(len(ranks), rank, flat_a.shape[1])
-    b = torch.zeros(len(ranks), flat_b.shape[1], rank)
+    a = flat_a.new_zeros(len(ranks), rank, flat_a.shape[1])
+    b = flat_b.new_zeros(len(ranks), flat_b.shape[1], rank)
     pieces = zip(ranks, flat_a.detach().split(list(ranks)), flat_b.detach().split(list(ranks)), strict=True)
     for expert, (own, piece_a, piece_b) in enumerate(pieces):
         a[expert, :own] = piece_a
@@ -143,7 +143,7 @@ def save_adapter(
         OutputExistsError: `out` exists.
     """
     layout = layout_for(model.config.model_type)
-    tensors = adapter_tensors(model, layout)
+    tensors = {name: tensor.float() for name, tensor in adapter_tensors(model, layout).items()}
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise AdapterFileError(listed("the adapter holds NaN or infinity and was not written", broken))
@@ -157,6 +157,8 @@ def save_adapter(
 def standard_config(layout: ExpertLayout, placement: Placement, base_name: str) -> LoraConfig:
     """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes."""
     targets = lora_targets(layout, placement)
+    if layout.peft_fuses:
+        _name_by_parameter(targets, layout.class_modules("shared_expert"))
     if placement.routed_rank:
         targets["target_parameters"] = [
             *(targets["target_parameters"] or []),
@@ -167,8 +169,17 @@ def standard_config(layout: ExpertLayout, placement: Placement, base_name: str) 
     )
 
 
+def _name_by_parameter(targets: dict[str, Any], modules: tuple[str, ...]) -> None:
+    """Turns target modules into target parameters: the same files, and a name that PEFT takes as it is."""
+    moved = [module for module in targets["target_modules"] if module in modules]
+    targets["target_modules"] = [module for module in targets["target_modules"] if module not in moved]
+    targets["target_parameters"] = [*(targets["target_parameters"] or []), *(f"{module}.weight" for module in moved)]
+    pattern = targets["rank_pattern"]
+    targets["rank_pattern"] = {f"{key}.weight" if key in moved else key: rank for key, rank in pattern.items()}
+
+
 def adapter_tensors(model: PeftModel, layout: ExpertLayout, adapter_name: str = "default") -> dict[str, Tensor]:
-    """Every adapter tensor by its name in a standard PEFT file, float32 on the CPU."""
+    """Every adapter tensor by its name in a standard PEFT file, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, ExpertLora):
@@ -176,8 +187,8 @@ def adapter_tensors(model: PeftModel, layout: ExpertLayout, adapter_name: str = 
     suffix = f".{adapter_name}.weight"
     for name, parameter in model.named_parameters():
         if name.endswith(suffix) and (".lora_A." in name or ".lora_B." in name):
-            tensors[name.removesuffix(suffix) + ".weight"] = parameter.detach().cpu().float().contiguous()
-    return tensors
+            tensors[name.removesuffix(suffix) + ".weight"] = parameter.detach()
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _stack_tensors(name: str, module: ExpertLora, layout: ExpertLayout, adapter_name: str) -> dict[str, Tensor]:
@@ -185,8 +196,8 @@ def _stack_tensors(name: str, module: ExpertLora, layout: ExpertLayout, adapter_
     for projection in PROJECTIONS:
         lora_a, lora_b = to_peft(expert_factors(module, projection, adapter_name), layout)
         place = f"{name}.base_layer" if projection == "gate_up_proj" else name
-        tensors[f"{place}.lora_A.weight"] = lora_a.contiguous()
-        tensors[f"{place}.lora_B.weight"] = lora_b.contiguous()
+        tensors[f"{place}.lora_A.weight"] = lora_a
+        tensors[f"{place}.lora_B.weight"] = lora_b
     return tensors
 
 
@@ -234,7 +245,7 @@ def read_adapter(directory: Path, layout: ExpertLayout) -> AdapterFile:
 
 def _stack_key(module: str, config: dict[str, Any]) -> str:
     """The parameter that a stack's key means; PEFT nests the wrappers, gate_up_proj innermost."""
-    targeted = {name.rpartition(".")[2] for name in config.get("target_parameters") or [] if "experts" in name}
+    targeted = {name.rpartition(".")[2] for name in config.get("target_parameters") or []} & set(PROJECTIONS)
     if targeted >= set(PROJECTIONS):
         if module.endswith(".base_layer"):
             return f"{module.removesuffix('.base_layer')}.gate_up_proj"
@@ -247,15 +258,15 @@ def rank_and_scale(config: dict[str, Any], key: str) -> tuple[int, float]:
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    full = f"{key}.weight" if f"{key}.weight" in _router_targets(config, key) else key
+    full = f"{key}.weight" if _by_parameter(config, key) else key
     rank = ranks.get(get_pattern_key(list(ranks), full), config["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), full), config["lora_alpha"])
     return int(rank), alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _router_targets(config: dict[str, Any], key: str) -> set[str]:
-    suffixes = config.get("target_parameters") or []
-    return {f"{key}.weight" for suffix in suffixes if f"{key}.weight".endswith(suffix)}
+def _by_parameter(config: dict[str, Any], key: str) -> bool:
+    """Whether the module is targeted by the name of its weight, as routers are."""
+    return f"{key}.weight".endswith(tuple(config.get("target_parameters") or ()))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

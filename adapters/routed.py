@@ -171,7 +171,7 @@ def use_routed_experts(model: PreTrainedModel) -> PreTrainedModel:
     """
     layout = layout_for(model.config.model_type)
     blocks = list(moe_blocks(model, layout))
-    if not blocks:
+    if layout.has_experts and not blocks:
         raise LayoutError(f"no {layout.block}.{layout.experts} found in this {model.config.model_type} model")
     for _, block in blocks:
         stock = getattr(block, layout.experts)

@@ -2,74 +2,247 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCAB, EXPERTS, LAYERS = 96, 6, 4
+from adapters.layouts import LAYOUTS, ExpertLayout, layout_for
+from adapters.loading import load_base
+
+VOCAB, EXPERTS, MOE_LAYERS = 96, 6, 2
+
+GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+MLA = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+DELTA_NET = {
+    **GQA,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
+TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LINEAR, FULL = "linear_attention", "full_attention"
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family at one shape. Half of its layers are MoE layers."""
+    """A family at one shape, with two MoE layers of six experts; with a dense layer beside them where it can have one.
+
+    A dense family has two layers of a dense MLP of `width`.
+    """
 
     family: str
     hidden: int
     width: int
-    top_k: int
+    top_k: int = 2
 
     def __str__(self) -> str:
         return f"{self.family}-H{self.hidden}-I{self.width}-top{self.top_k}"
 
     @property
-    def model_class(self) -> type[PreTrainedModel]:
-        return Llama4ForCausalLM if self.family == "llama4_text" else Qwen3MoeForCausalLM
+    def model_class(self) -> type[AutoModelForCausalLM]:
+        return AutoModelForCausalLM
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return layout_for(self.family)
+
+    def config(self) -> dict[str, Any]:
+        return {**TOKENS, "hidden_size": self.hidden, **FAMILIES[self.family](self)}
 
     def build(self, seed: int = 0) -> PreTrainedModel:
-        common = {
-            "vocab_size": VOCAB,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_experts_per_tok": self.top_k,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        if self.family == "llama4_text":
-            config = Llama4TextConfig(
-                **common,
-                num_local_experts=EXPERTS,
-                intermediate_size=self.width,
-                intermediate_size_mlp=2 * self.width,
-                interleave_moe_layer_step=2,
-            )
-        else:
-            config = Qwen3MoeConfig(
-                **common,
-                num_experts=EXPERTS,
-                moe_intermediate_size=self.width,
-                intermediate_size=2 * self.width,
-                decoder_sparse_step=2,
-                norm_topk_prob=True,
-            )
+        config = AutoConfig.for_model(self.family, **self.config())
         torch.manual_seed(seed)
-        model = self.model_class(config).eval()
-        for name, parameter in model.named_parameters():
-            if not name.endswith("norm.weight"):
-                torch.nn.init.normal_(parameter, std=0.15)
-        return model
+        return randomised(AutoModelForCausalLM.from_config(config).eval())
 
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Every value random, corrections of the routing included, so that none can be lost unseen; norms stay near 1."""
+    corrections = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *corrections):
+            nn.init.normal_(tensor, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.15)
+    return model
+
+
+FAMILIES: dict[str, Callable[[Tiny], dict[str, Any]]] = {
+    "llama4_text": lambda t: {
+        **GQA,
+        "num_hidden_layers": 4,
+        "interleave_moe_layer_step": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "intermediate_size": t.width,
+        "intermediate_size_mlp": 2 * t.width,
+    },
+    "mixtral": lambda t: {
+        **GQA,
+        "num_hidden_layers": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "intermediate_size": t.width,
+    },
+    "qwen2_moe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "moe_intermediate_size": t.width,
+        "shared_expert_intermediate_size": t.width + 8,
+        "intermediate_size": 2 * t.width,
+    },
+    "qwen3_moe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "moe_intermediate_size": t.width,
+        "intermediate_size": 2 * t.width,
+    },
+    "qwen3_next": lambda t: {
+        **DELTA_NET,
+        "num_hidden_layers": 3,
+        "layer_types": [LINEAR, FULL, LINEAR],
+        "mlp_only_layers": [0],
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "moe_intermediate_size": t.width,
+        "shared_expert_intermediate_size": t.width + 8,
+        "intermediate_size": 2 * t.width,
+    },
+    "qwen3_5_moe_text": lambda t: {
+        **DELTA_NET,
+        "num_hidden_layers": 2,
+        "layer_types": [LINEAR, FULL],
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "moe_intermediate_size": t.width,
+        "shared_expert_intermediate_size": t.width + 8,
+    },
+    "gpt_oss": lambda t: {
+        **GQA,
+        "num_hidden_layers": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "intermediate_size": t.width,
+        "swiglu_limit": 0.8,  # low enough to be reached
+    },
+    "deepseek_v2": lambda t: {
+        **MLA,
+        "q_lora_rank": None,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": t.top_k,
+        "topk_method": "greedy",
+        "moe_intermediate_size": t.width,
+        "intermediate_size": 2 * t.width,
+    },
+    "deepseek_v3": lambda t: {
+        **MLA,
+        "q_lora_rank": 24,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": t.top_k,
+        "moe_intermediate_size": t.width,
+        "intermediate_size": 2 * t.width,
+    },
+    "olmoe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 2,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "intermediate_size": t.width,
+    },
+    "granitemoe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "intermediate_size": t.width,
+        "tie_word_embeddings": False,
+    },
+    "phimoe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "intermediate_size": t.width,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "glm4_moe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": t.top_k,
+        "moe_intermediate_size": t.width,
+        "intermediate_size": 2 * t.width,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "ernie4_5_moe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 3,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+        "moe_num_experts": EXPERTS,
+        "moe_k": t.top_k,
+        "moe_num_shared_experts": 2,
+        "moe_intermediate_size": t.width,
+        "intermediate_size": 2 * t.width,
+    },
+    "minimax_m2": lambda t: {
+        **GQA,
+        "num_hidden_layers": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": t.top_k,
+        "intermediate_size": t.width,
+        "rotary_dim": 8,
+    },
+    "hunyuan_v1_moe": lambda t: {
+        **GQA,
+        "num_hidden_layers": 2,
+        "num_experts": EXPERTS,
+        "moe_topk": t.top_k,
+        "intermediate_size": t.width,
+    },
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3"),
+        lambda t: {**GQA, "num_hidden_layers": 2, "intermediate_size": t.width},
+    ),
+}
 
 # H = 2I makes gate_up_proj square; H = I makes down_proj square and gate_up_proj doubled
 TINY = [Tiny(f, h, i, k) for f, k in (("llama4_text", 1), ("qwen3_moe", 2)) for h, i in ((64, 32), (64, 64), (32, 96))]
 TINY.append(Tiny("llama4_text", 64, 32, 2))
 SQUARE = [TINY[0], TINY[3]]
+EACH = [Tiny(name, 64, 32 if number % 2 else 64) for number, name in enumerate(FAMILIES)]
+"""Every family once, the two shapes by turns."""
+MOE = [tiny for tiny in EACH if LAYOUTS[tiny.family].has_experts]
 
 
 @pytest.fixture(params=TINY, ids=str)
@@ -97,3 +270,16 @@ def save(tiny: Tiny, tmp_path: Path) -> Path:
     directory = tmp_path / "base"
     tiny.build().save_pretrained(directory)
     return directory
+
+
+def load_plain(directory: Path, **options: Any) -> PreTrainedModel:
+    """The base, streamed, not quantised."""
+    return load_base(directory, quantize=False, **options)
+
+
+def randomise(model: nn.Module, seed: int = 3, std: float = 0.2) -> None:
+    """Trained-looking adapters: every trainable value random."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter.data, std=std)

@@ -14,21 +14,13 @@ from adapters.lora import ExpertLora, attach
 from adapters.peft_files import expert_factors
 from adapters.placement import Placement, same_experts_everywhere
 from adapters.routed import PROJECTIONS
-from tests.numerics.conftest import EXPERTS, Tiny, save
+from tests.numerics.conftest import EXPERTS, Tiny, randomise, save
 
 UNEVEN = ((4, 0, 1, 4, 2, 3), (0, 5, 0, 0, 1, 2))
 
 
-def randomise(model: torch.nn.Module, seed: int = 3) -> None:
-    """Trained-looking adapters: every trainable value random."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter.data, std=0.2)
-
-
 def placement_for(tiny: Tiny, routed: tuple[tuple[int, ...], ...] = UNEVEN, router: int = 2) -> Placement:
-    shared = 4 if tiny.family == "llama4_text" else 0
+    shared = 4 if tiny.layout.shared_expert else 0
     return Placement(attention=8, shared_expert=shared, router=router, routed=routed, alpha=12.0)
 
 

@@ -22,8 +22,8 @@ from adapters.merge import merge_adapter
 from adapters.peft_files import WEIGHTS, ExpertFactors, from_peft, read_adapter, save_adapter, to_peft
 from adapters.placement import Placement, same_experts_everywhere
 from adapters.tensor_files import read_tensor
-from tests.numerics.conftest import EXPERTS, Tiny, save
-from tests.numerics.test_expert_lora import UNEVEN, placement_for, randomise
+from tests.numerics.conftest import EXPERTS, Tiny, randomise, save
+from tests.numerics.test_expert_lora import UNEVEN, placement_for
 
 LOGITS_ATOL = 2e-5  # float32, logits of magnitude 1: another order of summation; the faults guarded against give > 1e-3
 ALL = same_experts_everywhere(4, 2, EXPERTS)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from adapters.checkpoint import TensorInfo
+from adapters.checkpoint import TensorInfo, read_config
 from adapters.errors import CheckpointError, LayoutError
 from adapters.layouts import LAYOUTS, MoeShape, Source, layout_for, moe_shapes
 
@@ -243,14 +245,16 @@ def test_an_unknown_family_without_experts_is_not_called_an_moe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "quantization", "message"),
+    ("config", "message"),
     [
-        ("gpt_oss", {"quant_method": "mxfp4"}, "Mxfp4Config"),
-        ("deepseek_v3", {"quant_method": "fp8"}, "FineGrainedFP8Config"),
-        ("llama", {"quant_method": "gptq"}, "gptq"),
-        ("mixtral", {"bits": 4}, "unknown"),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "mxfp4.*Mxfp4Config"),
+        ({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}}, "fp8.*FineGrainedFP8Config"),
+        ({"model_type": "llama4", "text_config": {"quantization_config": {"quant_method": "gptq"}}}, "gptq"),
+        ({"model_type": "mixtral", "quantization_config": {"bits": 4}}, "unknown"),
     ],
 )
-def test_a_quantised_checkpoint_says_what_to_do(family: str, quantization: dict[str, object], message: str) -> None:
-    with pytest.raises(LayoutError, match=f"quantised already.*{message}"):
-        layout_for({"model_type": family, "quantization_config": quantization})
+def test_a_quantised_checkpoint_says_what_to_do(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    keys = dict.fromkeys(("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"), 8)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **keys}))
+    with pytest.raises(CheckpointError, match=f"quantised already.*{message}"):
+        read_config(tmp_path)
