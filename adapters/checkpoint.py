@@ -135,7 +135,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json_object(path)
     have = {**config, **text_config(config)}
     if missing := [key for key in CONFIG_KEYS if key not in have]:
-        raise CheckpointError(path, [f"{', '.join(missing)} missing; expected the config of a causal language model"])
+        problem = f"{', '.join(missing)} missing; expected the config of a causal language model"
+        known = f" of a family in adapters/layouts.py, not {config['model_type']!r}" if "model_type" in config else ""
+        raise CheckpointError(path, [problem + known])
     for part in (config, have):
         if part.get("quantization_config"):
             raise CheckpointError(path, [_quantized(part["quantization_config"])])
@@ -144,11 +146,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 CONVERSIONS = {
     "mxfp4": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
-    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(new_path)",
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(new_path, save_original_format=False)",
     "fp8": "AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
-    "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(new_path)",
+    "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(new_path, save_original_format=False)",
 }
-"""How stock transformers turns a quantised checkpoint into a plain one, by quant_method."""
+"""How stock transformers turns a quantised checkpoint into a plain one, by quant_method.
+
+In the original format it would write plain values under the names of quantised ones.
+"""
 
 
 def _quantized(found: Any) -> str:

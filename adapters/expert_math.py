@@ -12,8 +12,9 @@ What is kept between the two decides the memory:
 Neither keeps gathered inputs, activations, LoRA intermediates or anything dequantised. The gradient of a routing weight
 needs no second output: <dout, down(a)> = <downᵀ(dout), a>, and downᵀ(dout) is computed anyway.
 
-On a CPU a group is one expert, whose rows stay in the cache. On CUDA in bfloat16 a group is as many experts as the
-workspace holds, and one grouped matmul serves them all.
+Experts go in groups, so that small ones share the cost of a call. On a CPU a group has about a hundred rows, which stay
+in the cache, and each expert's matrix is multiplied (and dequantised) on its own. On CUDA in bfloat16 a group is as
+many experts as the workspace holds, and one grouped matmul serves them all.
 
 Dimension legend: T tokens, K experts a token (top-k), P = T·K pairs sorted by expert, E experts, H hidden size,
 I expert width, G experts of a group, r LoRA rank, R sum of the ranks of all experts.
@@ -21,8 +22,8 @@ I expert width, G experts of a group, r LoRA rank, R sum of the ranks of all exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -37,16 +38,26 @@ from adapters.quantized import QuantizedStack
 Stack = nn.Parameter | Tensor | QuantizedStack
 GateBackward = Callable[[Tensor], Tensor]
 HALF = (torch.bfloat16, torch.float16)
+ROW_BYTES = 16
+"""What torch's grouped matmul wants the rows of its operands to be a multiple of."""
+
+
+CPU_GROUP_ROWS = 128
+"""On a CPU: experts are added to a group until it has this many rows."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Experts computed together: their ids, and the slice of the sorted pairs that each of them owns."""
+    """Experts computed together: their ids, how many pairs each has, and their slice of the sorted pairs."""
 
     experts: tuple[int, ...]
     counts: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -111,27 +122,49 @@ def _onednn() -> bool:
 
 
 def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], transposed: bool) -> Tensor:
-    """x (P, ·) times each expert's matrix: x @ W[g]ᵀ when `transposed`, else x @ W[g]. weights (G, ·, ·)."""
+    """x (P, ·) times each group's matrix: x @ W[g]ᵀ when `transposed`, else x @ W[g]. weights (G, ·, ·)."""
     if len(counts) == 1:
-        return linear(x, weights[0] if transposed else weights[0].t())
+        return x @ (weights[0].t() if transposed else weights[0])
+    if not _serves(x, weights):
+        parts = zip(x.split(list(counts)), weights, strict=True)
+        return torch.cat([rows @ (weight.t() if transposed else weight) for rows, weight in parts])
     return F.grouped_mm(x, weights.transpose(1, 2) if transposed else weights, offs=_offsets(counts, x.device))
+
+
+def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
+    """left (P, m), right (P, n) → (G, m, n): leftᵀ right of each group's rows."""
+    if len(counts) == 1:
+        return (left.t() @ right)[None]
+    if not _serves(left, right):
+        parts = zip(left.split(list(counts)), right.split(list(counts)), strict=True)
+        return torch.stack([a.t() @ b for a, b in parts])
+    return F.grouped_mm(left.t(), right, offs=_offsets(counts, left.device))
+
+
+def _serves(*operands: Tensor) -> bool:
+    """Whether torch has a grouped matmul for these: the dtype, and rows of whole 16 bytes."""
+    dtype, device = operands[0].dtype, operands[0].device.type
+    aligned = all(stride * t.itemsize % ROW_BYTES == 0 for t in operands for stride in sorted(t.stride())[1:])
+    return aligned and (dtype == torch.bfloat16 or (dtype == torch.float32 and device == "cpu"))
 
 
 def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
-    """left (P, m), right (P, n) → (G, m, n): leftᵀ right of each expert's rows."""
-    if len(counts) == 1:
-        return (left.t() @ right)[None]
-    return F.grouped_mm(left.t(), right, offs=_offsets(counts, left.device))
+def matrix(stack: Stack, expert: int, dtype: torch.dtype, scratch: dict[object, Tensor]) -> Tensor:
+    """(rows, cols) of one expert in `dtype`: a view of a dense stack, or dequantised into a buffer in `scratch`."""
+    if not isinstance(stack, QuantizedStack):
+        return stack[expert].to(dtype)
+    if stack.shape not in scratch:
+        scratch[stack.shape] = torch.empty(stack.shape[1:], dtype=dtype, device=stack.device)
+    return stack.dequantize(expert, dtype, out=scratch[stack.shape])
 
 
 def matrices(stack: Stack, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """(G, rows, cols) of these experts in `dtype`; a view where the stack is dense and the experts adjoin."""
+    """(G, rows, cols) of these experts in `dtype`; of a dense stack a view, so they must adjoin."""
     if isinstance(stack, QuantizedStack):
-        return torch.stack([stack.dequantize(expert, dtype) for expert in experts])
+        return stack.dequantize_many(experts, dtype)
     return stack[experts[0] : experts[-1] + 1].to(dtype)
 
 
@@ -172,44 +205,89 @@ def gated(gate_up: Tensor, gate: Callable[[Tensor], Tensor] | None, act_fn: nn.M
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's experts as one call sees them. Built alike for the forward and for the backward."""
+    """One layer's experts as one call sees them. Built alike for the forward and for the backward.
+
+    Attributes:
+        fused_experts: CUDA: how many experts one grouped matmul serves. 0: a matmul for each expert.
+        scratch: the buffers that experts are dequantised into, one after the other: a fresh block for each would cost
+            more page faults than the dequantisation.
+    """
 
     gate_up: Projection
     down: Projection
     gate: Callable[[Tensor], Tensor] | None
     act_fn: nn.Module
     weight_on: str
-    group_experts: int
+    fused_experts: int
     dtype: torch.dtype
+    scratch: dict[object, Tensor] = field(default_factory=dict)
 
-    def groups(self, counts: list[int]) -> Iterator[Group]:
-        """Experts with tokens, in runs of at most `group_experts`. Dense runs include the idle ones between, which
-        cost nothing and keep the run a view of the stack."""
-        dense = not isinstance(self.gate_up.stack, QuantizedStack)
+    @property
+    def experts(self) -> int:
+        return int(self.gate_up.stack.shape[0])
+
+    def groups(self, counts: list[int]) -> list[Group]:
+        """Experts with pairs, in runs. Fused dense runs include the idle experts between, to be a view of the stack."""
         starts = [0, *accumulate(counts)]
-        active = [expert for expert, count in enumerate(counts) if count]
-        for first in range(0, len(active), self.group_experts):
-            run = active[first : first + self.group_experts]
-            experts = tuple(range(run[0], run[-1] + 1)) if dense else tuple(run)
-            yield Group(experts, tuple(counts[e] for e in experts), starts[run[0]], starts[run[-1] + 1])
+        runs: list[list[int]] = []
+        for expert in (expert for expert, count in enumerate(counts) if count):
+            if runs and self._has_room(runs[-1], counts):
+                runs[-1].append(expert)
+            else:
+                runs.append([expert])
+        if self.fused_experts and not isinstance(self.gate_up.stack, QuantizedStack):
+            runs = [list(range(run[0], run[-1] + 1)) for run in runs]
+        return [Group(tuple(run), tuple(counts[e] for e in run), starts[run[0]], starts[run[-1] + 1]) for run in runs]
+
+    def _has_room(self, run: list[int], counts: list[int]) -> bool:
+        if self.fused_experts:
+            return len(run) < self.fused_experts
+        return sum(counts[expert] for expert in run) < CPU_GROUP_ROWS
+
+    def base(self, part: Projection, group: Group, x: Tensor, transposed: bool) -> Tensor:
+        """x (P, ·) through the frozen experts of a group: x @ Wᵀ when `transposed`, else x @ W."""
+        if self.fused_experts:
+            return grouped_linear(x, matrices(part.stack, group.experts, self.dtype), group.counts, transposed)
+        products = []
+        for expert, rows in zip(group.experts, x.split(list(group.counts)), strict=True):
+            weight = matrix(part.stack, expert, self.dtype, self.scratch)
+            products.append(linear(rows, weight if transposed else weight.t()))
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def forward(self, part: Projection, group: Group, x: Tensor) -> Tensor:
         """x (P, in) → (P, out), bias and adapters included."""
-        weights = matrices(part.stack, group.experts, self.dtype)
-        y = grouped_linear(x, weights, group.counts, part.transposed)
+        y = self.base(part, group, x, part.transposed)
         if part.bias is not None:
             y += _by_pair(part.bias, group, self.dtype)
         for lora in part.loras:
-            add_lora(y, x, lora, group)
+            if factors := lora_factors(lora, group, x.dtype):
+                _add_product(y, grouped_linear(x, factors[0], group.counts, True), factors[1], group, lora.spec.scale)
         return y
 
-    def backward(self, part: Projection, group: Group, grad: Tensor) -> Tensor:
-        """grad (P, out) → (P, in), through the base and the adapters."""
-        weights = matrices(part.stack, group.experts, self.dtype)
-        result = grouped_linear(grad, weights, group.counts, not part.transposed)
+    def backward(
+        self,
+        part: Projection,
+        group: Group,
+        x: Tensor,
+        grad: Tensor,
+        weight: Tensor | None,
+        grads: Gradients,
+        through: bool = True,
+    ) -> Tensor | None:
+        """The gradient (P, in) of a projection's input, and of its parameters into `grads`.
+
+        Args:
+            x: (P, in), grad: (P, out). The loss' gradient of the projection is weight · grad, weight (P, 1) or None for
+                1; the result is that of `grad` alone.
+            through: whether the input's gradient is wanted; None is returned else.
+        """
+        d_x = None
+        if through:
+            d_x = self.base(part, group, grad, not part.transposed)
         for lora in part.loras:
-            add_lora(result, grad, Lora(lora.spec, lora.b, lora.a), group)
-        return result
+            _lora_backward(lora, group, x, grad, weight, grads, d_x)
+        _base_backward(part, group, x, grad, weight, grads)
+        return d_x
 
 
 def _by_pair(bias: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
@@ -220,16 +298,12 @@ def _by_pair(bias: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     return rows.repeat_interleave(torch.tensor(group.counts, device=rows.device), dim=0)
 
 
-def add_lora(y: Tensor, x: Tensor, lora: Lora, group: Group) -> None:
-    """y += scale · (x Aᵀ) B in place, each pair by its own expert's factors."""
-    factors = lora_factors(lora, group, x.dtype)
-    if factors is None:
-        return
-    a, b = factors
-    if len(group.experts) == 1:
-        y.addmm_(x @ a[0].t(), b[0], alpha=lora.spec.scale)
+def _add_product(y: Tensor, x: Tensor, weights: Tensor, group: Group, scale: float) -> None:
+    """y += scale · x @ W[g], in place."""
+    if len(group.counts) == 1:
+        y.addmm_(x, weights[0], alpha=scale)
     else:
-        y.add_(grouped_linear(grouped_linear(x, a, group.counts, True), b, group.counts, False), alpha=lora.spec.scale)
+        y.add_(grouped_linear(x, weights, group.counts, False), alpha=scale)
 
 
 def lora_factors(lora: Lora, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -239,11 +313,12 @@ def lora_factors(lora: Lora, group: Group, dtype: torch.dtype) -> tuple[Tensor, 
     if not rank:
         return None
     run = slice(lora.spec.rows(group.experts[0]).start, lora.spec.rows(group.experts[-1]).stop)
-    if min(ranks) == rank and run.stop - run.start == rank * len(ranks):
+    step = ROW_BYTES // dtype.itemsize
+    whole = len(ranks) == 1 or dtype == torch.float64 or rank % step == 0
+    if whole and min(ranks) == rank and run.stop - run.start == rank * len(ranks):
         a, b = (factor[run].to(dtype).reshape(len(ranks), rank, -1) for factor in (lora.a, lora.b))
         return a, b
-    if rank % 8 and dtype in HALF:
-        rank += 8 - rank % 8  # grouped matmuls want rows of whole 16 bytes
+    rank = rank if whole else rank + step - rank % step
     return _padded(lora.a, lora.spec, group, rank, dtype), _padded(lora.b, lora.spec, group, rank, dtype)
 
 
@@ -254,32 +329,101 @@ def _padded(factor: Tensor, spec: LoraRanks, group: Group, rank: int, dtype: tor
     return result
 
 
-def lora_gradients(
-    lora: Lora, group: Group, x: Tensor, grad: Tensor, weight: Tensor | None, into: tuple[Tensor, Tensor]
+def _lora_backward(
+    lora: Lora, group: Group, x: Tensor, grad: Tensor, weight: Tensor | None, grads: Gradients, d_x: Tensor | None
 ) -> None:
-    """Writes the gradients of this group's rows of A and B.
+    """Adds the adapter's part to `d_x`, and writes the gradients of this group's rows of A and B.
 
-    Args:
-        x: (P, in), grad: (P, out); the loss' gradient with respect to the product is weight · grad.
-        weight: (P, 1) or None for 1; applied to the rank-sized products, the smaller ones.
-        into: gradients of the flat A (R, in) and B (R, out).
+    The routing weight multiplies the rank-sized products, the smaller ones.
     """
     factors = lora_factors(lora, group, x.dtype)
     if factors is None:
         return
     a, b = factors
-    hidden = grouped_linear(x, a, group.counts, True) if len(group.counts) > 1 else x @ a[0].t()
-    d_hidden = grouped_linear(grad, b, group.counts, True) if len(group.counts) > 1 else grad @ b[0].t()
+    d_hidden = grouped_linear(grad, b, group.counts, True)
+    if d_x is not None:
+        _add_product(d_x, d_hidden, a, group, lora.spec.scale)
+    into = grads.of(lora.a), grads.of(lora.b)
+    if into[0] is None or into[1] is None:
+        return
+    hidden = grouped_linear(x, a, group.counts, True)
     factor = lora.spec.scale if weight is None else lora.spec.scale * weight
-    products = grouped_outer(d_hidden * factor, x, group.counts), grouped_outer(hidden * factor, grad, group.counts)
+    for target, product in (
+        (into[0], grouped_outer(d_hidden * factor, x, group.counts)),
+        (into[1], grouped_outer(hidden * factor, grad, group.counts)),
+    ):
+        _write_rows(target, product, lora.spec, group)
+
+
+def _write_rows(target: Tensor, product: Tensor, spec: LoraRanks, group: Group) -> None:
+    """product (G, r, ·) into the rows (R, ·) of the group's experts."""
+    run = slice(spec.rows(group.experts[0]).start, spec.rows(group.experts[-1]).stop)
+    whole = all(spec.ranks[expert] == product.shape[1] for expert in group.experts)
+    if whole and run.stop - run.start == product.shape[0] * product.shape[1]:
+        target[run] = product.view(-1, product.shape[2])
+        return
     for place, expert in enumerate(group.experts):
-        if lora.spec.ranks[expert] and group.counts[place]:
-            for target, product in zip(into, products, strict=True):
-                target[lora.spec.rows(expert)] = product[place, : lora.spec.ranks[expert]]
+        target[spec.rows(expert)] = product[place, : spec.ranks[expert]]
+
+
+def _base_backward(
+    part: Projection, group: Group, x: Tensor, grad: Tensor, weight: Tensor | None, grads: Gradients
+) -> None:
+    """Gradients of a dense stack and of biases, where they are trained."""
+    d_stack, d_bias = grads.of(part.stack), grads.of(part.bias)
+    if d_stack is None and d_bias is None:
+        return
+    full = grad if weight is None else grad * weight
+    counts = list(group.counts)
+    for expert, rows_x, rows_grad in zip(group.experts, x.split(counts), full.split(counts), strict=True):
+        if d_stack is not None:
+            d_stack[expert] = rows_grad.t() @ rows_x if part.transposed else rows_x.t() @ rows_grad
+        if d_bias is not None:
+            d_bias[expert] = rows_grad.sum(0)
+
+
+class Pairs:
+    """The routed pairs sorted by expert: where they come from, and their routing weights."""
+
+    def __init__(self, order_P: Tensor, weights_TK: Tensor):
+        self.order_P = order_P
+        self.token_P = order_P.div(weights_TK.shape[1], rounding_mode="floor")
+        self.weight_P1 = weights_TK.reshape(-1)[order_P].unsqueeze(-1)
+
+    def inputs(self, layer: Layer, group: Group, hidden_TH: Tensor) -> Tensor:
+        """(P_g, H): the group's inputs, times the routing weight where the family puts it there."""
+        x = hidden_TH[self.token_P[group.rows]].to(layer.dtype)
+        return x * self.weight_P1[group.rows].to(layer.dtype) if layer.weight_on == "input" else x
+
+
+class Gradients:
+    """Where the gradients gather: None for those that nobody asked for."""
+
+    def __init__(self, hidden_TH: Tensor, weights_TK: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool]):
+        """wanted: for hidden states, routing weights, and each of the tensors."""
+        flat = torch.contiguous_format
+        dtype = _sum_dtype(hidden_TH.dtype)
+        self.hidden = torch.zeros_like(hidden_TH, dtype=dtype, memory_format=flat) if wanted[0] else None
+        self.weights = torch.zeros_like(weights_TK, memory_format=flat) if wanted[1] else None
+        self.tensors = [
+            torch.zeros_like(tensor) if want and tensor is not None else None
+            for tensor, want in zip(tensors, wanted[2:], strict=True)
+        ]
+        self._by_id = {id(t): g for t, g in zip(tensors, self.tensors, strict=True) if g is not None}
+
+    def of(self, tensor: object) -> Tensor | None:
+        """The gradient to fill for one of the layer's tensors."""
+        return self._by_id.get(id(tensor))
+
+    def add_weights(self, pairs_P: Tensor, products: Tensor) -> None:
+        """The routing weights' gradients of these pairs: the row sums of `products`."""
+        if self.weights is not None:
+            dtype = torch.promote_types(products.dtype, self.weights.dtype)  # a router may compute in float32
+            self.weights.view(-1)[pairs_P] += products.sum(-1, dtype=dtype).to(self.weights.dtype)
 
 
 class RoutedFunction(torch.autograd.Function):
-    """(hidden, weights, tensors of the layer) → the sum over each token's experts. See the module's docstring.
+    """(hidden states, routing, tensors of the layer) → the sum over each token's experts. See the module's docstring.
 
     Differentiable once, in hidden states, routing weights, LoRA factors, and in dense stacks and biases.
     """
@@ -296,151 +440,73 @@ class RoutedFunction(torch.autograd.Function):
     ) -> Tensor:
         """`build(tensors)` makes the `Layer`; `keep` saves gate_up (fast), else the backward computes it again."""
         layer = build(tensors)
-        order_P, counts = sort_by_expert(experts_TK, _experts_of(layer))
+        flat = experts_TK.reshape(-1)
+        pairs = Pairs(flat.argsort(stable=True), weights_TK)
+        counts = torch.bincount(flat, minlength=layer.experts).tolist()
         output = torch.zeros_like(hidden_TH, dtype=_sum_dtype(hidden_TH.dtype), memory_format=torch.contiguous_format)
         kept = []
         for group in layer.groups(counts):
-            token, weight = _pairs(order_P, weights_TK, group)
-            x = _gather(layer, hidden_TH, token, weight)
-            gate_up = layer.forward(layer.gate_up, group, x)
+            gate_up = layer.forward(layer.gate_up, group, pairs.inputs(layer, group, hidden_TH))
             if keep:
                 kept.append(gate_up)
-            y = layer.forward(layer.down, group, gated(gate_up, layer.gate, layer.act_fn)[0])
-            y = y.to(output.dtype)
-            output.index_add_(0, token, y * weight if layer.weight_on == "output" else y)
+            y = layer.forward(layer.down, group, gated(gate_up, layer.gate, layer.act_fn)[0]).to(output.dtype)
+            if layer.weight_on == "output":
+                y *= pairs.weight_P1[group.rows]
+            output.index_add_(0, pairs.token_P[group.rows], y)
         ctx.build, ctx.counts, ctx.kept = build, counts, len(kept)
-        ctx.save_for_backward(hidden_TH, weights_TK, order_P, *tensors, *kept)
+        ctx.save_for_backward(hidden_TH, weights_TK, pairs.order_P, *tensors, *kept)
         return output.to(hidden_TH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        kept = [saved.pop() for _ in range(ctx.kept)]  # the last first: popped again from the end below
-        hidden_TH, weights_TK, order_P, *tensors = saved
-        del saved
+        hidden_TH, weights_TK, order_P, *rest = ctx.saved_tensors
+        tensors, kept = rest[: len(rest) - ctx.kept], rest[len(rest) - ctx.kept :]
         layer = ctx.build(tensors)
         wanted = ctx.needs_input_grad
-        grads = _Gradients(hidden_TH, weights_TK, tensors, wanted[2], wanted[3], wanted[5:])
-        for group in layer.groups(ctx.counts):
-            _backward_group(layer, group, grads, grad_TH, hidden_TH, weights_TK, order_P, kept.pop() if kept else None)
-        return None, None, grads.hidden_in(hidden_TH.dtype), grads.weights, None, *grads.tensors
-
-
-class _Gradients:
-    """Where the gradients gather: None for those nobody asked for."""
-
-    def __init__(
-        self,
-        hidden_TH: Tensor,
-        weights_TK: Tensor,
-        tensors: Sequence[Tensor | None],
-        hidden: bool,
-        weights: bool,
-        wanted: Sequence[bool],
-    ):
-        dtype = _sum_dtype(hidden_TH.dtype)
-        contiguous = torch.contiguous_format
-        self.hidden = torch.zeros_like(hidden_TH, dtype=dtype, memory_format=contiguous) if hidden else None
-        self.weights = torch.zeros_like(weights_TK, memory_format=contiguous) if weights else None
-        self.tensors = [
-            torch.zeros_like(tensor) if want and tensor is not None else None
-            for tensor, want in zip(tensors, wanted, strict=True)
-        ]
-        self.by_tensor = {id(t): g for t, g in zip(tensors, self.tensors, strict=True) if g is not None}
-
-    def hidden_in(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.hidden is None else self.hidden.to(dtype)
-
-    def of(self, tensor: object) -> Tensor | None:
-        """The gradient to fill for one of the layer's tensors."""
-        return self.by_tensor.get(id(tensor))
+        grads = Gradients(hidden_TH, weights_TK, tensors, [*wanted[2:4], *wanted[5:]])
+        pairs = Pairs(order_P, weights_TK)
+        for place, group in enumerate(layer.groups(ctx.counts)):
+            _backward_group(layer, group, pairs, grads, grad_TH, hidden_TH, kept[place] if kept else None)
+        d_hidden = None if grads.hidden is None else grads.hidden.to(hidden_TH.dtype)
+        return None, None, d_hidden, grads.weights, None, *grads.tensors
 
 
 def _backward_group(
     layer: Layer,
     group: Group,
-    grads: _Gradients,
+    pairs: Pairs,
+    grads: Gradients,
     grad_TH: Tensor,
     hidden_TH: Tensor,
-    weights_TK: Tensor,
-    order_P: Tensor,
     gate_up: Tensor | None,
 ) -> None:
-    token, weight = _pairs(order_P, weights_TK, group)
+    token, order = pairs.token_P[group.rows], pairs.order_P[group.rows]
+    weight = pairs.weight_P1[group.rows].to(layer.dtype)
     on_output = layer.weight_on == "output"
-    x = _gather(layer, hidden_TH, token, weight)
+    x = pairs.inputs(layer, group, hidden_TH)
     if gate_up is None:
         gate_up = layer.forward(layer.gate_up, group, x)
     a, gate_backward = gated(gate_up, layer.gate, layer.act_fn)
     grad = grad_TH[token].to(layer.dtype)
-    d_a = layer.backward(layer.down, group, grad)
-    pair_weight = weight.to(layer.dtype) if on_output else None
-    _parameter_gradients(layer.down, group, grads, a, grad, pair_weight)
-    if on_output and grads.weights is not None:
-        d_weight = (d_a * a).sum(-1, dtype=_wider(a, weight))
+    d_a = layer.backward(layer.down, group, a, grad, weight if on_output else None, grads)
+    assert d_a is not None
+    if on_output:
+        # <grad, down(a)> without computing down(a) again
+        grads.add_weights(order, d_a * a)
         if layer.down.bias is not None:
-            d_weight += (grad * _by_pair(layer.down.bias, group, grad.dtype)).sum(-1, dtype=d_weight.dtype)
-        grads.weights.view(-1)[order_P[group.start : group.stop]] = d_weight.to(weight.dtype)
-    d_gate_up = gate_backward(d_a if pair_weight is None else d_a * pair_weight)
-    del a, d_a, gate_up, gate_backward
-    _parameter_gradients(layer.gate_up, group, grads, x, d_gate_up, None)
-    if grads.hidden is None and (on_output or grads.weights is None):
+            grads.add_weights(order, grad * _by_pair(layer.down.bias, group, grad.dtype))
+        d_a *= weight
+    d_gate_up = gate_backward(d_a)
+    through = grads.hidden is not None or (not on_output and grads.weights is not None)
+    d_x = layer.backward(layer.gate_up, group, x, d_gate_up, None, grads, through)
+    if d_x is None:
         return
-    d_x = layer.backward(layer.gate_up, group, d_gate_up)
     if not on_output:
-        if grads.weights is not None:
-            product = hidden_TH[token].to(layer.dtype) * d_x
-            grads.weights.view(-1)[order_P[group.start : group.stop]] = product.sum(-1, dtype=_wider(product, weight))
-        d_x = d_x * weight.to(layer.dtype)
+        grads.add_weights(order, hidden_TH[token].to(layer.dtype) * d_x)
+        d_x *= weight
     if grads.hidden is not None:
         grads.hidden.index_add_(0, token, d_x.to(grads.hidden.dtype))
-
-
-def _parameter_gradients(
-    part: Projection, group: Group, grads: _Gradients, x: Tensor, grad: Tensor, weight: Tensor | None
-) -> None:
-    """Gradients of a projection's adapters, and of its stack and bias where they are trained."""
-    for lora in part.loras:
-        d_a, d_b = grads.of(lora.a), grads.of(lora.b)
-        if d_a is not None and d_b is not None:
-            lora_gradients(lora, group, x, grad, weight, (d_a, d_b))
-    d_stack, d_bias = grads.of(part.stack), grads.of(part.bias)
-    if d_stack is None and d_bias is None:
-        return
-    full = grad if weight is None else grad * weight
-    ids = list(group.experts)
-    if d_stack is not None:
-        d_stack[ids] = grouped_outer(*((full, x) if part.transposed else (x, full)), group.counts).to(d_stack.dtype)
-    if d_bias is not None:
-        d_bias[ids] = torch.stack([rows.sum(0) for rows in full.split(list(group.counts))]).to(d_bias.dtype)
-
-
-def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    """The pairs (flat indices into T·K) sorted by expert, stably, and how many each expert has."""
-    flat = experts_TK.reshape(-1)
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=experts).tolist()
-
-
-def _experts_of(layer: Layer) -> int:
-    return int(layer.gate_up.stack.shape[0])
-
-
-def _pairs(order_P: Tensor, weights_TK: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Token (P,) and routing weight (P, 1) of a group's pairs."""
-    pairs = order_P[group.start : group.stop]
-    token = pairs.div(weights_TK.shape[1], rounding_mode="floor")
-    return token, weights_TK.reshape(-1)[pairs].unsqueeze(-1)
-
-
-def _gather(layer: Layer, hidden_TH: Tensor, token: Tensor, weight: Tensor) -> Tensor:
-    x = hidden_TH[token].to(layer.dtype)
-    return x * weight.to(layer.dtype) if layer.weight_on == "input" else x
-
-
-def _wider(values: Tensor, weight: Tensor) -> torch.dtype:
-    """Gradients of routing weights are summed in the wider of the two dtypes; a router may compute in float32."""
-    return torch.promote_types(values.dtype, weight.dtype)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

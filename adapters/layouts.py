@@ -21,6 +21,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, Literal
 
 from adapters.checkpoint import TensorInfo, text_config
@@ -44,6 +45,8 @@ QUANTIZED_CLASSES: tuple[TensorClassName, ...] = ("attention", "shared_expert", 
 
 SMALL = r"(norm|layernorm)\.(weight|bias)|\.(shared_expert_gate\.weight|conv1d\.weight|sinks|A_log|dt_bias)"
 """Counted with the norms: what stands between the matrices and is neither quantised nor adapted."""
+
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of routed experts; any of them says that a model is an MoE."""
@@ -130,16 +133,17 @@ class ExpertLayout:
             LayoutError: when the family has no place for it.
         """
         name = self.model_key(key) or ""
-        for pattern, found in self._patterns():
-            if re.search(pattern, name):
+        for pattern, found in self._classes:
+            if pattern.search(name):
                 return found
         raise LayoutError(
             f"tensor {key!r} fits no class of the {self.model_type} family; "
             f"the layout is in adapters/layouts.py (LAYOUTS[{self.model_type!r}])"
         )
 
-    def _patterns(self) -> list[tuple[str, TensorClassName]]:
-        block, mlp = re.escape(self.block), "|".join(self.mlp)
+    @cached_property
+    def _classes(self) -> list[tuple[re.Pattern[str], TensorClassName]]:
+        block, mlp, router = re.escape(self.block), "|".join(self.mlp), self.router.partition(".")[0]
         patterns: list[tuple[str, TensorClassName]] = [
             (rf"({SMALL})$", "norms"),
             (rf"\.{block}\.({mlp})\.(weight|bias)$", "dense_mlp"),
@@ -148,12 +152,11 @@ class ExpertLayout:
             (r"(^|\.)lm_head\.(weight|bias)$", "lm_head"),
         ]
         if self.has_experts:
-            router = self.router.partition(".")[0]
-            patterns.append((rf"\.{block}\.{self.experts}\.", "routed_experts"))
+            patterns.insert(0, (rf"\.{block}\.{self.experts}\.", "routed_experts"))
             patterns.append((rf"\.{block}\.({router}\.|e_score_correction_bias$)", "router"))
         if self.shared_expert:
             patterns.append((rf"\.{block}\.{self.shared_expert}\.", "shared_expert"))
-        return patterns
+        return [(re.compile(pattern), name) for pattern, name in patterns]
 
     def class_modules(self, name: TensorClassName) -> tuple[str, ...]:
         """Suffixes of the modules that a LoRA of class `name` targets, e.g. `self_attn.q_proj`; () if none."""
@@ -176,6 +179,11 @@ class ExpertLayout:
             return name.endswith(("gate_up_proj", "down_proj"))
         return any(name.endswith(f".{module}.weight") for module in self.class_modules(found))
 
+    def experts_per_token(self, config: Mapping[str, Any]) -> int:
+        """Top-k by the language model's config, the largest where it differs by layer; 0 for a dense family."""
+        found = config.get(self.top_k, 0) if self.has_experts else 0
+        return max(found) if isinstance(found, list) else int(found)
+
     def stack_shapes(self, experts: int, hidden: int, width: int) -> dict[str, tuple[int, int, int]]:
         """Shapes of the fused stacks of one layer, by parameter name."""
         gate_up, down = (experts, hidden, 2 * width), (experts, width, hidden)
@@ -195,18 +203,25 @@ class ExpertLayout:
         None for what is no part of the language model: a vision tower, layers for multi-token prediction. Names of the
         stock model are returned as they are.
         """
-        if any(re.search(pattern, key) for pattern in (*self.ignored, r"\.rotary_emb\.inv_freq$")):
+        if self._ignored.search(key):
             return None
         for model, file in reversed(self.renames):
             key = _renamed(key, file, model)
-        layer = re.search(r"\.layers\.(\d+)\.", key)
+        layer = LAYER.search(key)
         if layer and self.layers is not None and int(layer[1]) >= self.layers:
             return None
         return self._fused(key)
 
+    @cached_property
+    def _ignored(self) -> re.Pattern[str]:
+        return re.compile("|".join((*self.ignored, r"\.rotary_emb\.inv_freq$")))
+
+    @cached_property
+    def _expert(self) -> re.Pattern[str]:
+        return re.compile(rf"(.*\.{self.block}\.{self.experts})\.\d+\.({'|'.join(self.parts)})\.weight")
+
     def _fused(self, name: str) -> str:
-        down = self.parts[2]
-        one = re.fullmatch(rf"(.*\.{self.block}\.{self.experts})\.\d+\.({'|'.join(self.parts)})\.weight", name)
+        down, one = self.parts[2], self._expert.fullmatch(name)
         if not one:
             return name
         return f"{one[1]}.{'down_proj' if one[2] == down else 'gate_up_proj'}"
@@ -354,12 +369,27 @@ def layout_for(model: str | Mapping[str, Any], keys: Iterable[str] = ()) -> Expe
     model_type, keys = config["model_type"], list(keys)
     if model_type not in LAYOUTS:
         raise LayoutError(_unknown(config, keys))
-    layout = replace(LAYOUTS[model_type], layers=text_config(config).get("num_hidden_layers"))
-    stack, one = f".{layout.block}.{layout.experts}.gate_up_proj", re.compile(rf"\.{layout.experts}\.\d+\.")
-    if any(key.endswith(stack) for key in keys):  # under its name in the model: so are the other tensors of the block
-        prefixes = tuple(pair for pair in layout.renames if not pair[0].startswith("."))
-        return replace(layout, checkpoint="stacked", renames=prefixes)
-    return replace(layout, checkpoint="per_expert") if any(map(one.search, keys)) else layout
+    layout = replace(_prefixed(LAYOUTS[model_type], keys), layers=text_config(config).get("num_hidden_layers"))
+
+    def found(pattern: str) -> bool:
+        return any(re.search(pattern, key) and layout.model_key(key) for key in keys)
+
+    if found(rf"\.{layout.block}\.{layout.experts}\.gate_up_proj$"):  # the model's own name: so has the whole block
+        return replace(layout, checkpoint="stacked", renames=_prefixes(layout))
+    return replace(layout, checkpoint="per_expert") if found(rf"\.{layout.experts}\.\d+\.") else layout
+
+
+def _prefixes(layout: ExpertLayout) -> tuple[tuple[str, str], ...]:
+    return tuple(pair for pair in layout.renames if not pair[0].startswith("."))
+
+
+def _prefixed(layout: ExpertLayout, keys: Collection[str]) -> ExpertLayout:
+    """The entry of the same language model whose prefix the keys have; stock reads a text model in either form."""
+    for other in LAYOUTS.values():
+        prefixes = tuple(file for _, file in _prefixes(other))
+        if other.model_type == layout.model_type and prefixes and any(key.startswith(prefixes) for key in keys):
+            return other
+    return layout
 
 
 def _unknown(config: Mapping[str, Any], keys: Collection[str]) -> str:

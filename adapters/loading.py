@@ -1,68 +1,91 @@
-"""A base model streamed from its safetensors files: experts quantised one at a time, checked before training.
+"""A base model streamed from its safetensors files: quantised in parallel, checked before training.
 
-The model is built on the meta device and filled tensor by tensor, so the peak is the quantised model plus one expert.
-All problems of a checkpoint (missing experts, wrong shapes, NaN) are found and reported before anything is trained.
+The model is built on the meta device, its tensors are laid out as they will be held, and then filled from the files in
+small pieces, so the peak is the model as held and little more. All problems of a checkpoint (missing experts, wrong
+shapes, NaN) are found and reported before anything is trained.
 
-    load_base(directory, quantize=True) ─▶ stock causal LM whose experts are `RoutedExperts`
-    check_quantized(model)              ─▶ raises when a tensor of a 4-bit class was left in 16 or 32 bit
+    load_base(directory, quantize="nf4") ─▶ stock causal LM whose experts are `RoutedExperts`
+    check_quantized(model)               ─▶ raises when a tensor of a quantised class was left in 16 or 32 bit
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from adapters.checkpoint import TensorInfo, read_config, read_index
+from adapters import packed_cache
+from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_config, read_index
 from adapters.errors import CheckpointError, QuantizationError
 from adapters.expert_math import Stack
+from adapters.filling import Progress, Span, Target, fill
 from adapters.layouts import QUANTIZED_CLASSES, ExpertLayout, layout_for
-from adapters.quantized import QuantizedStack
+from adapters.quantized import FORMATS, DenseWriter, FourBit, Held, QuantizedStack, Writer
+from adapters.quantized_linear import linear_problems, quantized_linear
 from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks, replace_experts
-from adapters.tensor_files import read_tensor
-
-Progress = Callable[[int, int], None]
-Write = Callable[[Tensor], None]
 
 
 def load_base(
     directory: Path,
     *,
-    quantize: bool = True,
+    quantize: str = "nf4",
+    int8_experts: Collection[int] = (),
     double_quant: bool = True,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     progress: Progress | None = None,
+    cache: Path | None = None,
 ) -> PreTrainedModel:
-    """Loads a text MoE causal LM.
+    """Loads a causal LM, MoE or dense.
 
     Args:
         directory: config.json and safetensors weights.
-        quantize: nf4 for attention, shared expert, routed experts and dense MLPs (bitsandbytes' `Linear4bit` for the
-            linears, `QuantizedStack` for the experts); everything else in `dtype`.
-        double_quant: quantise the block constants too (8 bit).
+        quantize: "nf4", "fp4", "int8" or "none", for attention, shared expert, routed experts and dense MLPs
+            (`QuantizedStack` for the experts, adapters/quantized_linear.py for the linears). Everything else is in
+            `dtype`.
+        int8_experts: ids of routed experts, of every MoE layer, held in int8 whatever `quantize` says.
+        double_quant: quantise the block constants of nf4 and fp4 too (8 bit).
         dtype: of everything that is not quantised, and of the computation.
         progress: called with (bytes read, bytes in all).
+        cache: where quantised models are kept for the next load (adapters/packed_cache.py); None for nowhere.
 
     Raises:
         LayoutError: unsupported family.
         CheckpointError: missing, misshapen or non-finite tensors, all of them listed.
+        QuantizationError: an unknown format, or an expert that does not exist.
     """
+    if quantize not in FORMATS:
+        raise QuantizationError(f"quantize={quantize!r}; allowed: {', '.join(FORMATS)}")
     config, index = read_config(directory), read_index(directory)
     layout = layout_for(config, index)
     model = _empty_model(directory, dtype)
     expected = _expected_keys(model, layout)
     _check_names_and_shapes(directory, layout, expected, index)
-    _prepare_modules(model, layout, quantize, double_quant, dtype, device)
-    _fill(directory, model, layout, index, device, progress)
+    prepared = _prepare(model, layout, Formats(quantize, frozenset(int8_experts), double_quant, dtype, device))
+    if cache is None:
+        _fill(directory, prepared, layout, index, progress)
+    else:
+        settings: dict[str, Any] = {
+            "quantize": quantize,
+            "int8_experts": sorted(int8_experts),
+            "double_quant": double_quant,
+        }
+        settings |= {"dtype": str(dtype), "device": torch.device(device).type, "layout": repr(layout)}
+        entry = packed_cache.Entry(cache, directory, sorted({info.file for info in index.values()}), settings)
+        if not entry.load(prepared.tensors(), progress):
+            with entry.building():
+                _fill(directory, prepared, layout, index, progress)
+            entry.store(prepared.tensors())
+    model.tie_weights()
     _reset_meta_buffers(model, device)
-    if quantize:
+    if quantize != "none":
         check_quantized(model)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -119,129 +142,168 @@ def _check_names_and_shapes(
         for name in index
         if name not in expected and name != head and layout.model_key(name)
     ]
+    problems += [
+        f"{name} is {index[name].dtype}; read are {', '.join(DTYPE_NAMES)}"
+        for name in expected
+        if name in index and index[name].dtype not in DTYPE_NAMES
+    ]
     if problems:
         raise CheckpointError(directory, problems)
 
 
-def _prepare_modules(
-    model: PreTrainedModel, layout: ExpertLayout, quantize: bool, double_quant: bool, dtype: torch.dtype, device: str
-) -> None:
-    """Swaps experts for `RoutedExperts` and, quantised, linears of the 4-bit classes for `Linear4bit`."""
+@dataclass(frozen=True)
+class Formats:
+    """How the tensors of a base are held; see `load_base`."""
 
-    def stack(parameter: Tensor) -> nn.Parameter | QuantizedStack:
-        if quantize:
+    quantize: str
+    int8_experts: frozenset[int]
+    double_quant: bool
+    dtype: torch.dtype
+    device: str
+
+    def of_experts(self, count: int) -> list[str]:
+        """The format of each of a layer's experts."""
+        if unknown := sorted(e for e in self.int8_experts if not 0 <= e < count):
+            raise QuantizationError(f"int8_experts {unknown} do not exist; a layer has experts 0 to {count - 1}")
+        return ["int8" if expert in self.int8_experts else self.quantize for expert in range(count)]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose tensors are laid out and not yet filled.
+
+    Attributes:
+        stacks: the routed experts, by their name in the stock model.
+        linears: the tensors of quantised linear layers, by the name of the weight.
+        plain: everything else that a checkpoint holds, by name.
+    """
+
+    model: PreTrainedModel
+    stacks: dict[str, QuantizedStack | Tensor]
+    linears: dict[str, Held]
+    plain: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that filling writes, by a name of its own."""
+        found = dict(self.plain)
+        for name, held in self.linears.items():
+            found |= {f"{name}.{part}": tensor for part, tensor in held.tensors.items()}
+        for name, stack in self.stacks.items():
+            parts = {name: stack} if isinstance(stack, Tensor) else _prefixed(name, stack)
+            found |= parts
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _prefixed(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{part}": tensor for part, tensor in _tensors(module)}
+
+
+def _prepare(model: PreTrainedModel, layout: ExpertLayout, formats: Formats) -> Prepared:
+    """Swaps experts for `RoutedExperts` and linears of the quantised classes for quantised ones; allocates the rest."""
+    prepared = Prepared(model, {}, {}, {})
+
+    def stack(name: str, parameter: Tensor) -> nn.Parameter | QuantizedStack:
+        kinds = formats.of_experts(parameter.shape[0])
+        held: nn.Parameter | QuantizedStack
+        if set(kinds) == {"none"}:
+            held = nn.Parameter(_empty(parameter, formats.device), requires_grad=False)
+        else:
+            options: dict[str, Any] = {"double_quant": formats.double_quant, "device": formats.device}
             experts, rows, cols = parameter.shape
-            return QuantizedStack(experts, rows, cols, double_quant, device)
-        return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+            held = QuantizedStack(experts, rows, cols, kinds, dtype=formats.dtype, **options)
+        prepared.stacks[name] = held
+        return held
 
-    for _, block in list(moe_blocks(model, layout)):
-        stock = getattr(block, layout.experts)
-        replace_experts(block, layout, stock, stack(stock.gate_up_proj), stack(stock.down_proj))
-    if quantize:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and layout.tensor_class(f"{name}.weight") in QUANTIZED_CLASSES:
-                model.set_submodule(name, _linear_4bit(module, double_quant, dtype))
+    for name, block in list(moe_blocks(model, layout)):
+        stock, prefix = getattr(block, layout.experts), f"{name}.{layout.experts}"
+        stacks = [stack(f"{prefix}.{part}", getattr(stock, part)) for part in PROJECTIONS]
+        replace_experts(block, layout, stock, *stacks)
+    if formats.quantize != "none":
+        _prepare_linears(prepared, layout, formats)
+    _allocate(prepared, formats.device)
+    return prepared
 
 
-def _linear_4bit(stock: nn.Linear, double_quant: bool, dtype: torch.dtype) -> Linear4bit:
-    linear = Linear4bit(
-        stock.in_features,
-        stock.out_features,
-        bias=stock.bias is not None,
-        compute_dtype=dtype,
-        compress_statistics=double_quant,
-        quant_type="nf4",
-        device="meta",
-    )
-    # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first evaluation into a form that computes in
-    # bfloat16 and has no backward: training after an evaluation would silently lose gradients.
-    linear.support_avx512bf16_for_cpu = False
-    if linear.bias is not None:
-        linear.bias.data = linear.bias.data.to(dtype)
-    return linear.requires_grad_(False)
+def _prepare_linears(prepared: Prepared, layout: ExpertLayout, formats: Formats) -> None:
+    options: dict[str, Any] = {
+        "double_quant": formats.double_quant,
+        "dtype": formats.dtype,
+        "device": formats.device,
+    }
+    for name, module in list(prepared.model.named_modules()):
+        if isinstance(module, nn.Linear) and layout.tensor_class(f"{name}.weight") in QUANTIZED_CLASSES:
+            linear, prepared.linears[f"{name}.weight"] = quantized_linear(module, formats.quantize, **options)
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data.to(module.bias.dtype)
+            prepared.model.set_submodule(name, linear)
+
+
+def _allocate(prepared: Prepared, device: str) -> None:
+    """Gives every tensor of the state dict that is still on meta its memory; tied ones follow their twins later."""
+    model = prepared.model
+    tied = "lm_head.weight" if getattr(model.config, "tie_word_embeddings", False) else None
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta or name == tied:
+            continue
+        module, part = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        held = _empty(tensor, device)
+        if part in dict(module.named_buffers(recurse=False)):
+            setattr(module, part, held)
+        else:
+            setattr(module, part, nn.Parameter(held, requires_grad=False))
+        prepared.plain[name] = held
+
+
+def _empty(like: Tensor, device: str) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
 def _fill(
     directory: Path,
-    model: PreTrainedModel,
+    prepared: Prepared,
     layout: ExpertLayout,
-    index: dict[str, TensorInfo],
-    device: str,
+    index: Mapping[str, TensorInfo],
     progress: Progress | None,
 ) -> None:
-    problems: list[str] = []
-    done, total = 0, sum(info.size_bytes for info in index.values())
-    for label, tensor, write in _pieces(model, layout, index, device):
-        if torch.isfinite(tensor).all():
-            write(tensor)
-        else:
-            problems.append(f"{label} holds NaN or infinity")
-        done += tensor.numel() * tensor.element_size()
-        if progress:
-            progress(min(done, total), total)
+    problems = fill(list(_targets(prepared, layout, index)), progress)
     if problems:
         raise CheckpointError(directory, problems)
-    model.tie_weights()
 
 
-def _pieces(
-    model: PreTrainedModel, layout: ExpertLayout, index: dict[str, TensorInfo], device: str
-) -> Iterator[tuple[str, Tensor, Write]]:
-    """(label, tensor as stored, what to do with it), never more than one expert or one tensor at a time."""
-    for name, module in model.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if isinstance(module, RoutedExperts):
-            for projection in PROJECTIONS:
-                yield from _expert_pieces(f"{name}.{projection}", getattr(module, projection), layout, index)
-            own = [(part, tensor) for part, tensor in own if part not in PROJECTIONS]
-        elif any(isinstance(parent, RoutedExperts) for parent in _parents(model, name)):
-            continue
-        for part, tensor in own:
-            key = layout.checkpoint_key(f"{name}.{part}")
-            if key in index:
-                yield key, read_tensor(index[key]), _writer(module, part, tensor.dtype, device)
+def _targets(prepared: Prepared, layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> Iterator[Target]:
+    for name, stack in prepared.stacks.items():
+        for expert in range(stack.shape[0]):
+            sources = layout.sources(name, expert)
+            # end to end in memory is end to end along the out axis only where that axis comes first
+            assert len(sources) == 1 or layout.stack_order == "out_in", layout.model_type
+            spans = tuple(Span(index[source.key], source.expert) for source in sources)
+            yield Target(f"{sources[0].key} (expert {expert})", spans, partial(_expert_writer, stack, expert))
+    for name, held in prepared.linears.items():
+        key = layout.checkpoint_key(name)
+        yield Target(key, (Span(index[key]),), partial(_matrix_writer, held, 0))
+    for name, tensor in prepared.plain.items():
+        key = layout.checkpoint_key(name)
+        if index[key].parameters:
+            yield Target(key, (Span(index[key]),), partial(_dense_writer, tensor))
 
 
-def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield model.get_submodule(name)
+def _expert_writer(stack: QuantizedStack | Tensor, expert: int, quantizer: Any) -> Writer:
+    if isinstance(stack, Tensor):
+        return DenseWriter(stack.data[expert])
+    held, _ = stack.place(expert)
+    return stack.writer(expert, _scratch(held, quantizer))
 
 
-def _expert_pieces(
-    key: str, stack: Stack, layout: ExpertLayout, index: dict[str, TensorInfo]
-) -> Iterator[tuple[str, Tensor, Write]]:
-    for expert in range(stack.shape[0]):
-
-        def write(matrix: Tensor, expert: int = expert) -> None:
-            if isinstance(stack, QuantizedStack):
-                stack.write(expert, matrix)
-            else:
-                stack.data[expert] = matrix.to(stack.device, stack.dtype)
-
-        sources = layout.sources(key, expert)
-        pieces = [read_tensor(index[source.key], source.expert) for source in sources]
-        yield f"{sources[0].key} (expert {expert})", pieces[0] if len(pieces) == 1 else torch.cat(pieces), write
+def _matrix_writer(held: Held, slot: int, quantizer: Any) -> Writer:
+    return held.writer(slot, _scratch(held, quantizer))
 
 
-def _writer(module: nn.Module, parameter_name: str, dtype: torch.dtype, device: str) -> Write:
-    def write(tensor: Tensor) -> None:
-        if isinstance(module, Linear4bit) and parameter_name == "weight":
-            # quantised from the stored dtype, as the experts are
-            weight = Params4bit(
-                tensor,
-                requires_grad=False,
-                compress_statistics=cast(Params4bit, module.weight).compress_statistics,
-                quant_type="nf4",
-                module=module,
-            )
-            module.weight = cast(Any, weight).to(device)
-        elif parameter_name in dict(module.named_buffers(recurse=False)):
-            setattr(module, parameter_name, tensor.to(device, dtype))
-        else:
-            setattr(module, parameter_name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+def _dense_writer(tensor: Tensor, _: Any) -> Writer:
+    return DenseWriter(tensor)
 
-    return write
+
+def _scratch(held: Held, quantizer: Any) -> Any:
+    return quantizer(held.kind) if isinstance(held, FourBit) else None
 
 
 def _reset_meta_buffers(model: PreTrainedModel, device: str) -> None:
@@ -260,10 +322,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_quantized(model: nn.Module) -> None:
-    """Proves that every tensor of a 4-bit class is 4-bit.
+    """Proves that every tensor of a quantised class is quantised, and that its scales are finite.
 
     Raises:
-        QuantizationError: naming each tensor left in 16 or 32 bit, and each expert never written.
+        QuantizationError: naming each tensor left in 16 or 32 bit, each expert never written, each bad scale.
     """
     layout = layout_for(cast(Any, model).config.model_type)
     problems = []
@@ -274,18 +336,17 @@ def check_quantized(model: nn.Module) -> None:
             for projection in PROJECTIONS:
                 problems += _stack_problems(f"{name}.{projection}", getattr(module, projection))
         elif isinstance(module, nn.Linear) and layout.tensor_class(_plain(name)) in QUANTIZED_CLASSES:
-            weight = module.weight
-            if weight.dtype != torch.uint8 or getattr(weight, "quant_state", None) is None:
-                problems.append(f"{name}.weight is {weight.dtype}")
+            problems += [f"{name}.weight {problem}" for problem in linear_problems(module)]
     if problems:
-        raise QuantizationError("a 4-bit recipe, but not everything is nf4: " + "; ".join(problems[:20]))
+        raise QuantizationError("a quantised base, but not everything in it is: " + "; ".join(problems[:20]))
 
 
 def _stack_problems(name: str, stack: Stack) -> list[str]:
     if not isinstance(stack, QuantizedStack):
         return [f"{name} is {stack.dtype}"]
-    unwritten = (~stack.written).nonzero().flatten().tolist()
-    return [f"{name}: experts {unwritten} were never quantised"] if unwritten else []
+    dense = [expert for expert, kind in enumerate(stack.formats) if kind == "none"]
+    problems = [f"experts {dense} are not quantised"] if dense else []
+    return [f"{name}: {problem}" for problem in [*problems, *stack.problems()]]
 
 
 def _plain(name: str) -> str:

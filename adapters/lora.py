@@ -31,7 +31,7 @@ from adapters.layouts import ExpertLayout, TensorClassName, layout_for
 from adapters.placement import Placement
 from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks
 
-LINEAR_CLASSES: tuple[TensorClassName, ...] = ("attention", "shared_expert")
+LINEAR_CLASSES: tuple[TensorClassName, ...] = ("attention", "shared_expert", "dense_mlp")
 
 
 class ExpertLora(nn.Module, LoraLayer):

@@ -158,7 +158,7 @@ def standard_config(layout: ExpertLayout, placement: Placement, base_name: str) 
     """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes."""
     targets = lora_targets(layout, placement)
     if layout.peft_fuses:
-        _name_by_parameter(targets, layout.class_modules("shared_expert"))
+        _name_by_parameter(targets, (*layout.class_modules("shared_expert"), *layout.class_modules("dense_mlp")))
     if placement.routed_rank:
         targets["target_parameters"] = [
             *(targets["target_parameters"] or []),

@@ -16,7 +16,7 @@ class Placement:
     """LoRA ranks (Hu et al., 2021, arXiv 2106.09685) per tensor class, and per layer and expert for routed experts.
 
     Attributes:
-        attention, shared_expert, router: rank for every module of the class.
+        attention, shared_expert, dense_mlp, router: rank for every module of the class.
         routed: one tuple of E ranks for each MoE layer, in the order of the layers; () for no routed adapters.
         alpha: LoRA alpha. The scale is alpha / rank, for routed experts alpha / the largest rank in `routed`, because
             PEFT's file has one scale for a whole stack.
@@ -24,6 +24,7 @@ class Placement:
 
     attention: int = 0
     shared_expert: int = 0
+    dense_mlp: int = 0
     router: int = 0
     routed: tuple[tuple[int, ...], ...] = ()
     alpha: float = 16.0
@@ -38,6 +39,7 @@ class Placement:
         return {
             "attention": self.attention,
             "shared_expert": self.shared_expert,
+            "dense_mlp": self.dense_mlp,
             "routed_experts": self.routed_rank,
             "router": self.router,
         }

@@ -113,19 +113,18 @@ class RoutedExperts(nn.Module):
             gate=self.gate,
             act_fn=self.act_fn,
             weight_on=self.layout.weight_on,
-            group_experts=self.group_experts(dtype),
+            fused_experts=self.fused_experts(dtype),
             dtype=dtype,
         )
 
     def _stack(self, name: str, dense: Tensor | None) -> Stack:
         return getattr(self, name) if dense is None else dense
 
-    def group_experts(self, dtype: torch.dtype) -> int:
-        """Experts computed together: one, or on CUDA in bfloat16 as many as the workspace holds."""
+    def fused_experts(self, dtype: torch.dtype) -> int:
+        """Experts that one grouped matmul serves: on CUDA in bfloat16 as many as the workspace holds, else 0."""
         stack = self.gate_up_proj
-        device = stack.packed.device if isinstance(stack, QuantizedStack) else stack.device
-        if device.type != "cuda" or dtype != torch.bfloat16:
-            return 1
+        if stack.device.type != "cuda" or dtype != torch.bfloat16:
+            return 0
         expert_bytes = 2 * int(stack.shape[1]) * int(stack.shape[2])
         return self.num_experts if isinstance(stack, nn.Parameter) else max(1, WORKSPACE_BYTES // expert_bytes)
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,22 +44,46 @@ def read_tensor(info: TensorInfo, index: int | None = None) -> Tensor:
         CheckpointError: the file ended early.
     """
     shape = info.shape if index is None else info.shape[1:]
-    size = info.size_bytes if index is None else info.size_bytes // info.shape[0]
-    start = info.start + (index or 0) * size
-    data = bytearray(size)
-    descriptor = os.open(info.file, os.O_RDONLY)
-    try:
-        done = 0
-        while done < size:
-            got = os.preadv(descriptor, [memoryview(data)[done:]], start + done)
+    out = torch.empty(shape, dtype=DTYPES[info.dtype])
+    with OpenFiles() as files:
+        files.read(info.file, info.start + (index or 0) * out.nbytes, out)
+    return out
+
+
+class OpenFiles:
+    """Files opened once each, read at any place by any number of threads at a time; closed at the end of the block."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
+
+    def read(self, file: Path, start: int, out: Tensor) -> None:
+        """Fills `out`, contiguous and on the CPU, with the file's bytes from `start` on.
+
+        Raises:
+            CheckpointError: the file ended early.
+        """
+        view = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
+        descriptor, done = self._descriptor(file), 0
+        while done < len(view):
+            got = os.preadv(descriptor, [view[done:]], start + done)
             if not got:
-                raise CheckpointError(info.file, [f"ended at byte {start + done}, expected {start + size}"])
+                raise CheckpointError(file, [f"ended at byte {start + done}, expected {start + len(view)}"])
             done += got
-    finally:
-        os.close(descriptor)
-    if not size:
-        return torch.empty(shape, dtype=DTYPES[info.dtype])
-    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(shape)
 
 
 def write_tensors(

@@ -38,7 +38,7 @@ class Pass:
         batch_size, length_tokens: rows, and tokens of the longest one.
         dtype_bytes: of the computation.
         on_gpu: fused kernels and autocast are the GPU's.
-        attention_rank, shared_expert_rank: LoRA ranks, 0 for none.
+        attention_rank, shared_expert_rank, dense_mlp_rank: LoRA ranks, 0 for none.
         keep_gate_up: the fast path of the routed experts.
     """
 
@@ -48,6 +48,7 @@ class Pass:
     on_gpu: bool
     attention_rank: int
     shared_expert_rank: int
+    dense_mlp_rank: int
     keep_gate_up: bool
 
     @property
@@ -153,24 +154,23 @@ def feed_forward_bytes(
     layout: ExpertLayout, layer: Shapes, moe: MoeShape | None, top_k: int, hidden: int, run: Pass
 ) -> float:
     """Bytes per token that are kept of the MLP or MoE block."""
-    size, up = run.dtype_bytes, layout.mlp[1]
+    size = run.dtype_bytes
     if moe is None:
-        return 3 * size * layer[f"{layout.block}.{up}.weight"][0]
+        rank = run.dense_mlp_rank
+        shared_input = run.lora_input(hidden, 2) if rank else 0
+        return shared_input + _mlp_bytes(layer[f"{layout.block}.{layout.mlp[1]}.weight"][0], rank, run)
     kept = float(size * hidden + 4 * 3 * moe.experts + 16 * top_k)
     if run.keep_gate_up:
         kept += size * top_k * 2 * moe.width
     if layout.shared_expert:
-        kept += _shared_bytes(layout, layer, hidden, run)
-    return kept
-
-
-def _shared_bytes(layout: ExpertLayout, layer: Shapes, hidden: int, run: Pass) -> float:
-    size = run.dtype_bytes
-    width = layer[f"{layout.block}.{layout.shared_expert}.{layout.mlp[1]}.weight"][0]
-    kept = 3.0 * size * width
-    if run.shared_expert_rank:
-        kept += run.lora_input(width, 1) + 3 * 4 * run.shared_expert_rank
-        kept += 0 if size == 4 else run.lora_input(hidden, 2)
+        width = layer[f"{layout.block}.{layout.shared_expert}.{layout.mlp[1]}.weight"][0]
+        kept += _mlp_bytes(width, run.shared_expert_rank, run)
+        kept += run.lora_input(hidden, 2) if size != 4 and run.shared_expert_rank else 0
     if f"{layout.block}.shared_expert_gate.weight" in layer:
         kept += size * hidden
     return kept
+
+
+def _mlp_bytes(width: int, rank: int, run: Pass) -> float:
+    """Gate, its activation and up; with LoRA also their product, and what is in the middle of three adapters."""
+    return 3 * run.dtype_bytes * width + (run.lora_input(width, 1) + 3 * 4 * rank if rank else 0)

@@ -136,6 +136,7 @@ def plan_placement(recipe: Recipe, base: Base) -> Placement:
     placement = Placement(
         attention=wanted.attention_rank,
         shared_expert=wanted.shared_expert_rank,
+        dense_mlp=wanted.dense_mlp_rank,
         router=wanted.router_rank,
         routed=same_experts_everywhere(wanted.routed_experts_rank, len(base.moe), base.experts, chosen),
         alpha=wanted.alpha,
@@ -188,6 +189,7 @@ def _choose_path(
         on_gpu=on_gpu,
         attention_rank=recipe.adapter.attention_rank,
         shared_expert_rank=recipe.adapter.shared_expert_rank,
+        dense_mlp_rank=recipe.adapter.dense_mlp_rank,
         keep_gate_up=training.expert_path != "lean",
     )
     at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)

@@ -159,6 +159,9 @@ class AdapterSettings(Settings):
     routed_experts: Literal["all"] | tuple[ExpertId, ...] = "all"
     """Which routed experts get an adapter: all, or a list of expert ids that holds for every MoE layer."""
 
+    dense_mlp_rank: Rank = 0
+    """Rank for the feed-forward layers without experts, which dense models and some MoE layers have. 0: none."""
+
     router_rank: Rank = 0
     """Rank for the routers. 0 leaves them frozen, which is the safe choice."""
 
@@ -172,7 +175,8 @@ class AdapterSettings(Settings):
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:
-        if not (self.attention_rank or self.shared_expert_rank or self.routed_experts_rank or self.router_rank):
+        ranks = (self.attention_rank, self.shared_expert_rank, self.routed_experts_rank, self.dense_mlp_rank)
+        if not any((*ranks, self.router_rank)):
             raise _refusal("every rank is 0, nothing would be trained; set at least one rank above 0")
         if self.routed_experts != "all" and not self.routed_experts_rank:
             raise _refusal("routed_experts lists experts but routed_experts_rank is 0; set it above 0, or write all")

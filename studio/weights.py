@@ -65,7 +65,7 @@ class Base:
     @property
     def top_k(self) -> int:
         """Routed experts of a token, 0 for a dense model."""
-        return self.number(self.layout.top_k) if self.moe else 0
+        return self.layout.experts_per_token(self.config) if self.moe else 0
 
     def number(self, key: str) -> int:
         """A whole number of the config.

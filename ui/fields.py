@@ -43,6 +43,7 @@ TITLES = {
     "data.train": "Training examples",
     "data.eval": "Held-out examples",
     "data.max_length_tokens": "Longest example (tokens)",
+    "adapter.dense_mlp_rank": "Dense MLP rank",
     "adapter.routed_experts": "Which routed experts",
     "training.lr_scheduler": "Learning rate schedule",
     "training.max_grad_norm": "Largest gradient norm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from adapters.loading import load_base
 from adapters.lora import ExpertLora, attach
 from adapters.peft_files import expert_factors
 from adapters.placement import Placement, same_experts_everywhere
-from adapters.routed import PROJECTIONS
+from adapters.routed import PROJECTIONS, RoutedExperts, set_expert_path
 from tests.numerics.conftest import EXPERTS, Tiny, randomise, save
 
 UNEVEN = ((4, 0, 1, 4, 2, 3), (0, 5, 0, 0, 1, 2))
@@ -25,7 +26,7 @@ def placement_for(tiny: Tiny, routed: tuple[tuple[int, ...], ...] = UNEVEN, rout
 
 
 def test_forward_and_gradients_equal_a_plain_loop_over_experts(tiny: Tiny, saved: Path) -> None:
-    model = attach(load_base(saved, quantize=False), placement_for(tiny)).double()
+    model = attach(load_base(saved, quantize="none"), placement_for(tiny)).double()
     randomise(model)
     layers = [m for m in model.modules() if isinstance(m, ExpertLora)]
     for layer, ranks in zip(layers, UNEVEN, strict=True):
@@ -165,3 +166,39 @@ def test_peft_merge_is_refused_and_not_silently_skipped(square: Tiny, tmp_path: 
     model = attach(load_base(save(square, tmp_path)), Placement(routed=UNEVEN))
     with pytest.raises(StudioError, match="studio merge"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("path", ["fast", "lean"])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("ranks", [UNEVEN, ((8,) * EXPERTS, (8,) * EXPERTS)], ids=["uneven", "even"])
+def test_one_grouped_matmul_equals_one_matmul_an_expert(
+    square: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    tolerance: float,
+    path: Literal["fast", "lean"],
+    quantize: str,
+    ranks: tuple[tuple[int, ...], ...],
+) -> None:
+    """The way of the GPU, taken on the CPU: several experts at a time, in groups of four."""
+    base = load_base(save(square, tmp_path), quantize=quantize, dtype=dtype)
+    model = attach(base, placement_for(square, ranks))
+    randomise(model)
+    set_expert_path(model, path)
+    layer = next(m for m in model.modules() if isinstance(m, ExpertLora))
+    tokens = torch.randn(13, square.hidden, dtype=dtype)
+    chosen = torch.stack([torch.randperm(EXPERTS - 1)[: square.top_k] for _ in range(13)])  # the last one is idle
+    weights = torch.rand(13, square.top_k).to(dtype)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def run() -> list[torch.Tensor]:
+        x, w = tokens.clone().requires_grad_(), weights.clone().requires_grad_()
+        output = layer(x, chosen, w)
+        return [output.detach(), *torch.autograd.grad(output.float().square().sum(), [x, w, *trained])]
+
+    apart = run()
+    monkeypatch.setattr(RoutedExperts, "fused_experts", lambda *_: 4)
+    for together, alone in zip(run(), apart, strict=True):
+        assert (together - alone).float().norm() <= tolerance * alone.float().norm()

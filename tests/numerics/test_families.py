@@ -5,18 +5,21 @@ What is measured: logits, and the gradients of the inputs, of every base tensor 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
-from adapters.checkpoint import read_index
-from adapters.layouts import layout_for
+from adapters.checkpoint import read_config, read_index
+from adapters.errors import CheckpointError
+from adapters.layouts import LAYOUTS, layout_for
 from adapters.loading import check_quantized, load_base
 from adapters.lora import attach
 from adapters.merge import merge_adapter
@@ -24,7 +27,8 @@ from adapters.peft_files import adapter_tensors, save_adapter
 from adapters.placement import Placement, same_experts_everywhere
 from adapters.quantized import QuantizedStack
 from adapters.routed import use_routed_experts
-from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, Tiny, load_plain, randomise, save
+from adapters.tensor_files import read_tensor
+from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, MULTIMODAL, OTHER, Tiny, load_plain, randomise, save
 
 ATOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -53,20 +57,39 @@ def stock_model(directory: Path, **options: Any) -> PreTrainedModel:
 def placement(tiny: Tiny) -> Placement:
     layout = tiny.layout
     if not layout.has_experts:
-        return Placement(attention=3, alpha=5)
+        return Placement(attention=3, dense_mlp=5, alpha=5)
     return Placement(
         attention=3,
         shared_expert=4 if layout.shared_expert else 0,
+        dense_mlp=5 if tiny.has_dense_layers else 0,
         router=2,
         routed=same_experts_everywhere(4, MOE_LAYERS, EXPERTS),
         alpha=7,
     )
 
 
-@pytest.fixture(scope="module", params=EACH, ids=lambda tiny: tiny.family)
+EXTRA = {
+    "qwen3_next": "mtp.layers.0.mlp.experts.0.up_proj.weight",
+    "qwen3_5_moe": "mtp.layers.0.mlp.experts.gate_up_proj",
+    "deepseek_v3": "model.layers.61.mlp.experts.0.up_proj.weight",
+    "glm4_moe": "model.layers.46.eh_proj.weight",
+    "ernie4_5_moe": "model.mtp_block.0.mlp.up_proj.weight",
+}
+"""Multi-token prediction, which stock passes over: published beside the language model, not loaded, kept by merges."""
+
+
+STACKED = [tiny for tiny in OTHER if tiny.layout.checkpoint == "stacked"]
+"""Both shapes where the files hold stacks: a square one shows no wrong axis by its size."""
+
+
+@pytest.fixture(scope="module", params=EACH + STACKED + MULTIMODAL, ids=str)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp(request.param.family)
     found = Trained(request.param, save(request.param, folder), folder / "adapter")
+    if request.param.family in EXTRA:
+        weights = load_file(found.base / "model.safetensors")
+        weights[EXTRA[request.param.family]] = torch.randn(5, 3)
+        save_file(weights, found.base / "model.safetensors", metadata={"format": "pt"})
     model = ours(found)
     save_adapter(model, placement(found.tiny), found.adapter, base_name="base")
     return found
@@ -88,13 +111,20 @@ def outcome(model: Any, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float) -> None:
+    """Equal within `atol`, or within `atol` of the tensor's largest value where that is above 1."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=0,
+            atol=atol * max(1.0, value.abs().max().item()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("dtype", ATOL, ids=str)
-@pytest.mark.parametrize("tiny", EACH, ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", EACH + OTHER, ids=str)
 def test_output_and_every_base_gradient_equal_stock(tiny: Tiny, dtype: torch.dtype, ids: Tensor) -> None:
     model = tiny.build().to(dtype)
     if tiny.family != "llama4_text":
@@ -134,15 +164,19 @@ def test_merge_equals_stock_pefts_merge_in_the_bases_own_files(trained: Trained,
     compare(dict(merged.named_parameters()), dict(trained.stock().merge_and_unload().named_parameters()), 1e-6)
     with torch.no_grad():
         merged, adapted = merged.double(), adapted.double()  # what is left is the rounding of the files to float32
-        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=2e-5)
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=5e-5)
         assert (merged(ids).logits - trained.stock(adapter=False).double()(ids).logits).abs().max() > 1e-2
     before, after = read_index(trained.base), read_index(tmp_path / "merged")
     assert {k: (v.dtype, v.shape) for k, v in before.items()} == {k: (v.dtype, v.shape) for k, v in after.items()}
     assert (tmp_path / "merged" / "config.json").read_bytes() == (trained.base / "config.json").read_bytes()
-    layout = layout_for(trained.tiny.family)
-    assert report.changed == sum(
-        layout.takes_lora(key) for key in before if layout.tensor_class(key) not in ("dense_mlp", "embeddings")
-    )
+    changed = {k for k in before if not torch.equal(read_tensor(before[k]), read_tensor(after[k]))}
+    assert changed == adapted_keys(trained.base) and report.changed == len(changed)
+
+
+def adapted_keys(base: Path) -> set[str]:
+    index = read_index(base)
+    layout = layout_for(read_config(base), index)
+    return {key for key in index if layout.model_key(key) and layout.takes_lora(key)}
 
 
 def test_4_bit_logits_equal_stock_on_the_dequantised_weights(trained: Trained, ids: Tensor) -> None:
@@ -171,3 +205,79 @@ def test_a_16_bit_model_keeps_the_dtypes_of_stocks(trained: Trained, dtype: torc
     stock = trained.stock(adapter=False, dtype=dtype).state_dict()
     loaded = load_plain(trained.base, dtype=dtype).state_dict()
     assert {n: t.dtype for n, t in loaded.items()} == {n: t.dtype for n, t in stock.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("mixtral", ["q_proj", "w1", "w2", "w3"]),
+        ("qwen3_moe", ["q_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("granitemoe", ["q_proj", "v_proj"]),
+    ],
+)
+def test_an_adapter_that_stock_peft_targeted_by_old_names_merges_like_its_own(
+    family: str, modules: list[str], tmp_path: Path
+) -> None:
+    """PEFT turns the expert names of transformers 4 into stacks of twice the rank, by patterns."""
+    base = save(Tiny(family, 64, 32), tmp_path)
+    stock = get_peft_model(stock_model(base), LoraConfig(r=3, lora_alpha=5, target_modules=modules))
+    randomise(stock, std=0.07)
+    stock.save_pretrained(tmp_path / "adapter")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    wanted = dict(stock.merge_and_unload().named_parameters())
+    compare(dict(stock_model(tmp_path / "merged").named_parameters()), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe", "granitemoe", "ernie4_5_moe", "qwen3_5_moe"])
+def test_a_checkpoint_under_the_models_own_names_loads_and_merges(family: str, tmp_path: Path, ids: Tensor) -> None:
+    """As stock writes it when told not to restore the published names."""
+    tiny, base = Tiny(family, 64, 32), tmp_path / "base"
+    tiny.build().save_pretrained(base, save_original_format=False)
+    model = attach(load_plain(base), placement(tiny)).eval()
+    randomise(model, std=0.07)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, stock_model(base)(ids).logits, rtol=0, atol=1e-5)
+    save_adapter(model, placement(tiny), tmp_path / "adapter", base_name="base")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(stock_model(tmp_path / "merged")(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_the_way_out_of_a_quantised_checkpoint_that_the_error_names_works(tmp_path: Path, ids: Tensor) -> None:
+    base, plain = save(Tiny("gpt_oss", 64, 32), tmp_path), tmp_path / "plain"
+    weights = load_file(base / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, rows, cols = weights.pop(name).shape
+        weights[f"{name}_blocks"] = torch.randint(0, 255, (experts, cols, rows // 32, 16), dtype=torch.uint8)
+        weights[f"{name}_scales"] = torch.full((experts, cols, rows // 32), 121, dtype=torch.uint8)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(CheckpointError, match="quantised already") as error:
+        load_plain(base)
+    command = str(error.value).partition("stock transformers: ")[2]
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "Mxfp4Config": Mxfp4Config, "path": base, "new_path": plain}
+    eval(command, names)
+    with torch.no_grad():
+        found = load_plain(plain)(ids).logits
+        torch.testing.assert_close(found, stock_model(plain, dtype=torch.float32)(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_text_model_taken_out_of_a_multimodal_one_keeps_its_prefix_and_loads(tmp_path: Path, ids: Tensor) -> None:
+    whole = save(Tiny("qwen3_5_moe", 64, 32), tmp_path)
+    text = stock_model(whole)
+    text.save_pretrained(tmp_path / "text")
+    assert all(key.startswith(("model.language_model.", "lm_head.")) for key in read_index(tmp_path / "text"))
+    with torch.no_grad():
+        torch.testing.assert_close(load_plain(tmp_path / "text")(ids).logits, text(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_peft_reads_old_names_in_the_families_whose_layout_says_so() -> None:
+    from peft.utils import transformers_weight_conversion as conversion
+
+    rewritten = {
+        name
+        for name, pattern in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if "gate_proj" in conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+    }
+    assert {name for name, layout in LAYOUTS.items() if layout.peft_fuses} == rewritten & set(LAYOUTS)

@@ -31,7 +31,7 @@ SOME = same_experts_everywhere(3, 2, EXPERTS, [1, 3, 4])
 
 
 def trained(directory: Path, placement: Placement, out: Path) -> PeftModel:
-    model = attach(load_base(directory, quantize=False), placement).eval()
+    model = attach(load_base(directory, quantize="none"), placement).eval()
     randomise(model)
     save_adapter(model, placement, out, base_name="base")
     return model
@@ -204,7 +204,7 @@ def test_nothing_is_overwritten_and_a_failure_keeps_the_old_output(square: Tiny,
 
 
 def test_a_nan_adapter_is_never_written(square: Tiny, tmp_path: Path) -> None:
-    model = attach(load_base(save(square, tmp_path), quantize=False), Placement(routed=ALL))
+    model = attach(load_base(save(square, tmp_path), quantize="none"), Placement(routed=ALL))
     next(p for n, p in model.named_parameters() if "lora_down_B" in n).data[0, 0] = float("nan")
     with pytest.raises(AdapterFileError, match="NaN or infinity"):
         save_adapter(model, Placement(routed=ALL), tmp_path / "adapter", base_name="base")

@@ -20,7 +20,7 @@ from tests.numerics.conftest import Tiny, save
 def test_streamed_logits_equal_the_in_memory_models_exactly(tiny: Tiny, saved: Path, ids: torch.Tensor) -> None:
     stock = tiny.model_class.from_pretrained(saved).eval()
     with torch.no_grad():
-        streamed = load_base(saved, quantize=False)(ids).logits
+        streamed = load_base(saved, quantize="none")(ids).logits
         torch.testing.assert_close(streamed, stock(ids).logits, rtol=0, atol=1e-5)
         assert torch.equal(streamed, use_routed_experts(stock)(ids).logits)
 

@@ -220,6 +220,13 @@ def test_moe_shapes_follow_the_axis_order_even_where_sizes_are_equal() -> None:
         moe_shapes(layout_for(config), header(stacks), config)
 
 
+def test_experts_per_token_by_each_familys_own_name() -> None:
+    assert LAYOUTS["mixtral"].experts_per_token({"num_experts_per_tok": 2}) == 2
+    assert LAYOUTS["ernie4_5_moe"].experts_per_token({"moe_k": 6}) == 6
+    assert LAYOUTS["hunyuan_v1_moe"].experts_per_token({"moe_topk": [8, 8, 4]}) == 8
+    assert LAYOUTS["llama"].experts_per_token({}) == 0
+
+
 def test_a_dense_family_is_the_case_without_experts() -> None:
     layout = layout_for("llama")
     assert not layout.has_experts and moe_shapes(layout, {}, {"num_hidden_layers": 2}) == ()
@@ -242,6 +249,12 @@ def test_an_unknown_family_without_experts_is_not_called_an_moe() -> None:
     with pytest.raises(LayoutError, match="'mamba' is not supported") as error:
         layout_for("mamba")
     assert "it is an MoE" not in str(error.value)
+
+
+def test_a_config_of_another_shape_names_its_family(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dbrx", "d_model": 8}))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers, .*missing.*adapters/layouts\.py, not 'dbrx'"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
