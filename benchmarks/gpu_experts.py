@@ -97,6 +97,7 @@ def run_side(side: Side, machine: Machine, steps: int) -> dict[str, Any]:
 
 
 def measure(side: Side, machine: Machine, steps: int) -> dict[str, Any]:
+    before = torch.cuda.memory_allocated() if machine.device == "cuda" else 0
     bench = build(side, stock_model(side.shape, machine.dtype, machine.device))
     bench.train()
     gc.collect()  # the plain stacks of a side in nf4
@@ -104,9 +105,9 @@ def measure(side: Side, machine: Machine, steps: int) -> dict[str, Any]:
     result: dict[str, Any] = {"expert_bytes": expert_bytes(bench) if side.kind != "peft" else None}
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        result["held_bytes"] = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         bench.step()
-        result["peak_bytes"] = torch.cuda.max_memory_allocated() - result["held_bytes"]
+        result |= {"held_bytes": held - before, "peak_bytes": torch.cuda.max_memory_allocated() - held}
         bench.reset()
     seconds = [bench.timed() for _ in range(steps)]
     result |= {"seconds": seconds, "tokens_per_second": side.shape.tokens / statistics.median(seconds)}

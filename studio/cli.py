@@ -1,4 +1,4 @@
-"""The command line: `studio validate | plan | run | merge | jobs | ui | schema`.
+"""The command line: `studio validate | plan | shapes | run | merge | jobs | ui | schema`.
 
 Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
 one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
@@ -91,15 +91,36 @@ def validate(recipe: RecipePath, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: studio plan recipes/quickstart.yaml")
 @reported
-def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipePath,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Plan for this published model instead of the recipe's base; see shapes."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what a recipe will do: bytes, parameters and adapters per class of tensors, and the peak memory."""
     from studio.terminal import plan_view
 
-    planned = studio.make_plan(studio.load_recipe(recipe))
+    planned = studio.make_plan(studio.load_recipe(recipe), shape)
     if as_json:
         print_json(planned.model_dump(mode="json"))
     else:
         output().print(plan_view(planned))
+
+
+@app.command(epilog="Example: studio shapes --json")
+@reported
+def shapes(as_json: AsJson = False) -> None:
+    """List the published models that `plan --shape` knows without their files."""
+    from studio.shapes import SHAPES
+    from studio.terminal import shape_table
+
+    counts = [(shape, shape.base()) for shape in SHAPES.values()]
+    if as_json:
+        print_json([{"name": s.name, "title": s.title, **base.parameter_counts()} for s, base in counts])
+    else:
+        output().print(shape_table([(s.name, s.title, base) for s, base in counts]))
 
 
 @app.command(epilog="Example: studio run recipes/quickstart.yaml --overwrite")

@@ -1,31 +1,51 @@
-"""Predicted peak memory of a training step, part by part, from shapes alone.
+"""Predicted peak memory of a training step, part by part, from shapes alone; and the memory that is at hand.
 
-The activation terms count what autograd keeps of one decoder layer, per token, in multiples of the model's own widths:
-read off the graph of a Llama 4 / Qwen3-MoE layer with LoRA on every projection. What the process needs before any
-model is there (Python, torch, transformers, TRL) is measured, not derived. benchmarks/memory.py prints predicted
-against measured.
+What autograd keeps of a layer is in studio/activations.py. Three moments can be the peak, and the plan takes the
+largest: the loss (all layers kept, a tile of logits), the backward of the last layer (all layers kept, its gradients
+and workspace), and the last layer reached (no activations, all gradients of the adapters). What the process needs
+before any model is there is measured, not derived. benchmarks/memory.py prints predicted against measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.layouts import ExpertLayout
+from studio.activations import Pass, Shapes, attention_of, layer_bytes
+from studio.weights import Base
 
 RUNTIME_BYTES = 690_000_000
 """Resident memory of a job's process on a CPU beside the model: libraries (500 MB), tokenised data, the trainer, and
 freed blocks that the allocator keeps. Fitted to the rows of benchmarks/memory.py."""
 
-LOGITS_CHUNK_TOKENS = 256
-"""Positions whose logits exist at one time, in TRL's loss and in ours."""
+LOSS_TILE_TOKENS, LOSS_TILE_VOCABULARY = 256, 8192
+"""Logits that exist at one time in the loss on a CPU (studio/trainers/chunked_loss.py)."""
+
+LOSS_TILES = 9
+"""Tiles of logits alive at once in the backward of TRL's loss on a CPU, where its arithmetic is not fused."""
+
+GPU_LOSS_TILE_TOKENS, GPU_LOSS_TILE_VOCABULARY = 4096, 32768
+"""The same on a GPU, where TRL's kernels work in place: one tile."""
+
+EXPERT_SKEW = 4
+"""The busiest expert is taken to have this many times the mean number of tokens."""
+
+MARGIN = 0.10
+"""The prediction is right within this; a plan fits when it does with the margin added."""
 
 
 class MemoryPlan(BaseModel):
-    """Predicted peak, in bytes. `peak_bytes` is the sum of the rest."""
+    """Predicted memory at the peak, in bytes. `peak_bytes` is the sum of the parts.
+
+    Attributes:
+        gradients_bytes: those of the adapters that exist at the peak: they grow while activations are let go.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,66 +59,143 @@ class MemoryPlan(BaseModel):
     logits_bytes: int
     peak_bytes: int
 
+    @property
+    def fixed_bytes(self) -> int:
+        """What no smaller batch makes smaller."""
+        return self.runtime_bytes + self.weights_bytes + self.adapters_bytes + self.optimizer_bytes
+
 
 @dataclass(frozen=True)
-class TrainingShape:
-    """What decides the memory of one training step.
+class Held:
+    """What is in memory in every step.
 
     Attributes:
-        batch_size: examples in one forward pass.
-        length_tokens: tokens of the longest example.
         weights_bytes: the base as held.
         trainable_parameters: of the adapters, float32, with AdamW's two moments.
-        dtype_bytes: of activations.
-        checkpointing: only layer inputs are kept, one layer at a time is recomputed.
-        quantized: an expert and a linear are dequantised while they are used.
-        on_gpu: memory is the GPU's, where the process itself takes next to none.
+        quantized: a matrix is dequantised while it is used.
+        accumulates: gradients of earlier forward passes are there in the next.
+        checkpointing: only layer inputs are kept, one layer at a time is computed again.
     """
 
-    batch_size: int
-    length_tokens: int
     weights_bytes: int
     trainable_parameters: int
-    dtype_bytes: int
-    checkpointing: bool
     quantized: bool
-    on_gpu: bool
+    accumulates: bool
+    checkpointing: bool
 
 
-def predict_memory(config: Mapping[str, Any], layout: ExpertLayout, shape: TrainingShape) -> MemoryPlan:
-    """Predicts the peak of training `config` with this shape."""
-    tokens = shape.batch_size * shape.length_tokens
-    # what is kept of each layer; in the backward, the gradients of one layer's worth stand beside it
-    layer = tokens * shape.dtype_bytes * _kept_per_token(config, layout)
-    layers = config["num_hidden_layers"]
-    kept_inputs = layers * tokens * config["hidden_size"] * shape.dtype_bytes
+def predict_memory(base: Base, held: Held, run: Pass) -> MemoryPlan:
+    """Predicts the peak of training."""
+    gradients = 4 * held.trainable_parameters
+    moments = [_loss(base, held, run), _backward(base, held, run)]
+    early = max(moments, key=lambda parts: sum(parts.values()))
+    early["gradients_bytes"] = gradients if held.accumulates else early["gradients_bytes"]
+    late = {**_none(), "gradients_bytes": gradients}
+    peak = max(early, late, key=lambda parts: sum(parts.values()))
     parts = {
-        "runtime_bytes": 0 if shape.on_gpu else RUNTIME_BYTES,
-        "weights_bytes": shape.weights_bytes,
-        "adapters_bytes": 4 * shape.trainable_parameters,
-        "gradients_bytes": 4 * shape.trainable_parameters,
-        "optimizer_bytes": 8 * shape.trainable_parameters,
-        "activations_bytes": kept_inputs + 2 * layer if shape.checkpointing else (layers + 1) * layer,
-        "workspace_bytes": _largest_matrix(config, layout) * shape.dtype_bytes if shape.quantized else 0,
-        "logits_bytes": 3 * 4 * min(tokens, LOGITS_CHUNK_TOKENS) * config["vocab_size"],
+        "runtime_bytes": 0 if run.on_gpu else RUNTIME_BYTES,
+        "weights_bytes": held.weights_bytes,
+        "adapters_bytes": 4 * held.trainable_parameters,
+        "optimizer_bytes": 8 * held.trainable_parameters,
+        **peak,
     }
     return MemoryPlan(**parts, peak_bytes=sum(parts.values()))
 
 
-def _kept_per_token(config: Mapping[str, Any], layout: ExpertLayout) -> int:
-    """Values that autograd keeps of one layer, per token."""
-    hidden = config["hidden_size"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    queries = config["num_attention_heads"] * head
-    keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head
-    width, top_k = config.get(layout.expert_width, 0), config.get("num_experts_per_tok", 0)
-    shared = width if layout.shared_expert else 0
-    norms = 6 * hidden
-    attention = 4 * queries + 3 * keys
-    routed = top_k * (2 * hidden + 5 * width)
-    return int(norms + attention + routed + 5 * shared)
+def _none() -> dict[str, int]:
+    return {"gradients_bytes": 0, "activations_bytes": 0, "workspace_bytes": 0, "logits_bytes": 0}
 
 
-def _largest_matrix(config: Mapping[str, Any], layout: ExpertLayout) -> int:
-    widths = [config.get(layout.expert_width, 0) * 2, config.get("intermediate_size_mlp", 0)]
-    return int(config["hidden_size"]) * max(*widths, int(config["hidden_size"]))
+def _loss(base: Base, held: Held, run: Pass) -> dict[str, int]:
+    """At the loss: everything kept, the logits' tile, the gradient of the hidden states."""
+    hidden = run.tokens * base.number("hidden_size")
+    vocabulary = base.number("vocab_size")
+    if run.on_gpu:
+        tile = min(run.tokens, GPU_LOSS_TILE_TOKENS) * GPU_LOSS_TILE_VOCABULARY * run.dtype_bytes
+    else:
+        tile = LOSS_TILES * 4 * min(run.tokens, LOSS_TILE_TOKENS) * min(vocabulary, LOSS_TILE_VOCABULARY)
+    kept = _kept(base, held, run) + hidden * (8 + 3 * run.dtype_bytes)
+    return {**_none(), "activations_bytes": int(kept), "logits_bytes": tile}
+
+
+def _backward(base: Base, held: Held, run: Pass) -> dict[str, int]:
+    """In the backward of the last layer: everything kept, its gradients on the way, one expert's workspace."""
+    layers = _per_layer(base, run)
+    kept = _kept(base, held, run) + (layers[-1] * run.tokens if held.checkpointing else 0)
+    flowing, workspace = _flowing(base, base.layers[-1], run), _workspace(base, held, run)
+    return {**_none(), "activations_bytes": int(kept + flowing), "workspace_bytes": int(workspace)}
+
+
+def _per_layer(base: Base, run: Pass) -> list[float]:
+    moe = {shape.layer: shape for shape in base.moe}
+    return [layer_bytes(base, layer, moe.get(number), run) for number, layer in enumerate(base.layers)]
+
+
+def _kept(base: Base, held: Held, run: Pass) -> float:
+    """Bytes kept of all layers and the last norm."""
+    hidden = base.number("hidden_size")
+    if held.checkpointing:
+        return run.tokens * hidden * (len(base.layers) * run.dtype_bytes + 4)
+    return run.tokens * (sum(_per_layer(base, run)) + 4 * hidden)
+
+
+def _flowing(base: Base, layer: Shapes, run: Pass) -> float:
+    """Gradients of activations inside one layer."""
+    hidden, attention = base.number("hidden_size"), attention_of(base, layer, run.on_gpu)
+    scores = 0 if attention.kind == "sdpa" else 3 * attention.heads * run.length_tokens
+    return run.tokens * run.dtype_bytes * (3 * hidden + 3 * attention.queries + 3 * attention.values + scores)
+
+
+def _workspace(base: Base, held: Held, run: Pass) -> float:
+    """The busiest expert's tokens, and one matrix dequantised."""
+    pairs = run.tokens * base.top_k
+    widest = max(base.moe, key=lambda shape: shape.width, default=None)
+    busy = min(run.tokens, EXPERT_SKEW * pairs / widest.experts) if widest else 0
+    rows = busy * (3 * widest.hidden + 8 * widest.width) if widest else 0
+    matrices = [
+        tensor.shape[0] * tensor.shape[1]
+        for tensor in base.tensors
+        if tensor.class_name in ("attention", "shared_expert", "dense_mlp") and len(tensor.shape) == 2
+    ]
+    matrices += [2 * shape.hidden * shape.width for shape in base.moe]
+    return run.dtype_bytes * (rows + (max(matrices, default=0) if held.quantized else 0))
+
+
+# -------------------------------------------------------------------- memory at hand
+
+
+def memory_at_hand(on_gpu: bool) -> int | None:
+    """Bytes free for a job on this machine: of the GPU, or of the memory that the process may use. None: not known."""
+    return _free_on_gpu() if on_gpu else _available_to_process()
+
+
+def _free_on_gpu() -> int | None:
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", first]
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        return int(subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout) * 2**20
+    return None
+
+
+def _available_to_process(root: Path = Path("/")) -> int | None:
+    """MemAvailable, or what the control group leaves where that is less."""
+    found = [*_mem_available(root / "proc/meminfo"), *_left_in_group(root / "sys/fs/cgroup")]
+    return min(found, default=None)
+
+
+def _mem_available(meminfo: Path) -> Sequence[int]:
+    with suppress(OSError, ValueError):
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        return [1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"]
+    return []
+
+
+def _left_in_group(group: Path) -> Sequence[int]:
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        return [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
+    return []
+
+
+def fits(peak_bytes: int, at_hand_bytes: int | None) -> bool:
+    """Whether a predicted peak fits, with the margin; not where nothing is known of the machine."""
+    return at_hand_bytes is not None and peak_bytes * (1 + MARGIN) <= at_hand_bytes

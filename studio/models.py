@@ -9,6 +9,9 @@ from adapters.checkpoint import read_json_object
 from studio.base import EMBEDDED_DIR
 from studio.errors import CheckpointError, StudioError
 
+CACHED_BASE_BYTES = 500_000_000
+"""Bases smaller than this are quantised again for every job: it takes a second or two."""
+
 
 def resolve_base(base: str) -> Path:
     """The local directory of a recipe's `model.base`: "embedded", a directory, or a hub id already downloaded.
@@ -60,6 +63,14 @@ def check_tokenizer(directory: Path) -> None:
         raise CheckpointError(
             directory, [problem + "without one need the template of their instruct version beside them"]
         )
+
+
+def packed_cache(base_bytes: int) -> Path | None:
+    """Where a quantised base of this size is kept for the next job: in the user's cache, or nowhere for a small one."""
+    if base_bytes < CACHED_BASE_BYTES:
+        return None
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root).absolute() / "moe-studio" / "packed"
 
 
 def has_gpu() -> bool:

@@ -1,63 +1,49 @@
 """Recipe → Plan: every tensor class with its bytes, what is trained, and the predicted peak memory.
 
-Read from config.json, safetensors headers and the data files alone: no weights, no torch, a second or less.
+    make_plan(recipe)                        for the base model in the recipe, which lies on this machine
+    make_plan(recipe, shape="llama4-scout")  for a published shape in its place; no weights, no download
+
+Read from config.json, safetensors headers and the data files alone: no weights, no torch, under two seconds.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.checkpoint import TensorInfo, read_config, read_index, text_config
-from adapters.errors import CheckpointError, TargetError
-from adapters.layouts import QUANTIZED_CLASSES, TENSOR_CLASSES, ExpertLayout, TensorClassName, layout_for
+from adapters.errors import CheckpointError, StudioError, TargetError
 from adapters.placement import Placement, same_experts_everywhere
+from studio.activations import Pass
+from studio.base import EMBEDDED_DIR
 from studio.data import Example, read_examples
-from studio.memory import MemoryPlan, TrainingShape, predict_memory
+from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
+from studio.quantities import as_bytes
 from studio.recipe import Recipe
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from studio.shapes import published_shape
+from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, tensor_classes
 
 
-class TensorClass(Frozen):
-    """One class of base tensors.
-
-    Attributes:
-        name: see `adapters.layouts.TENSOR_CLASSES`.
-        tensors, parameters: how many in the checkpoint.
-        dtype: as held while training: nf4, or the computation's.
-        bytes: held in memory, scales of 4-bit blocks included.
-        rank: LoRA rank, 0 for no adapter.
-        trainable_parameters: of the adapters on this class.
-    """
-
-    name: TensorClassName
-    tensors: int
-    parameters: int
-    dtype: str
-    bytes: int
-    rank: int
-    trainable_parameters: int
-
-
-class Plan(Frozen):
+class Plan(BaseModel):
     """What a recipe will do.
 
     Attributes:
+        experts, top_k: of a layer, and of a token; 0 for a dense model.
+        parameters, active_parameters: of the base, and those that one token meets.
         trainable_fraction: of the base's parameters.
+        expert_path: what the routed experts keep for the backward pass: the recipe's choice, or the plan's for "auto".
+        memory_at_hand_bytes: free for the job when it was planned: of the GPU, or of this machine's memory. None: not
+            known.
         longest_tokens: of the longest training example, before it is cut to `data.max_length_tokens`.
         truncated_examples: training examples longer than that.
+        warnings: what to know before the job is started.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     model_type: str
@@ -67,76 +53,79 @@ class Plan(Frozen):
     top_k: int
     classes: tuple[TensorClass, ...]
     parameters: int
+    active_parameters: int
     bytes: int
     trainable_parameters: int
     trainable_fraction: float
+    expert_path: Literal["fast", "lean"]
     memory: MemoryPlan
+    memory_at_hand_bytes: int | None
     train_examples: int
     eval_examples: int
     longest_tokens: int
     truncated_examples: int
     total_steps: int
+    warnings: tuple[str, ...]
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, shape: str | None = None) -> Plan:
     """Plans a recipe.
+
+    Args:
+        shape: a name in `studio.shapes.SHAPES`: plan for this published model instead of the recipe's base.
 
     Raises:
         StudioError: anything that would make the job fail later and can be known now: base model missing or pickled,
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
-    directory = resolve_base(recipe.model.base)
-    whole = read_config(directory)
-    layout, index = language_model(directory, whole)
-    config = text_config(whole)
-    check_tokenizer(directory)
-    placement = plan_placement(recipe, layout, index)
-    classes = _classes(recipe, layout, index, placement)
+    base = published_shape(shape).base() if shape else recipe_base(recipe)
+    placement = plan_placement(recipe, base)
+    classes = tensor_classes(base, _held_as(recipe), placement)
     train = read_examples(recipe.data.train)
     held_out = read_examples(recipe.data.eval) if recipe.data.eval else []
-    lengths = _lengths_tokens(directory, train)
-    limit = recipe.data.max_length_tokens
+    lengths = _lengths_tokens(_tokenizer_of(recipe, base), train)
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
-    shape = TrainingShape(
-        batch_size=recipe.training.batch_size,
-        length_tokens=min(limit, max(lengths)),
-        weights_bytes=sum(entry.bytes for entry in classes),
-        trainable_parameters=trainable,
-        dtype_bytes=BYTES[compute_dtype(recipe.model.dtype)],
-        checkpointing=recipe.training.gradient_checkpointing,
-        quantized=recipe.model.quantization == "nf4",
-        on_gpu=has_gpu(),
-    )
+    weights_bytes = sum(entry.bytes for entry in classes)
+    path, memory, at_hand = _choose_path(recipe, base, max(lengths), weights_bytes, trainable)
     return Plan(
-        model=recipe.model.base,
-        model_type=layout.model_type,
-        layers=config["num_hidden_layers"],
-        moe_layers=len(routers(layout, index)),
-        experts=count_experts(layout, index),
-        top_k=layout.experts_per_token(config),
+        model=base.name,
+        model_type=base.layout.model_type,
+        layers=len(base.layers),
+        moe_layers=len(base.moe),
+        experts=base.experts,
+        top_k=base.top_k,
         classes=classes,
         parameters=parameters,
-        bytes=shape.weights_bytes,
+        active_parameters=base.parameter_counts()["active"],
+        bytes=weights_bytes,
         trainable_parameters=trainable,
         trainable_fraction=trainable / parameters,
-        memory=predict_memory(config, layout, shape),
+        expert_path=path,
+        memory=memory,
+        memory_at_hand_bytes=at_hand,
         train_examples=len(train),
         eval_examples=min(len(held_out), recipe.evaluation.examples or len(held_out)),
         longest_tokens=max(lengths),
-        truncated_examples=sum(length > limit for length in lengths),
+        truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
+        warnings=_warnings(recipe, base, memory, at_hand),
     )
 
 
-def language_model(directory: Path, config: Mapping[str, Any]) -> tuple[ExpertLayout, dict[str, TensorInfo]]:
-    """The layout of a checkpoint, and its index without what is no part of the language model."""
-    index = read_index(directory)
-    layout = layout_for(config, index)
-    return layout, {key: info for key, info in index.items() if layout.model_key(key)}
+def recipe_base(recipe: Recipe) -> Base:
+    """The recipe's base model, from its files' headers.
+
+    Raises:
+        StudioError: it is not here, or its files cannot be trained on.
+    """
+    directory = resolve_base(recipe.model.base)
+    base = base_in(directory, recipe.model.base)
+    check_tokenizer(directory)
+    return base
 
 
-def plan_placement(recipe: Recipe, layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> Placement:
+def plan_placement(recipe: Recipe, base: Base) -> Placement:
     """The recipe's adapter section as a placement on this model.
 
     Raises:
@@ -144,36 +133,22 @@ def plan_placement(recipe: Recipe, layout: ExpertLayout, index: Mapping[str, Ten
     """
     wanted = recipe.adapter
     chosen = None if wanted.routed_experts == "all" else wanted.routed_experts
-    moe_layers, experts = len(routers(layout, index)), count_experts(layout, index)
-    routed = same_experts_everywhere(wanted.routed_experts_rank, moe_layers, experts, chosen)
     placement = Placement(
         attention=wanted.attention_rank,
         shared_expert=wanted.shared_expert_rank,
+        dense_mlp=wanted.dense_mlp_rank,
         router=wanted.router_rank,
-        routed=routed,
+        routed=same_experts_everywhere(wanted.routed_experts_rank, len(base.moe), base.experts, chosen),
         alpha=wanted.alpha,
     )
-    present = {layout.tensor_class(key) for key in index}
+    present = {tensor.class_name for tensor in base.tensors}
     missing = [name for name, rank in placement.class_ranks().items() if rank and name not in present]
     if missing:
         raise TargetError(
-            f"this {layout.model_type} model has no tensor of class {', '.join(missing)}; "
+            f"this {base.layout.model_type} model has no tensor of class {', '.join(missing)}; "
             f"set {', '.join(f'adapter.{name}_rank' for name in missing)} to 0"
         )
     return placement
-
-
-def routers(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> list[TensorInfo]:
-    """The router weights, (E, H) each: one for every layer with routed experts."""
-    weight = f".{layout.block}.{layout.router}.weight"
-    return [
-        info for key, info in index.items() if layout.has_experts and (layout.model_key(key) or "").endswith(weight)
-    ]
-
-
-def count_experts(layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> int:
-    """Routed experts of a layer, 0 for a dense model. Read off a router: configs name the number differently."""
-    return next((router.shape[0] for router in routers(layout, index)), 0)
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
@@ -186,68 +161,85 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return math.ceil((training.epochs or 1.0) * per_epoch)
 
 
-def _classes(
-    recipe: Recipe, layout: ExpertLayout, index: Mapping[str, TensorInfo], placement: Placement
-) -> tuple[TensorClass, ...]:
-    groups: dict[TensorClassName, dict[str, TensorInfo]] = defaultdict(dict)
-    for key, info in index.items():
-        groups[layout.tensor_class(key)][key] = info
-    dtype = compute_dtype(recipe.model.dtype)
-    ranks = placement.class_ranks()
-    adapted = {expert for layer in placement.routed for expert, rank in enumerate(layer) if rank}
-    entries = []
-    for name in TENSOR_CLASSES:
-        if name not in groups:
-            continue
-        quantized = recipe.model.quantization == "nf4" and name in QUANTIZED_CLASSES
-        infos, rank = groups[name], ranks.get(name, 0)
-        entries.append(
-            TensorClass(
-                name=name,
-                tensors=len(infos),
-                parameters=sum(info.parameters for info in infos.values()),
-                dtype="nf4" if quantized else dtype,
-                bytes=sum(_held_bytes(i, quantized, recipe.model.double_quant, BYTES[dtype]) for i in infos.values()),
-                rank=rank,
-                trainable_parameters=sum(_lora(k, i, rank, len(adapted), layout) for k, i in infos.items()),
-            )
-        )
-    return tuple(entries)
+def _held_as(recipe: Recipe) -> HeldAs:
+    model = recipe.model
+    return HeldAs(model.quantization, model.double_quant, model.int8_experts, compute_dtype(model.dtype))
 
 
-def _held_bytes(info: TensorInfo, quantized: bool, double_quant: bool, dtype_bytes: int) -> int:
-    if not quantized or len(info.shape) < 2:
-        return info.parameters * dtype_bytes
-    matrices = info.shape[0] if len(info.shape) == 3 else 1
-    return matrices * nf4_bytes(info.parameters // matrices, double_quant)
+# -------------------------------------------------------------------- memory
 
 
-def nf4_bytes(values: int, double_quant: bool) -> int:
-    """Bytes of one matrix of `values` in nf4: half a byte each, and one scale for every 64 (QLoRA, section 3)."""
-    blocks = math.ceil(values / 64)
-    scales = blocks + 4 * math.ceil(blocks / 256) + 4 if double_quant else 4 * blocks
-    return math.ceil(values / 2) + scales
+def _choose_path(
+    recipe: Recipe, base: Base, longest_tokens: int, weights_bytes: int, trainable: int
+) -> tuple[Literal["fast", "lean"], MemoryPlan, int | None]:
+    """The path of the routed experts, its memory, and what is at hand: fast where it fits, unless the recipe says."""
+    training, on_gpu = recipe.training, has_gpu()
+    held = Held(
+        weights_bytes=weights_bytes,
+        trainable_parameters=trainable,
+        quantized=recipe.model.quantization != "none",
+        accumulates=training.gradient_accumulation_steps > 1,
+        checkpointing=training.gradient_checkpointing,
+    )
+    limit = recipe.data.max_length_tokens
+    run = Pass(
+        batch_size=training.batch_size,
+        length_tokens=limit if recipe.trl.get("packing") else min(limit, longest_tokens),
+        dtype_bytes=BYTES[compute_dtype(recipe.model.dtype)],
+        on_gpu=on_gpu,
+        attention_rank=recipe.adapter.attention_rank,
+        shared_expert_rank=recipe.adapter.shared_expert_rank,
+        dense_mlp_rank=recipe.adapter.dense_mlp_rank,
+        keep_gate_up=training.expert_path != "lean",
+    )
+    at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)
+    if training.expert_path != "auto" or fits(memory.peak_bytes, at_hand):
+        return "fast" if run.keep_gate_up else "lean", memory, at_hand
+    return "lean", predict_memory(base, held, replace(run, keep_gate_up=False)), at_hand
 
 
-def _lora(key: str, info: TensorInfo, rank: int, adapted_experts: int, layout: ExpertLayout) -> int:
-    """Parameters of the LoRA on one tensor of the checkpoint."""
-    if not rank or not layout.takes_lora(key):
-        return 0
-    if layout.tensor_class(key) != "routed_experts":
-        return rank * sum(info.shape)
-    if len(info.shape) != (3 if layout.checkpoint == "stacked" else 2):
-        raise CheckpointError(info.file, [f"{key} has shape {info.shape}: not an expert tensor of {layout.model_type}"])
-    if layout.checkpoint == "stacked":
-        return adapted_experts * rank * (info.shape[1] + info.shape[2])
-    return _lora_of_expert_part(key, info, rank, adapted_experts, layout)
+def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | None) -> tuple[str, ...]:
+    found = []
+    if at_hand is not None and not fits(memory.peak_bytes, at_hand):
+        options = "; ".join(_options(recipe, base, memory, at_hand))
+        peak = f"the predicted peak of {as_bytes(memory.peak_bytes)} plus 10 %"
+        found.append(f"{peak} does not fit into the {as_bytes(at_hand)} at hand. What would help: {options}")
+    if base.directory is None:
+        found.append(f"{base.name} is a published shape: its weights and its tokenizer were not looked for")
+    return tuple(found)
 
 
-def _lora_of_expert_part(key: str, info: TensorInfo, rank: int, adapted_experts: int, layout: ExpertLayout) -> int:
-    """Per-expert files: counted at expert 0, times the adapted ones. Gate and up share one A: up adds its B alone."""
-    if f".{layout.experts}.0." not in key:
-        return 0
-    sides = info.shape[0] if f".{layout.parts[1]}." in key else sum(info.shape)
-    return adapted_experts * rank * sides
+def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:
+    """What would make the peak smaller, the cheapest first."""
+    training, adapter = recipe.training, recipe.adapter
+    options = []
+    if fits(memory.fixed_bytes, at_hand):
+        if base.moe and training.expert_path == "fast":
+            options.append("training.expert_path: lean")
+        if training.batch_size > 1:
+            steps = training.gradient_accumulation_steps * 2
+            options.append(f"training.batch_size: {training.batch_size // 2} with gradient_accumulation_steps: {steps}")
+        if not training.gradient_checkpointing:
+            options.append("training.gradient_checkpointing: true")
+        options.append("a shorter data.max_length_tokens")
+    if recipe.model.quantization in ("none", "int8"):
+        options.append("model.quantization: nf4")
+    if base.moe and adapter.routed_experts_rank and adapter.routed_experts == "all":
+        options.append("fewer experts in adapter.routed_experts, or a lower rank")
+    return [*options, "a machine with more memory"]
+
+
+# -------------------------------------------------------------------- lengths
+
+
+def _tokenizer_of(recipe: Recipe, base: Base) -> Path:
+    """The folder whose tokenizer counts the tokens: for a shape the recipe's own base, or the embedded one."""
+    if base.directory is not None:
+        return base.directory
+    try:
+        return resolve_base(recipe.model.base)
+    except StudioError:
+        return EMBEDDED_DIR
 
 
 def _lengths_tokens(directory: Path, examples: list[Example]) -> list[int]:

@@ -61,6 +61,17 @@ def _absolute_from_cwd(value: Any) -> Any:
     return _path(str(value), Path.cwd()) if isinstance(value, str | Path) else value
 
 
+def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...]:
+    ids = list(value) if isinstance(value, list | tuple) else None
+    if ids is None or not (ids or empty) or not all(type(i) is int and 0 <= i <= 65535 for i in ids):
+        shown = value if ids is not None and len(ids) <= 8 else describe(value)
+        raise _refusal(f"received {shown}; allowed: {allowed}")
+    if len(set(ids)) < len(ids):
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        raise _refusal(f"expert ids must be unique, received {', '.join(map(str, twice))} more than once")
+    return tuple(ids)
+
+
 InputPath = Annotated[Path, BeforeValidator(_absolute)]
 OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]
 Rank = Annotated[int, Field(ge=0, le=1024)]
@@ -81,14 +92,28 @@ class ModelSettings(Settings):
     base: str = EMBEDDED_BASE
     """The base: "embedded" (ships with the studio), a directory of safetensors, or a hub id such as "org/name"."""
 
-    quantization: Literal["nf4", "none"] = "nf4"
-    """How the frozen base weights are held: nf4 (4 bits, QLoRA) or none (as `dtype` says)."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen base weights are held: nf4 or fp4 (4 bits), int8 (8 bits), or none (as `dtype` says)."""
 
     double_quant: bool = True
-    """Quantise the 4-bit scales too: 0.516 instead of 0.563 bytes per parameter. Only read with nf4."""
+    """Quantise the 4-bit scales too: 0.516 instead of 0.563 bytes per parameter. Only read with nf4 and fp4."""
+
+    int8_experts: tuple[ExpertId, ...] = ()
+    """Ids of routed experts held in int8, in every MoE layer, while the rest follows `quantization`. []: none."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type of all that is not 4-bit. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Number type of all that is not quantised. auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    @field_validator("int8_experts", mode="before")
+    @classmethod
+    def _int8_experts_are_ids(cls, value: Any) -> tuple[int, ...]:
+        return _expert_ids(value, "a list of expert ids such as [0, 3, 7]", empty=True)
+
+    @model_validator(mode="after")
+    def _int8_is_a_quantization(self) -> Self:
+        if self.int8_experts and self.quantization == "none":
+            raise _refusal("int8_experts lists experts but quantization is none; choose nf4, fp4 or int8 for the rest")
+        return self
 
     @field_validator("base")
     @classmethod
@@ -134,6 +159,9 @@ class AdapterSettings(Settings):
     routed_experts: Literal["all"] | tuple[ExpertId, ...] = "all"
     """Which routed experts get an adapter: all, or a list of expert ids that holds for every MoE layer."""
 
+    dense_mlp_rank: Rank = 0
+    """Rank for the feed-forward layers without experts, which dense models and some MoE layers have. 0: none."""
+
     router_rank: Rank = 0
     """Rank for the routers. 0 leaves them frozen, which is the safe choice."""
 
@@ -143,20 +171,12 @@ class AdapterSettings(Settings):
     @field_validator("routed_experts", mode="before")
     @classmethod
     def _experts_are_all_or_ids(cls, value: Any) -> Any:
-        if value == "all":
-            return value
-        ids = list(value) if isinstance(value, list | tuple) else None
-        if not ids or not all(type(i) is int and 0 <= i <= 65535 for i in ids):
-            shown = value if ids is not None and len(ids) <= 8 else describe(value)
-            raise _refusal(f'received {shown}; allowed: "all", or a list of expert ids such as [0, 3, 7]')
-        if len(set(ids)) < len(ids):
-            twice = sorted({i for i in ids if ids.count(i) > 1})
-            raise _refusal(f"expert ids must be unique, received {', '.join(map(str, twice))} more than once")
-        return tuple(ids)
+        return value if value == "all" else _expert_ids(value, '"all", or a list of expert ids such as [0, 3, 7]')
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:
-        if not (self.attention_rank or self.shared_expert_rank or self.routed_experts_rank or self.router_rank):
+        ranks = (self.attention_rank, self.shared_expert_rank, self.routed_experts_rank, self.dense_mlp_rank)
+        if not any((*ranks, self.router_rank)):
             raise _refusal("every rank is 0, nothing would be trained; set at least one rank above 0")
         if self.routed_experts != "all" and not self.routed_experts_rank:
             raise _refusal("routed_experts lists experts but routed_experts_rank is 0; set it above 0, or write all")
@@ -198,6 +218,10 @@ class TrainingSettings(Settings):
 
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens are learned: those of the completion, or all."""
+
+    expert_path: Literal["auto", "fast", "lean"] = "auto"
+    """Routed experts in the backward pass: fast keeps their activations, lean keeps only hidden states and computes
+    them again (less memory, more time). auto: fast where the plan's peak fits the memory at hand, else lean."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

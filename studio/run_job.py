@@ -89,25 +89,29 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from adapters.checkpoint import read_config
     from adapters.loading import check_quantized, load_base
     from adapters.lora import attach
-    from studio.models import compute_dtype, has_gpu, resolve_base
-    from studio.plan import language_model, plan_placement
+    from adapters.routed import set_expert_path
+    from studio.models import compute_dtype, has_gpu, packed_cache, resolve_base
+    from studio.plan import plan_placement, recipe_base
 
     recipe = job.recipe()
     directory = resolve_base(recipe.model.base)
     torch.manual_seed(recipe.training.seed)
-    placement = plan_placement(recipe, *language_model(directory, read_config(directory)))
+    shapes = recipe_base(recipe)
+    placement = plan_placement(recipe, shapes)
     base = load_base(
         directory,
         quantize=recipe.model.quantization,
+        int8_experts=recipe.model.int8_experts,
         double_quant=recipe.model.double_quant,
         dtype=getattr(torch, compute_dtype(recipe.model.dtype)),
         device="cuda" if has_gpu() else "cpu",
         progress=_Clock(job).progress("loading"),
+        cache=packed_cache(sum(info.size_bytes for info in shapes.index.values())),
     )
     model = attach(base, placement)
+    set_expert_path(model, job.plan().expert_path)
     if recipe.model.quantization != "none":
         check_quantized(model)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -24,6 +24,7 @@ from studio.quantities import as_bytes, as_count, as_duration, as_percent, spark
 if TYPE_CHECKING:
     from studio.jobs import Job, JobState
     from studio.plan import Plan
+    from studio.weights import Base
 
 STATUS_STYLES = {
     "queued": "yellow",
@@ -34,6 +35,8 @@ STATUS_STYLES = {
     "lost": "red",
 }
 MEMORY_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace", "logits", "runtime")
+
+EXPERT_PATHS = {"fast": "keeps the experts' activations", "lean": "computes the experts again in the backward"}
 
 
 def clean(text: str) -> str:
@@ -46,15 +49,18 @@ def clean(text: str) -> str:
 
 def plan_view(plan: Plan) -> RenderableType:
     """The plan: the model, each class of tensors with its weights and adapters, and the memory at the peak."""
-    model = Text.assemble(
-        ("Model   ", "bold"),
-        f"{clean(plan.model)} · {plan.model_type} · {plan.layers} layers, "
-        f"{plan.moe_layers} of them MoE with {plan.experts} experts, top-{plan.top_k}",
-    )
+    moe = f", {plan.moe_layers} of them MoE with {plan.experts} experts, top-{plan.top_k}" if plan.experts else ""
+    model = f"{clean(plan.model)} · {plan.model_type} · {plan.layers} layers{moe}"
+    parameters = as_count(plan.parameters)
+    if plan.experts:
+        parameters += f" parameters, {as_count(plan.active_parameters)} active per token"
     steps = (
         f"{plan.train_examples:,} examples to train on, {plan.eval_examples:,} held out · {plan.total_steps:,} steps"
     )
-    return Group(model, Text.assemble(("Data    ", "bold"), steps), "", _class_table(plan), "", _memory_table(plan))
+    lines = [("Model", model), ("", parameters), ("Data", steps)]
+    head = [Text.assemble((f"{name:<8}", "bold"), words) for name, words in lines]
+    warnings = [Text.assemble(("warning: ", "bold yellow"), clean(words)) for words in plan.warnings]
+    return Group(*head, "", _class_table(plan), "", _memory_table(plan), *([""] if warnings else []), *warnings)
 
 
 def _class_table(plan: Plan) -> Table:
@@ -98,11 +104,26 @@ def _memory_table(plan: Plan) -> Table:
     for name in MEMORY_PARTS:
         count = parts[f"{name}_bytes"]
         table.add_row(Text(f"  {name}", style="not bold"), as_bytes(count), Text(_bar(count, peak), style="cyan"))
+    at_hand = "not known" if plan.memory_at_hand_bytes is None else as_bytes(plan.memory_at_hand_bytes)
+    table.add_row("Memory at hand", at_hand, "")
+    if plan.experts:
+        table.add_row("Expert path", plan.expert_path, EXPERT_PATHS[plan.expert_path])
     return table
 
 
 def _bar(count: float, whole: float, width: int = 30) -> str:
     return "█" * round(width * count / whole) if whole else ""
+
+
+def shape_table(rows: Sequence[tuple[str, str, Base]]) -> RenderableType:
+    """Published shapes: (name, title, base) each, with their parameters."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("Shape", "Model", "Layers", "Experts", "Parameters", "In experts", "Active"):
+        table.add_column(name, justify="left" if name in ("Shape", "Model") else "right")
+    for name, title, base in rows:
+        counts = [f"{count / 1e9:.1f} B" for count in base.parameter_counts().values()]
+        table.add_row(name, title, str(len(base.layers)), str(base.experts), *counts)
+    return table
 
 
 # -------------------------------------------------------------------- result

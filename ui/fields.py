@@ -38,10 +38,12 @@ TITLES = {
     "model.base": "Base model",
     "model.quantization": "Weights in memory",
     "model.double_quant": "Double quantisation",
+    "model.int8_experts": "Experts in int8",
     "model.dtype": "Number type",
     "data.train": "Training examples",
     "data.eval": "Held-out examples",
     "data.max_length_tokens": "Longest example (tokens)",
+    "adapter.dense_mlp_rank": "Dense MLP rank",
     "adapter.routed_experts": "Which routed experts",
     "training.lr_scheduler": "Learning rate schedule",
     "training.max_grad_norm": "Largest gradient norm",
@@ -279,13 +281,20 @@ def _value(field: Field, shown_value: FormValue) -> Any:
         return shown_value
     text = shown_value.strip()
     if not text:
-        return {} if field.path == "trl" else None if not field.is_text or field.nullable else ""
+        return _nothing(field)
     if field.is_text:
         return text
-    if field.is_list and "," in text and not text.startswith("["):
+    if field.is_list and text[0].isdigit():
         text = f"[{text}]"
     try:
         value = _yaml().load(text)
     except (YAMLError, ValueError):
         return text
     return text if value is None and text.lower() not in ("null", "~") else value
+
+
+def _nothing(field: Field) -> Any:
+    """What an emptied text means: nothing of its kind where that is the default, else null, else an empty text."""
+    if field.default in ({}, []):
+        return type(field.default)()
+    return "" if field.is_text and not field.nullable else None

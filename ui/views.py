@@ -84,27 +84,36 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], fo
 
 def plan_view(plan: Plan) -> Markup:
     """The plan: its figures, the memory at the peak as a bar, and a row for each class of tensors."""
-    model = (
-        f"{plan.model} · {plan.model_type} · {plan.layers} layers, "
-        f"{plan.moe_layers} of them with {plan.experts} experts, {plan.top_k} active per token"
-    )
+    moe = f", {plan.moe_layers} of them with {plan.experts} experts, {plan.top_k} active per token"
+    model = f"{plan.model} · {plan.model_type} · {plan.layers} layers{moe if plan.experts else ''}"
     held_out = f"{plan.train_examples:,} examples to train on, {plan.eval_examples:,} held out"
     return el(
         "div",
         el("p", model, cls="words quiet-text"),
         _truncation(plan),
+        *(note("warning", "Before you start", el("p", words)) for words in plan.warnings),
         figures(
-            figure("Base model", f"{as_count(plan.parameters)}", f"parameters in {as_bytes(plan.bytes)}"),
+            figure("Base model", as_count(plan.parameters), _base_note(plan)),
             figure(
                 "Trainable", as_percent(plan.trainable_fraction), f"{as_count(plan.trainable_parameters)} parameters"
             ),
-            figure("Peak memory", as_bytes(plan.memory.peak_bytes), "predicted"),
+            figure("Peak memory", as_bytes(plan.memory.peak_bytes), _memory_note(plan)),
             figure("Steps", f"{plan.total_steps:,}", held_out),
         ),
         memory_bar(plan),
         class_table(plan),
         cls="plan",
     )
+
+
+def _base_note(plan: Plan) -> str:
+    active = f", {as_count(plan.active_parameters)} active per token" if plan.experts else ""
+    return f"parameters in {as_bytes(plan.bytes)}{active}"
+
+
+def _memory_note(plan: Plan) -> str:
+    at_hand = "" if plan.memory_at_hand_bytes is None else f"; {as_bytes(plan.memory_at_hand_bytes)} at hand"
+    return f"predicted{at_hand}{f', {plan.expert_path} expert path' if plan.experts else ''}"
 
 
 def _truncation(plan: Plan) -> Markup | None:

@@ -26,6 +26,7 @@ from studio.errors import TrainingError
 from studio.jobs import Job
 from studio.models import compute_dtype
 from studio.recipe import Recipe
+from studio.trainers.chunked_loss import use_small_tiles
 from studio.trainers.llama4 import repair_for_trl
 
 STEP_SECONDS = 0.5
@@ -43,6 +44,7 @@ def train(
     Raises:
         TrainingError: the loss became NaN or infinite; says at which step.
     """
+    use_small_tiles()
     repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
     trainer = _FiniteLossTrainer(
         model=model,

@@ -13,7 +13,7 @@ TICKETS = Path(__file__).parents[2] / "recipes" / "data" / "tickets-train.jsonl"
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_the_peak_stays_below_the_plan(device: str, quantization: str, tmp_path: Path) -> None:
+def test_the_peak_stays_below_the_plan(cuda: str, quantization: str, tmp_path: Path) -> None:
     recipe = studio.Recipe.model_validate(
         {
             "model": {"quantization": quantization},

@@ -145,6 +145,17 @@ def test_autocast_computes_in_bfloat16_and_returns_the_inputs_dtype(chosen: Call
             check(layer, chosen(), torch.float32, 0.04)
 
 
+def test_autocast_is_arithmetic_in_its_own_dtype() -> None:
+    torch.manual_seed(4)
+    layer = make_layer("qwen3_moe", 5, 16, 8, dtype=torch.float32)
+    hidden, routing = torch.randn(9, 16), (spread(9, 2, 5), torch.rand(9, 2))
+    exact = layer(hidden, *routing)
+    for dtype, least, most in ((torch.bfloat16, 2e-3, 2e-2), (torch.float16, 2e-4, 2e-3)):
+        with torch.autocast("cpu", dtype):
+            error = (layer(hidden, *routing) - exact).norm() / exact.norm()
+        assert least < error < most
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("lean", [False, True], ids=["fast", "lean"])
 def test_gradient_checkpointing_changes_no_gradient(lean: bool, reentrant: bool) -> None:

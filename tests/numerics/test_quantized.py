@@ -15,7 +15,7 @@ from adapters.loading import check_quantized, load_base
 from adapters.quantized import QuantizedStack
 from adapters.quantized_linear import quantized_linear
 from adapters.routed import RoutedExperts
-from studio.plan import nf4_bytes
+from studio.weights import four_bit_bytes
 from tests.numerics.conftest import Tiny, save
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -187,7 +187,7 @@ def test_another_dtype_for_the_model_leaves_the_scales_alone(name: str) -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_bytes_held_are_bytes_planned(double_quant: bool) -> None:
     stack, _ = filled(double_quant)
-    assert stack.nbytes == 3 * nf4_bytes(48 * 64, double_quant)
+    assert stack.nbytes == 3 * four_bit_bytes(48 * 64, double_quant)
 
 
 def test_double_quantisation_takes_at_most_0_52_bytes_a_value() -> None:

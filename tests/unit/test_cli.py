@@ -26,7 +26,7 @@ from studio.quantities import as_bytes, as_count, as_duration, as_percent, spark
 from studio.terminal import clean, job_table, plan_view, result_view
 from tests.unit.conftest import SLEEPING, Jobs, wait_for, wait_for_end
 
-COMMANDS = (["validate"], ["plan"], ["run"], ["merge"], ["schema"], ["ui"], ["jobs"])
+COMMANDS = (["validate"], ["plan"], ["shapes"], ["run"], ["merge"], ["schema"], ["ui"], ["jobs"])
 COMMANDS += (["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
 RESULT: dict[str, Any] = {
     "before": {"loss": 4.0, "exact_match": 0.0, "examples": 200},

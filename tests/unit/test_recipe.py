@@ -91,6 +91,7 @@ training = st.builds(
         warmup_fraction=st.floats(0, 0.99),
         seed=st.integers(0, 2**32 - 1),
         gradient_checkpointing=st.booleans(),
+        expert_path=st.sampled_from(["auto", "fast", "lean"]),
     ),
 )
 recipes = st.fixed_dictionaries(
@@ -99,7 +100,12 @@ recipes = st.fixed_dictionaries(
         "output": st.fixed_dictionaries({"dir": names}),
     },
     optional={
-        "model": fields(quantization=st.sampled_from(["nf4", "none"]), double_quant=st.booleans()),
+        "model": fields(
+            quantization=st.sampled_from(["nf4", "fp4", "int8"]),
+            double_quant=st.booleans(),
+            int8_experts=st.lists(st.integers(0, 127), max_size=4, unique=True),
+        )
+        | fields(quantization=st.just("none")),
         "adapter": adapters,
         "training": training,
         "evaluation": fields(examples=st.none() | st.integers(1, 10**6), generations=st.integers(0, 1000)),
@@ -131,7 +137,7 @@ def test_yaml_of_a_recipe_reads_back_to_the_same_recipe(recipe: Recipe) -> None:
         ("trainin: {}\n", "trainin", 3, 'did you mean "training"?'),
         ("model:\n  learning_rate: 1\n", "model.learning_rate", 4, "did you mean training.learning_rate?"),
         ("training:\n  packing: true\n", "training.packing", 4, "write it as trl.packing"),
-        ("model:\n  zzz: 1\n", "model.zzz", 4, "allowed here: base, quantization, double_quant, dtype"),
+        ("model:\n  zzz: 1\n", "model.zzz", 4, "allowed here: base, quantization, double_quant, int8_experts, dtype"),
         ("adapter:\n  attention_rank: '16'\n", "adapter.attention_rank", 4, 'received the text "16"; allowed: a whole'),
         ("adapter:\n  attention_rank: true\n", "adapter.attention_rank", 4, "received the boolean true"),
         ("adapter:\n  attention_rank: -1\n", "adapter.attention_rank", 4, "at least 0, at most 1024"),
@@ -139,7 +145,11 @@ def test_yaml_of_a_recipe_reads_back_to_the_same_recipe(recipe: Recipe) -> None:
         ("training:\n  learning_rate: .nan\n", "training.learning_rate", 4, "received the number nan"),
         ("training:\n  gradient_checkpointing: yes\n", "training.gradient_checkpointing", 4, "true or false"),
         ("training: 3\n", "training", 3, "received the number 3; allowed: a mapping"),
-        ("model:\n  quantization: int8\n", "model.quantization", 4, "allowed: nf4 | none"),
+        ("model:\n  quantization: int4\n", "model.quantization", 4, "allowed: nf4 | fp4 | int8 | none"),
+        ("model:\n  int8_experts: all\n", "model.int8_experts", 4, "allowed: a list of expert ids"),
+        ("model:\n  int8_experts: [1, 1]\n", "model.int8_experts", 4, "received 1 more than once"),
+        ("model:\n  quantization: none\n  int8_experts: [1]\n", "model", 3, "quantization is none"),
+        ("training:\n  expert_path: slow\n", "training.expert_path", 4, "allowed: auto | fast | lean"),
         ("model:\n  base: embeded\n", "model.base", 4, 'did you mean "embedded"?'),
         ("adapter:\n  routed_experts: []\n", "adapter.routed_experts", 4, 'allowed: "all", or a list of expert ids'),
         ("adapter:\n  routed_experts: [-1]\n", "adapter.routed_experts", 4, "received [-1]"),

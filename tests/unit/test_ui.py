@@ -21,7 +21,7 @@ from ui.job_views import loss_points, seconds_left
 from ui.places import RECIPES, Places, Source, checked_name
 
 QUICKSTART = Source("recipe", "quickstart")
-LINES = {"routed_experts": "[0, 3]", "trl": "{neftune_noise_alpha: 5}", "epochs": "7"}
+LINES = {"routed_experts": "[0, 3]", "int8_experts": "[5]", "trl": "{neftune_noise_alpha: 5}", "epochs": "7"}
 
 
 @pytest.fixture
@@ -77,8 +77,11 @@ def test_spelling_and_comments_stay(text: str) -> None:
 
 def test_experts_can_be_typed_without_brackets_and_nothing_means_null(text: str, places: Places) -> None:
     edits = {"adapter.routed_experts": "0, 3", "training.epochs": "", "training.max_steps": "20"}
-    draft = drafts.check(drafts.from_form(text, edits), QUICKSTART, places)
+    draft = drafts.check(drafts.from_form(text, {**edits, "model.int8_experts": "7"}), QUICKSTART, places)
     assert draft.recipe and draft.recipe.adapter.routed_experts == (0, 3)
+    assert draft.recipe.model.int8_experts == (7,)
+    emptied = drafts.check(drafts.from_form(draft.text, {"model.int8_experts": ""}), QUICKSTART, places)
+    assert emptied.recipe and emptied.recipe.model.int8_experts == ()
     assert draft.recipe.training.epochs is None and draft.recipe.training.max_steps == 20
 
 
