@@ -70,10 +70,8 @@ def compare(folder: Path, kind: str, ways: tuple[str, ...], quick: bool, repeats
             if way == "ours, first":
                 shutil.rmtree(cache, ignore_errors=True)
             run = child(way, base, cache)
-            print(
-                f"{kind}, {way}: {run['seconds']:.2f} s, {run['cpu_seconds']:.2f} s of CPU, peak {run['peak_bytes'] / 1e6:.0f} MB",
-                file=sys.stderr,
-            )
+            times = f"{run['seconds']:.2f} s, {run['cpu_seconds']:.2f} s of CPU"
+            print(f"{kind}, {way}: {times}, peak {run['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr)
             found[way].append(run)
     shutil.rmtree(base)
     shutil.rmtree(cache)
