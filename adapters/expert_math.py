@@ -45,6 +45,9 @@ ROW_BYTES = 16
 CPU_GROUP_ROWS = 128
 """On a CPU: experts are added to a group until it has this many rows."""
 
+LEAN_ROWS = {"cpu": 96, "cuda": 4096}
+"""Lean: most rows of a group, so that the workspace stays small even where all tokens go to one expert."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -58,6 +61,19 @@ class Group:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+    def with_expert(self, expert: int, rows: int, adjoining: bool) -> Group:
+        """This group and the next `rows` pairs, of `expert`; `adjoining`: with the idle experts between, too."""
+        idle = tuple(range(self.experts[-1] + 1, expert)) if adjoining else ()
+        counts = (*self.counts, *(0 for _ in idle), rows)
+        return Group((*self.experts, *idle, expert), counts, self.start, self.stop + rows)
+
+
+def _parts(count: int, limit: int) -> list[int]:
+    """`count` rows in parts of at most `limit`, 0 for no limit."""
+    if not limit or count <= limit:
+        return [count] if count else []
+    return [limit] * (count // limit) + ([count % limit] if count % limit else [])
 
 
 @dataclass(frozen=True)
@@ -168,16 +184,21 @@ def matrices(stack: Stack, experts: Sequence[int], dtype: torch.dtype) -> Tensor
     return stack[experts[0] : experts[-1] + 1].to(dtype)
 
 
-def swiglu(gate_up: Tensor) -> tuple[Tensor, GateBackward]:
-    """silu(gate) · up with gate first, and its backward. gate_up (P, 2I) → (P, I)."""
+def swiglu(gate_up: Tensor, own: bool = False) -> tuple[Tensor, GateBackward]:
+    """silu(gate) · up with gate first, and its backward. gate_up (P, 2I) → (P, I).
+
+    Args:
+        own: the backward may write its result over `gate_up`. It always uses up the gradient it is given.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     silu = F.silu(gate)
 
     def backward(grad: Tensor) -> Tensor:
-        result = torch.empty_like(gate_up)
-        d_gate, d_up = result.chunk(2, dim=-1)
-        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        torch.mul(grad, silu, out=d_up)
+        d_up = silu.mul_(grad)
+        product = grad.mul_(up)
+        result = gate_up if own else torch.empty_like(gate_up)
+        result.chunk(2, dim=-1)[1].copy_(d_up)
+        torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=result.chunk(2, dim=-1)[0])
         return result
 
     return silu * up, backward
@@ -189,10 +210,12 @@ def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
-def gated(gate_up: Tensor, gate: Callable[[Tensor], Tensor] | None, act_fn: nn.Module) -> tuple[Tensor, GateBackward]:
+def gated(
+    gate_up: Tensor, gate: Callable[[Tensor], Tensor] | None, act_fn: nn.Module, own: bool = False
+) -> tuple[Tensor, GateBackward]:
     """The gate's output (P, I) and its backward; by autograd where it is not the common silu(gate) · up."""
     if gate is None and type(act_fn) in (nn.SiLU, SiLUActivation):
-        return swiglu(gate_up)
+        return swiglu(gate_up, own)
     with torch.enable_grad():
         leaf = gate_up.detach().requires_grad_()
         if gate is None:
@@ -209,6 +232,7 @@ class Layer:
 
     Attributes:
         fused_experts: CUDA: how many experts one grouped matmul serves. 0: a matmul for each expert.
+        row_limit: most rows of a group, 0 for no limit. It bounds the workspace whatever the routing is.
         scratch: the buffers that experts are dequantised into, one after the other: a fresh block for each would cost
             more page faults than the dequantisation.
     """
@@ -219,6 +243,7 @@ class Layer:
     act_fn: nn.Module
     weight_on: str
     fused_experts: int
+    row_limit: int
     dtype: torch.dtype
     scratch: dict[object, Tensor] = field(default_factory=dict)
 
@@ -227,22 +252,28 @@ class Layer:
         return int(self.gate_up.stack.shape[0])
 
     def groups(self, counts: list[int]) -> list[Group]:
-        """Experts with pairs, in runs. Fused dense runs include the idle experts between, to be a view of the stack."""
-        starts = [0, *accumulate(counts)]
-        runs: list[list[int]] = []
-        for expert in (expert for expert, count in enumerate(counts) if count):
-            if runs and self._has_room(runs[-1], counts):
-                runs[-1].append(expert)
-            else:
-                runs.append([expert])
-        if self.fused_experts and not isinstance(self.gate_up.stack, QuantizedStack):
-            runs = [list(range(run[0], run[-1] + 1)) for run in runs]
-        return [Group(tuple(run), tuple(counts[e] for e in run), starts[run[0]], starts[run[-1] + 1]) for run in runs]
+        """Experts with pairs, in order, as groups of whole experts; with a `row_limit` of parts of experts too."""
+        groups: list[Group] = []
+        start = 0
+        for expert, count in enumerate(counts):
+            for rows in _parts(count, self.row_limit):
+                if groups and self._has_room(groups[-1], rows):
+                    groups[-1] = groups[-1].with_expert(expert, rows, adjoining=self._fused_dense)
+                else:
+                    groups.append(Group((expert,), (rows,), start, start + rows))
+                start += rows
+        return groups
 
-    def _has_room(self, run: list[int], counts: list[int]) -> bool:
-        if self.fused_experts:
-            return len(run) < self.fused_experts
-        return sum(counts[expert] for expert in run) < CPU_GROUP_ROWS
+    @property
+    def _fused_dense(self) -> bool:
+        """The experts of a group must be a view of the stack, the idle ones between included."""
+        return bool(self.fused_experts) and not isinstance(self.gate_up.stack, QuantizedStack)
+
+    def _has_room(self, group: Group, rows: int) -> bool:
+        held = group.stop - group.start
+        if self.row_limit and held + rows > self.row_limit:
+            return False
+        return len(group.experts) < self.fused_experts if self.fused_experts else held < CPU_GROUP_ROWS
 
     def base(self, part: Projection, group: Group, x: Tensor, transposed: bool) -> Tensor:
         """x (P, ·) through the frozen experts of a group: x @ Wᵀ when `transposed`, else x @ W."""
@@ -332,7 +363,7 @@ def _padded(factor: Tensor, spec: LoraRanks, group: Group, rank: int, dtype: tor
 def _lora_backward(
     lora: Lora, group: Group, x: Tensor, grad: Tensor, weight: Tensor | None, grads: Gradients, d_x: Tensor | None
 ) -> None:
-    """Adds the adapter's part to `d_x`, and writes the gradients of this group's rows of A and B.
+    """Adds the adapter's part to `d_x`, and to the gradients of the group's rows of A and B.
 
     The routing weight multiplies the rank-sized products, the smaller ones.
     """
@@ -352,18 +383,18 @@ def _lora_backward(
         (into[0], grouped_outer(d_hidden * factor, x, group.counts)),
         (into[1], grouped_outer(hidden * factor, grad, group.counts)),
     ):
-        _write_rows(target, product, lora.spec, group)
+        _add_rows(target, product, lora.spec, group)
 
 
-def _write_rows(target: Tensor, product: Tensor, spec: LoraRanks, group: Group) -> None:
-    """product (G, r, ·) into the rows (R, ·) of the group's experts."""
+def _add_rows(target: Tensor, product: Tensor, spec: LoraRanks, group: Group) -> None:
+    """Adds product (G, r, ·) to the rows (R, ·) of the group's experts."""
+    ranks = {spec.ranks[expert] for expert in group.experts}
     run = slice(spec.rows(group.experts[0]).start, spec.rows(group.experts[-1]).stop)
-    whole = all(spec.ranks[expert] == product.shape[1] for expert in group.experts)
-    if whole and run.stop - run.start == product.shape[0] * product.shape[1]:
-        target[run] = product.view(-1, product.shape[2])
+    if ranks == {product.shape[1]} and run.stop - run.start == product.shape[0] * product.shape[1]:
+        target[run] += product.view(-1, product.shape[2])
         return
     for place, expert in enumerate(group.experts):
-        target[spec.rows(expert)] = product[place, : spec.ranks[expert]]
+        target[spec.rows(expert)] += product[place, : spec.ranks[expert]]
 
 
 def _base_backward(
@@ -377,9 +408,9 @@ def _base_backward(
     counts = list(group.counts)
     for expert, rows_x, rows_grad in zip(group.experts, x.split(counts), full.split(counts), strict=True):
         if d_stack is not None:
-            d_stack[expert] = rows_grad.t() @ rows_x if part.transposed else rows_x.t() @ rows_grad
+            d_stack[expert] += rows_grad.t() @ rows_x if part.transposed else rows_x.t() @ rows_grad
         if d_bias is not None:
-            d_bias[expert] = rows_grad.sum(0)
+            d_bias[expert] += rows_grad.sum(0)
 
 
 class Pairs:
@@ -485,19 +516,22 @@ def _backward_group(
     weight = pairs.weight_P1[group.rows].to(layer.dtype)
     on_output = layer.weight_on == "output"
     x = pairs.inputs(layer, group, hidden_TH)
+    lean = gate_up is None
     if gate_up is None:
         gate_up = layer.forward(layer.gate_up, group, x)
-    a, gate_backward = gated(gate_up, layer.gate, layer.act_fn)
+    a, gate_backward = gated(gate_up, layer.gate, layer.act_fn, own=lean)
     grad = grad_TH[token].to(layer.dtype)
     d_a = layer.backward(layer.down, group, a, grad, weight if on_output else None, grads)
     assert d_a is not None
     if on_output:
-        # <grad, down(a)> without computing down(a) again
-        grads.add_weights(order, d_a * a)
+        # <grad, down(a)> without computing down(a) again; a is not needed any more
+        grads.add_weights(order, a.mul_(d_a))
         if layer.down.bias is not None:
             grads.add_weights(order, grad * _by_pair(layer.down.bias, group, grad.dtype))
         d_a *= weight
+    del a, grad, gate_up
     d_gate_up = gate_backward(d_a)
+    del d_a, gate_backward
     through = grads.hidden is not None or (not on_output and grads.weights is not None)
     d_x = layer.backward(layer.gate_up, group, x, d_gate_up, None, grads, through)
     if d_x is None:

@@ -223,14 +223,13 @@ class Entry:
 
     def _take_place(self, staged: Path) -> None:
         """Renames the staged entry into place, unless another process has put one there since `load`."""
-        if self._state() != self._seen:
-            return
-        _discard(self.path)
         try:
             staged.rename(self.path)
         except OSError:
-            if not self.path.exists():  # not even from another process at this very moment
-                raise
+            if self._state() != self._seen:
+                return
+            _discard(self.path)
+            staged.rename(self.path)
 
 
 def _discard(path: Path) -> None:

@@ -86,7 +86,7 @@ class Held(nn.Module):
         return super()._apply(moved, recurse)
 
     def _hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> None:
-        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
         if hasattr(self, "_main"):
             self.register_buffer(name, tensor)
         else:  # the first is a parameter: PEFT finds a module's device by one
@@ -216,12 +216,20 @@ class Int8(Held):
         return _Int8Writer(self, slot)
 
     def dequantize(self, start: int, out: Tensor) -> None:
-        slots = slice(start, start + len(out))
-        # in bitsandbytes' order (int8_vectorwise_dequant), rounded to the dtype of `out` once, at the end
-        target = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        torch.mul(self.values[slots], self.absmax[slots].unsqueeze(-1), out=target).mul_(7.874015718698502e-3)
-        if target is not out:
-            out.copy_(target)
+        values = self.values[start : start + len(out)].view(-1, self.cols)
+        absmax, flat = self.absmax[start : start + len(out)].view(-1, 1), out.view(-1, self.cols)
+        # a piece at a time, so that the product in float32 is not another matrix in memory; on a GPU all at once
+        rows = max(1, four_bit.CHUNK // self.cols) if out.is_cpu else max(1, len(flat))
+        scratch = (
+            torch.empty((min(rows, len(flat)), self.cols), device=out.device) if out.dtype != torch.float32 else None
+        )
+        for row in range(0, len(flat), rows):
+            part = flat[row : row + rows]
+            product = part if scratch is None else scratch[: len(part)]
+            # in bitsandbytes' order (int8_vectorwise_dequant), rounded to the dtype of `out` once, at the end
+            product.copy_(values[row : row + rows]).mul_(absmax[row : row + rows]).mul_(7.874015718698502e-3)
+            if scratch is not None:
+                part.copy_(product)
 
     def bad_slots(self) -> list[int]:
         return (~torch.isfinite(self.absmax).all(1)).nonzero().flatten().tolist()
@@ -229,11 +237,12 @@ class Int8(Held):
 
 class _Int8Writer:
     def __init__(self, held: Int8, slot: int):
-        self._values, self._absmax, self.step = held.values.data[slot], held.absmax[slot], held.cols
+        self._values, self._absmax, self._cols = held.values.data[slot], held.absmax[slot], held.cols
+        self.step = held.cols if held.values.is_cpu else held.rows * held.cols
 
     def put(self, start: int, values: Tensor) -> None:
-        rows = slice(start // self.step, (start + len(values)) // self.step)
-        matrix = values.view(-1, self.step).to(self._values.device, torch.float32)
+        rows = slice(start // self._cols, (start + len(values)) // self._cols)
+        matrix = values.view(-1, self._cols).to(self._values.device, torch.float32)
         absmax = matrix.abs().amax(1)
         _require_finite(absmax)
         factor = (127.0 / absmax).unsqueeze(1)
@@ -270,10 +279,9 @@ class Dense(Held):
 class DenseWriter:
     """Copies into `target`, of any shape, in its dtype."""
 
-    step = 1
-
     def __init__(self, target: Tensor):
         self._flat = target.view(-1)
+        self.step = 1 if target.is_cpu else 1 << 22  # fewer, larger copies to a device
 
     def put(self, start: int, values: Tensor) -> None:
         require_finite_values(values)

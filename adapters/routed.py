@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from adapters.errors import LayoutError
-from adapters.expert_math import Layer, Lora, LoraRanks, Projection, RoutedFunction, Stack, clamped_swiglu
+from adapters.expert_math import LEAN_ROWS, Layer, Lora, LoraRanks, Projection, RoutedFunction, Stack, clamped_swiglu
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.quantized import QuantizedStack
 
@@ -114,6 +114,7 @@ class RoutedExperts(nn.Module):
             act_fn=self.act_fn,
             weight_on=self.layout.weight_on,
             fused_experts=self.fused_experts(dtype),
+            row_limit=LEAN_ROWS[self.gate_up_proj.device.type] if self.lean else 0,
             dtype=dtype,
         )
 

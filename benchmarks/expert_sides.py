@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from machine import synchronize
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -108,11 +109,6 @@ class Bench:
         seconds = self.step()
         self.reset()
         return seconds
-
-
-def synchronize(like: Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.synchronize()
 
 
 def stock_model(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:

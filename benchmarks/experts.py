@@ -30,17 +30,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from expert_sides import Bench, Shape, Side, build, expert_bytes, floor, stock_model
+from machine import Machine
 from rich.console import Console
 from rich.table import Table
-
-from adapters.expert_math import linear
 
 CONSOLE = Console(width=150)
 
@@ -149,46 +148,6 @@ def main() -> None:
         options.json.write_text(json.dumps({"machine": machine.described(), "cases": results}, indent=2) + "\n")
 
 
-class Machine:
-    """What this machine can do: best float32 matmul rate (2048 cubed) and read rate (sum over 512 MB) seen so far.
-
-    The matmul rate is the better one of the default BLAS and oneDNN, which ours uses.
-    """
-
-    def __init__(self) -> None:
-        self.matrix, self.long = torch.randn(2048, 2048), torch.ones(2**27)
-        self.flops_per_second = self.bytes_per_second = 0.0
-        self.load = os.getloadavg()[0]
-        for _ in range(5):
-            self.sample()
-
-    def sample(self) -> None:
-        products = (lambda: self.matrix @ self.matrix, lambda: linear(self.matrix, self.matrix))
-        matmul, read = min(map(seconds_of, products)), seconds_of(self.long.sum)
-        self.flops_per_second = max(self.flops_per_second, 2 * 2048**3 / matmul)
-        self.bytes_per_second = max(self.bytes_per_second, self.long.nbytes / read)
-
-    def described(self) -> dict[str, float]:
-        return {
-            "threads": torch.get_num_threads(),
-            "load_before": self.load,
-            "flops_per_second": self.flops_per_second,
-            "bytes_per_second": self.bytes_per_second,
-        }
-
-    def __str__(self) -> str:
-        return (
-            f"{torch.get_num_threads()} threads (load {self.load:.1f} before), best seen: float32 matmul "
-            f"{self.flops_per_second / 1e9:.0f} GFLOP/s, memory read {self.bytes_per_second / 1e9:.1f} GB/s"
-        )
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def run_case(case: Case, machine: Machine, rounds: int) -> dict[str, Any]:
     stock = {shape: stock_model(shape) for shape in dict.fromkeys(side.shape for side in case.sides.values())}
     benches = {label: build(side, stock[side.shape]) for label, side in case.sides.items()}
@@ -240,11 +199,10 @@ def describe(bench: Bench, seconds: list[float], machine: Machine) -> dict[str, 
     result: dict[str, Any] = {"side": asdict(bench.side), "seconds": seconds}
     if bench.side.kind != "peft":
         flops, moved = floor(bench)
-        matmul, traffic = flops / machine.flops_per_second, moved / machine.bytes_per_second
         result |= {
-            "matmul_bound_seconds": matmul,
-            "traffic_bound_seconds": traffic,
-            "share_of_bound": max(matmul, traffic) / min(seconds),
+            "matmul_bound_seconds": machine.seconds(flops, 0),
+            "traffic_bound_seconds": machine.seconds(0, moved),
+            "share_of_bound": machine.seconds(flops, moved) / min(seconds),
             "expert_bytes_per_parameter": expert_bytes(bench) / bench.side.shape.expert_parameters,
         }
     return result

@@ -65,7 +65,9 @@ def compare(folder: Path, kind: str, quick: bool, repeats: int) -> list[dict[str
         for way in WAYS if repeat % 2 == 0 else (*reversed(WAYS[:3]), *WAYS[3:]):
             if way == "ours, first":
                 shutil.rmtree(cache, ignore_errors=True)
-            found[way].append(child(way, base, cache))
+            run = child(way, base, cache)
+            print(f"{kind}, {way}: {run['seconds']:.2f} s, peak {run['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr)
+            found[way].append(run)
     shutil.rmtree(base)
     shutil.rmtree(cache)
     return [{"checkpoint": kind, "checkpoint_bytes": size, "way": way, "runs": runs} for way, runs in found.items()]

@@ -117,7 +117,8 @@ def test_bad_base_weights_fail_before_training(tmp_path: Path) -> None:
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     run = studio("run", write_recipe(tmp_path / "recipe.yaml", model={"base": str(base)}))
     assert run.returncode == 1
-    assert "experts.down_proj[2] holds NaN or infinity" in run.stdout + run.stderr
+    said = " ".join((run.stdout + run.stderr).split())
+    assert "experts.down_proj (expert 2) holds NaN or infinity" in said
     job = open_job(tmp_path / "job")
     assert job.state().status == "failed" and not [row for row in job.metrics() if row["kind"] == "train"]
 

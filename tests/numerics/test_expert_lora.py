@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from adapters.errors import StudioError, TargetError
+from adapters.expert_math import LEAN_ROWS
 from adapters.loading import load_base
 from adapters.lora import ExpertLora, attach
 from adapters.peft_files import expert_factors
@@ -202,3 +203,27 @@ def test_one_grouped_matmul_equals_one_matmul_an_expert(
     monkeypatch.setattr(RoutedExperts, "fused_experts", lambda *_: 4)
     for together, alone in zip(run(), apart, strict=True):
         assert (together - alone).float().norm() <= tolerance * alone.float().norm()
+
+
+@pytest.mark.parametrize("fused", [0, 4])
+def test_lean_parts_of_an_experts_rows_add_up_to_the_fast_path(
+    square: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: int
+) -> None:
+    model = attach(load_base(save(square, tmp_path), quantize="none"), placement_for(square))
+    randomise(model)
+    layer = next(m for m in model.modules() if isinstance(m, ExpertLora))
+    monkeypatch.setattr(RoutedExperts, "fused_experts", lambda *_: fused)
+    monkeypatch.setitem(LEAN_ROWS, "cpu", 3)
+    tokens = torch.randn(17, square.hidden)
+    chosen = torch.stack([torch.randperm(3)[: square.top_k] * 2 for _ in range(17)])  # experts 0, 2 and 4
+    weights = torch.rand(17, square.top_k)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def run(path: Literal["fast", "lean"]) -> list[torch.Tensor]:
+        set_expert_path(model, path)
+        x, w = tokens.clone().requires_grad_(), weights.clone().requires_grad_()
+        output = layer(x, chosen, w)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), [x, w, *trained])]
+
+    for lean, fast in zip(run("lean"), run("fast"), strict=True):
+        assert (lean - fast).norm() <= 1e-5 * fast.norm()

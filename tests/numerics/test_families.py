@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Mxfp4Config, PreTrainedModel
 
 from adapters.checkpoint import read_config, read_index
 from adapters.errors import CheckpointError
@@ -199,6 +199,22 @@ def test_4_bit_logits_equal_stock_on_the_dequantised_weights(trained: Trained, i
     assert "attention" in seen and ("routed_experts" in seen) == trained.tiny.layout.has_experts
 
 
+def test_4_bit_training_reaches_every_adapter_and_its_checkpoint_restores_it(
+    trained: Trained, tmp_path: Path, ids: Tensor
+) -> None:
+    model = attach(load_base(trained.base), placement(trained.tiny)).train()
+    randomise(model, std=0.07)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model(input_ids=ids, labels=ids).loss.backward()
+    adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert [name for name, p in adapters.items() if p.grad is None or not p.grad.any()] == []
+    model.save_pretrained(tmp_path / "checkpoint")
+    again = attach(load_base(trained.base), placement(trained.tiny))
+    again.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)
+    compare({n: p for n, p in again.named_parameters() if p.requires_grad}, adapters, 0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_model_keeps_the_dtypes_of_stocks(trained: Trained, dtype: torch.dtype) -> None:
     """Some routing corrections and norms stay in float32 there."""
@@ -261,6 +277,24 @@ def test_the_way_out_of_a_quantised_checkpoint_that_the_error_names_works(tmp_pa
     with torch.no_grad():
         found = load_plain(plain)(ids).logits
         torch.testing.assert_close(found, stock_model(plain, dtype=torch.float32)(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_multimodal_model_is_merged_whole_and_in_another_dtype(tmp_path: Path) -> None:
+    tiny = MULTIMODAL[0]
+    base = save(tiny, tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["dtype"] = "float32"
+    (base / "config.json").write_text(json.dumps(config))
+    model = attach(load_plain(base), placement(tiny))
+    save_adapter(model, placement(tiny), tmp_path / "adapter", base_name="base")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", dtype=torch.bfloat16)
+    merged, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    after = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert after["dtype"] == after["text_config"].pop("dtype") == "bfloat16"
+    del config["text_config"]["dtype"]
+    assert {**after, "dtype": "float32"} == config
 
 
 def test_a_text_model_taken_out_of_a_multimodal_one_keeps_its_prefix_and_loads(tmp_path: Path, ids: Tensor) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import filling
 from adapters.errors import CheckpointError, LayoutError
 from adapters.loading import load_base
 from adapters.quantized import QuantizedStack
@@ -32,6 +33,20 @@ def test_sharded_checkpoint_loads_the_same(square: Tiny, tmp_path: Path, ids: to
     with torch.no_grad():
         pair = [load_base(path)(ids).logits for path in (whole, tmp_path / "shards")]
     assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8", "none"])
+def test_pieces_of_any_length_fill_the_same(
+    square: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
+) -> None:
+    directory = save(square, tmp_path)
+    whole = load_base(directory, quantize=quantize).state_dict()
+    for length in (64, 192, 1000):  # pieces that end within gate_proj, within up_proj, and across both
+        monkeypatch.setattr(filling, "CHUNK", length)
+        pieces = load_base(directory, quantize=quantize).state_dict()
+        assert whole.keys() == pieces.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, pieces[name]), (length, name)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -68,12 +68,19 @@ def test_bytes_and_values_are_those_of_bitsandbytes(kind: str, source: torch.dty
 @pytest.mark.parametrize("count", [1, 63, 65, 15 * 7])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_odd_counts_end_in_a_part_of_a_block_as_in_bitsandbytes(kind: str, count: int) -> None:
-    matrix = torch.randn(1, count, generator=torch.Generator().manual_seed(count))
-    stack = QuantizedStack(1, 1, count, kind, double_quant=False)
-    stack.write(0, matrix)
-    packed, state = bnb.quantize_4bit(matrix, quant_type=kind)
-    assert torch.equal(stack.held[kind].packed[0], packed.flatten())
-    assert torch.equal(stack.held[kind].absmax[0], state.absmax)
+    random = torch.Generator().manual_seed(count)
+    code = bnb.get_4bit_type(kind, device="cpu").sort().values
+    at_thresholds = ((code[1:] + code[:-1]) / 2).repeat(8)[-count:]
+    for scale in (*torch.rand(20, generator=random), 1e-39, 0.0):
+        matrix = torch.randn(1, count, generator=random)
+        matrix[0, -len(at_thresholds) :] = at_thresholds
+        matrix[0, -1] = 1.0
+        matrix *= scale
+        stack = QuantizedStack(1, 1, count, kind, double_quant=False)
+        stack.write(0, matrix)
+        packed, state = bnb.quantize_4bit(matrix, quant_type=kind)
+        assert torch.equal(stack.held[kind].packed[0], packed.flatten())
+        assert torch.equal(stack.held[kind].absmax[0], state.absmax)
     code = bnb.get_4bit_type(kind, device="cpu")
     index = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()[:count].long()
     expected = code[index] * state.absmax.repeat_interleave(64)[:count]
@@ -94,6 +101,9 @@ def test_int8_is_that_of_bitsandbytes(source: torch.dtype) -> None:
     for dtype in (*DTYPES, torch.float64):
         expected = bnb.int8_vectorwise_dequant(values, absmax).to(dtype)
         assert torch.equal(stack.dequantize(0, dtype), expected)
+    tiny = QuantizedStack(1, 1, 4, "int8")  # bitsandbytes converts infinity to int8 here
+    tiny.write(0, torch.tensor([[1e-39, 0.0, -1e-40, 3e-38]]).to(source) * 0.01)
+    assert torch.equal(tiny.dequantize(0), torch.zeros(1, 4))
     assert (stack.dequantize(0) - matrix.float()).abs().amax(1).le(matrix.float().abs().amax(1) / 253).all()
 
 
