@@ -125,21 +125,21 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (P, in) @ weightᵀ, weight (out, in) with any strides.
 
     In float32 on a CPU through oneDNN, which took half the time of the default BLAS on AMD (docs/performance.md). Its
-    switch is `torch.backends.mkldnn.enabled`. It compiles and keeps half a megabyte of code for every row count it meets
-    (3,000 products of random row counts: 730 MB), so rows are padded to one of a few counts (130 MB, a quarter of the
-    time).
+    switch is `torch.backends.mkldnn.enabled`. It compiles code for every row count that it meets and keeps it (2 ms and
+    half a megabyte or more each), so rows are padded to one of a few counts.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _onednn():
-        rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, padded_rows(rows) - rows))
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
-        return product[:rows]
-    return x @ weight.t()
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not _onednn():
+        return x @ weight.t()
+    rows = x.shape[0]
+    missing = padded_rows(rows) - rows
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
+    return product[:rows]
 
 
 def padded_rows(rows: int) -> int:
-    """The next of four counts an octave, at least 16: 16, 32, …, 128, 160, 192, 224, 256, 320, …"""
-    step = max(16, 1 << max(0, (rows - 1).bit_length() - 3))
+    """The next of the counts 16, 32, …, 256 and from there eight an octave: 288, 320, …, 512, 576, …"""
+    step = max(16, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
 

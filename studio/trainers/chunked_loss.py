@@ -23,4 +23,4 @@ def use_small_tiles() -> None:
         return
     chunked_logprob.TOKEN_CHUNK_SIZE = LOSS_TILE_TOKENS
     utils._CHUNKED_LOGPROB_CHUNK_SIZE = LOSS_TILE_VOCABULARY
-    utils._use_triton = lambda device: True  # read there for one thing alone: whether only learned tokens are scored
+    utils._use_triton = lambda device: True  # type: ignore[attr-defined]  # read there for one thing alone: whether only learned tokens are scored
