@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -88,18 +89,10 @@ class LoraRanks:
         start = self.starts[expert]
         return slice(start, start + self.ranks[expert])
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
-        return _starts(self.ranks)
-
-
-def _starts(ranks: tuple[int, ...]) -> tuple[int, ...]:
-    if ranks not in _STARTS:
-        _STARTS[ranks] = (0, *accumulate(ranks))
-    return _STARTS[ranks]
-
-
-_STARTS: dict[tuple[int, ...], tuple[int, ...]] = {}
+        """The first row of each expert in the flat factors, and after the last their number."""
+        return (0, *accumulate(self.ranks))
 
 
 @dataclass(frozen=True)
@@ -138,8 +131,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def padded_rows(rows: int) -> int:
-    """The next of the counts 16, 32, …, 256 and from there eight an octave: 288, 320, …, 512, 576, …"""
-    step = max(16, 1 << max(0, (rows - 1).bit_length() - 4))
+    """The next of the counts 8, 16, …, 64, 80, …, 256, and from there eight an octave: 288, 320, …, 512, 576, …"""
+    step = 8 if rows <= 64 else max(16, 1 << ((rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
 
