@@ -125,9 +125,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (P, in) @ weightᵀ, weight (out, in) with any strides.
 
     In float32 on a CPU through oneDNN, which took half the time of the default BLAS on AMD (docs/performance.md). Its
-    switch is `torch.backends.mkldnn.enabled`. It compiles and keeps half a megabyte of code for every row count it meets
-    (3,000 products of random row counts: 730 MB), so rows are padded to one of a few counts (130 MB, a quarter of the
-    time).
+    switch is `torch.backends.mkldnn.enabled`. It compiles and keeps half a megabyte for every row count it meets (3,000
+    products of random row counts: 730 MB), so rows are padded to one of a few counts (130 MB, a quarter of the time).
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and _onednn():
         rows = x.shape[0]
