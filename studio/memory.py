@@ -21,8 +21,8 @@ from studio.activations import Pass, Shapes, attention_of, layer_bytes
 from studio.weights import Base
 
 RUNTIME_BYTES = 690_000_000
-"""Resident memory of a job's process on a CPU beside the model: libraries (500 MB), tokenised data, the trainer, and
-freed blocks that the allocator keeps. Fitted to the rows of benchmarks/memory.py."""
+"""Resident memory of a job's process on a CPU beside the model: libraries (500 MB), tokenised data, the trainer, code
+that oneDNN compiles, and freed blocks that the allocator keeps. Fitted to the rows of benchmarks/memory.py."""
 
 LOSS_TILE_TOKENS, LOSS_TILE_VOCABULARY = 256, 8192
 """Logits that exist at one time in the loss on a CPU (studio/trainers/chunked_loss.py)."""
@@ -142,7 +142,7 @@ def _kept(base: Base, held: Held, run: Pass) -> float:
 def _flowing(base: Base, layer: Shapes, run: Pass) -> float:
     """Gradients of activations inside one layer."""
     hidden, attention = base.number("hidden_size"), attention_of(base, layer, run.on_gpu)
-    scores = 0 if attention.kind == "sdpa" else 3 * attention.heads * run.length_tokens
+    scores = 0 if attention.kind == "sdpa" else 2 * attention.heads * run.length_tokens
     return run.tokens * run.dtype_bytes * (3 * hidden + 3 * attention.queries + 3 * attention.values + scores)
 
 

@@ -32,8 +32,8 @@ ENVIRONMENT = {
     # glibc raises its mmap threshold as tensors come and go, and then keeps freed ones in a heap that only grows: on a
     # CPU the resident peak nearly doubled, and no plan could say by how much. A fixed threshold gives large blocks back
     # at once, for page faults in long batches; numbers in CONTRIBUTING.md.
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 1024**2),
-    "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2),
+    "MALLOC_MMAP_THRESHOLD_": str(2 * 1024**2),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2),
 }
 """Of the training process, over what the user has set."""
 
