@@ -38,6 +38,7 @@ from adapters.quantized import QuantizedStack
 
 Stack = nn.Parameter | Tensor | QuantizedStack
 GateBackward = Callable[[Tensor], Tensor]
+Scratch = dict[QuantizedStack, tuple[int, Tensor]]
 HALF = (torch.bfloat16, torch.float16)
 ROW_BYTES = 16
 """What torch's grouped matmul wants the rows of its operands to be a multiple of."""
@@ -46,7 +47,8 @@ ROW_BYTES = 16
 CPU_GROUP_ROWS = 128
 """On a CPU: experts are added to a group until it has this many rows."""
 
-LEAN_ROWS = {"cpu": 96, "cuda": 4096}
+LEAN_ROWS = 96
+LEAN_ROWS_FUSED = 4096
 """Lean: most rows of a group, so that the workspace stays small even where all tokens go to one expert."""
 
 
@@ -171,13 +173,15 @@ def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def matrix(stack: Stack, expert: int, dtype: torch.dtype, scratch: dict[object, Tensor]) -> Tensor:
-    """(rows, cols) of one expert in `dtype`: a view of a dense stack, or dequantised into a buffer in `scratch`."""
+def matrix(stack: Stack, expert: int, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """(rows, cols) of one expert in `dtype`: a view of a dense stack, or dequantised into its buffer in `scratch`."""
     if not isinstance(stack, QuantizedStack):
         return stack[expert].to(dtype)
-    if stack.shape not in scratch:
-        scratch[stack.shape] = torch.empty(stack.shape[1:], dtype=dtype, device=stack.device)
-    return stack.dequantize(expert, dtype, out=scratch[stack.shape])
+    held, buffer = scratch.get(stack) or (None, torch.empty(stack.shape[1:], dtype=dtype, device=stack.device))
+    if held != expert:
+        stack.dequantize(expert, dtype, out=buffer)
+        scratch[stack] = expert, buffer
+    return buffer
 
 
 def matrices(stack: Stack, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -236,8 +240,8 @@ class Layer:
     Attributes:
         fused_experts: CUDA: how many experts one grouped matmul serves. 0: a matmul for each expert.
         row_limit: most rows of a group, 0 for no limit. It bounds the workspace whatever the routing is.
-        scratch: the buffers that experts are dequantised into, one after the other: a fresh block for each would cost
-            more page faults than the dequantisation.
+        scratch: a buffer for each quantised stack, which its experts are dequantised into one after the other, and the
+            expert that it holds: a fresh block for each would cost more page faults than the dequantisation.
     """
 
     gate_up: Projection
@@ -248,7 +252,7 @@ class Layer:
     fused_experts: int
     row_limit: int
     dtype: torch.dtype
-    scratch: dict[object, Tensor] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=dict)
 
     @property
     def experts(self) -> int:
@@ -377,16 +381,13 @@ def _lora_backward(
     d_hidden = grouped_linear(grad, b, group.counts, True)
     if d_x is not None:
         _add_product(d_x, d_hidden, a, group, lora.spec.scale)
-    into = grads.of(lora.a), grads.of(lora.b)
-    if into[0] is None or into[1] is None:
-        return
-    hidden = grouped_linear(x, a, group.counts, True)
+    into_a, into_b = grads.of(lora.a), grads.of(lora.b)
     factor = lora.spec.scale if weight is None else lora.spec.scale * weight
-    for target, product in (
-        (into[0], grouped_outer(d_hidden * factor, x, group.counts)),
-        (into[1], grouped_outer(hidden * factor, grad, group.counts)),
-    ):
-        _add_rows(target, product, lora.spec, group)
+    if into_a is not None:
+        _add_rows(into_a, grouped_outer(d_hidden * factor, x, group.counts), lora.spec, group)
+    if into_b is not None:
+        hidden = grouped_linear(x, a, group.counts, True)
+        _add_rows(into_b, grouped_outer(hidden * factor, grad, group.counts), lora.spec, group)
 
 
 def _add_rows(target: Tensor, product: Tensor, spec: LoraRanks, group: Group) -> None:

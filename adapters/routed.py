@@ -24,7 +24,17 @@ from transformers.activations import ACT2FN
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from adapters.errors import LayoutError
-from adapters.expert_math import LEAN_ROWS, Layer, Lora, LoraRanks, Projection, RoutedFunction, Stack, clamped_swiglu
+from adapters.expert_math import (
+    LEAN_ROWS,
+    LEAN_ROWS_FUSED,
+    Layer,
+    Lora,
+    LoraRanks,
+    Projection,
+    RoutedFunction,
+    Stack,
+    clamped_swiglu,
+)
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.quantized import QuantizedStack
 
@@ -92,7 +102,7 @@ class RoutedExperts(nn.Module):
         """
         device = hidden_TH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
-        build = partial(self._layer, tuple(ranks for ranks, _ in loras), dtype)
+        build = partial(self._layer, tuple(ranks for ranks, _ in loras), dtype, self._row_limit())
         stacks = [None if isinstance(s, QuantizedStack) else s for s in (self.gate_up_proj, self.down_proj)]
         tensors = [*stacks, self.gate_up_proj_bias, self.down_proj_bias, *(t for _, four in loras for t in four)]
         keep = torch.is_grad_enabled() and not self.lean
@@ -100,7 +110,12 @@ class RoutedExperts(nn.Module):
             output: Tensor = RoutedFunction.apply(build, keep, hidden_TH, weights_TK, experts_TK, *tensors)
         return output
 
-    def _layer(self, ranks: tuple[LoraRanks, ...], dtype: torch.dtype, tensors: Sequence[Any]) -> Layer:
+    def _row_limit(self) -> int:
+        if not self.lean:
+            return 0
+        return LEAN_ROWS if self.gate_up_proj.device.type == "cpu" else LEAN_ROWS_FUSED
+
+    def _layer(self, ranks: tuple[LoraRanks, ...], dtype: torch.dtype, row_limit: int, tensors: Sequence[Any]) -> Layer:
         gate_up, down, gate_up_bias, down_bias, *factors = tensors
         transposed = self.layout.stack_order == "out_in"
         loras = [
@@ -114,7 +129,7 @@ class RoutedExperts(nn.Module):
             act_fn=self.act_fn,
             weight_on=self.layout.weight_on,
             fused_experts=self.fused_experts(dtype),
-            row_limit=LEAN_ROWS[self.gate_up_proj.device.type] if self.lean else 0,
+            row_limit=row_limit,
             dtype=dtype,
         )
 

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 
 from adapters.errors import StudioError, TargetError
-from adapters.expert_math import LEAN_ROWS
 from adapters.loading import load_base
 from adapters.lora import ExpertLora, attach
 from adapters.peft_files import expert_factors
@@ -205,15 +204,40 @@ def test_one_grouped_matmul_equals_one_matmul_an_expert(
         assert (together - alone).float().norm() <= tolerance * alone.float().norm()
 
 
-@pytest.mark.parametrize("fused", [0, 4])
-def test_lean_parts_of_an_experts_rows_add_up_to_the_fast_path(
-    square: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: int
-) -> None:
+@pytest.mark.parametrize("frozen", ["_A", "_B"])
+def test_one_factor_alone_can_be_trained(square: Tiny, tmp_path: Path, frozen: str) -> None:
+    """LoRA-FA (Zhang et al., 2023, arXiv 2308.03303) freezes A."""
     model = attach(load_base(save(square, tmp_path), quantize="none"), placement_for(square))
     randomise(model)
     layer = next(m for m in model.modules() if isinstance(m, ExpertLora))
+    tokens, weights = torch.randn(17, square.hidden), torch.rand(17, square.top_k)
+    chosen = torch.stack([torch.randperm(EXPERTS)[: square.top_k] for _ in range(17)])
+
+    def gradients() -> dict[str, torch.Tensor]:
+        named = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(layer(tokens, chosen, weights).square().sum(), list(named.values()))
+        return dict(zip(named, found, strict=True))
+
+    both = gradients()
+    for name, parameter in layer.named_parameters():
+        if f"{frozen}." in name:
+            parameter.requires_grad = False
+    alone = gradients()
+    assert 0 < len(alone) < len(both)
+    for name, gradient in alone.items():
+        assert gradient.any() and torch.equal(gradient, both[name])
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("fused", [0, 4])
+def test_lean_parts_of_an_experts_rows_add_up_to_the_fast_path(
+    square: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: int, quantize: str
+) -> None:
+    model = attach(load_base(save(square, tmp_path), quantize=quantize), placement_for(square))
+    randomise(model)
+    layer = next(m for m in model.modules() if isinstance(m, ExpertLora))
     monkeypatch.setattr(RoutedExperts, "fused_experts", lambda *_: fused)
-    monkeypatch.setitem(LEAN_ROWS, "cpu", 3)
+    monkeypatch.setattr("adapters.routed.LEAN_ROWS", 3)
     tokens = torch.randn(17, square.hidden)
     chosen = torch.stack([torch.randperm(3)[: square.top_k] * 2 for _ in range(17)])  # experts 0, 2 and 4
     weights = torch.rand(17, square.top_k)
