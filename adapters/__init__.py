@@ -7,6 +7,7 @@ loading torch.
     layouts       * one table of how each model family names and orders its experts
     placement     * which tensor classes and which experts get adapters, and of what rank
     checkpoint    * what a base directory holds, from safetensors headers alone
+    workspace     * how much of a layer's experts is worked on at one time
     tensor_files    exact reads and atomic writes of safetensors files
     quantized       4-bit expert stacks with bitsandbytes' bytes
     routed          routed experts: only routed (token, expert) pairs are computed

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
 from adapters.quantized import QuantizedStack
+from adapters.workspace import CPU_GROUP_ROWS
 
 Stack = nn.Parameter | Tensor | QuantizedStack
 GateBackward = Callable[[Tensor], Tensor]
@@ -42,14 +43,6 @@ Scratch = dict[QuantizedStack, tuple[int, Tensor]]
 HALF = (torch.bfloat16, torch.float16)
 ROW_BYTES = 16
 """What torch's grouped matmul wants the rows of its operands to be a multiple of."""
-
-
-CPU_GROUP_ROWS = 128
-"""On a CPU: experts are added to a group until it has this many rows."""
-
-LEAN_ROWS = 96
-LEAN_ROWS_FUSED = 4096
-"""Lean: most rows of a group, so that the workspace stays small even where all tokens go to one expert."""
 
 
 @dataclass(frozen=True)

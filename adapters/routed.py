@@ -24,25 +24,14 @@ from transformers.activations import ACT2FN
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from adapters.errors import LayoutError
-from adapters.expert_math import (
-    LEAN_ROWS,
-    LEAN_ROWS_FUSED,
-    Layer,
-    Lora,
-    LoraRanks,
-    Projection,
-    RoutedFunction,
-    Stack,
-    clamped_swiglu,
-)
+from adapters.expert_math import Layer, Lora, LoraRanks, Projection, RoutedFunction, Stack, clamped_swiglu
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.quantized import QuantizedStack
+from adapters.workspace import fused_experts, lean_rows
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 ExpertPath = Literal["fast", "lean"]
 EXPERT_PATHS: tuple[ExpertPath, ...] = ("fast", "lean")
-WORKSPACE_BYTES = 256 * 2**20
-"""On CUDA: how much of a layer's experts is dequantised at one time."""
 
 
 class RoutedExperts(nn.Module):
@@ -111,9 +100,7 @@ class RoutedExperts(nn.Module):
         return output
 
     def _row_limit(self) -> int:
-        if not self.lean:
-            return 0
-        return LEAN_ROWS if self.gate_up_proj.device.type == "cpu" else LEAN_ROWS_FUSED
+        return lean_rows(fused=self.gate_up_proj.device.type != "cpu") if self.lean else 0
 
     def _layer(self, ranks: tuple[LoraRanks, ...], dtype: torch.dtype, row_limit: int, tensors: Sequence[Any]) -> Layer:
         gate_up, down, gate_up_bias, down_bias, *factors = tensors
@@ -141,8 +128,7 @@ class RoutedExperts(nn.Module):
         stack = self.gate_up_proj
         if stack.device.type != "cuda" or dtype != torch.bfloat16:
             return 0
-        expert_bytes = 2 * int(stack.shape[1]) * int(stack.shape[2])
-        return self.num_experts if isinstance(stack, nn.Parameter) else max(1, WORKSPACE_BYTES // expert_bytes)
+        return fused_experts(self.num_experts, int(stack.shape[1] * stack.shape[2]), isinstance(stack, QuantizedStack))
 
 
 class RoutedLlama4Moe(Llama4TextMoe):

@@ -162,9 +162,10 @@ def feed_forward_bytes(
     kept = float(size * hidden + 4 * 3 * moe.experts + 16 * top_k)
     if run.keep_gate_up:
         kept += size * top_k * 2 * moe.width
-    if layout.shared_expert:
-        width = layer[f"{layout.block}.{layout.shared_expert}.{layout.mlp[1]}.weight"][0]
-        kept += _mlp_bytes(width, run.shared_expert_rank, run)
+    if shared := layer.get(
+        f"{layout.block}.{layout.shared_expert}.{layout.mlp[1]}.weight"
+    ):  # none where its count is 0
+        kept += _mlp_bytes(shared[0], run.shared_expert_rank, run)
         kept += run.lora_input(hidden, 2) if size != 4 and run.shared_expert_rank else 0
     if f"{layout.block}.shared_expert_gate.weight" in layer:
         kept += size * hidden

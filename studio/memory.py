@@ -17,6 +17,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from adapters.layouts import MoeShape
+from adapters.workspace import fused_experts, lean_rows
 from studio.activations import Pass, Shapes, attention_of, layer_bytes
 from studio.weights import Base
 
@@ -147,18 +149,26 @@ def _flowing(base: Base, layer: Shapes, run: Pass) -> float:
 
 
 def _workspace(base: Base, held: Held, run: Pass) -> float:
-    """The busiest expert's tokens, and one matrix dequantised."""
-    pairs = run.tokens * base.top_k
+    """The rows of the experts that are computed together, and what is dequantised for them."""
     widest = max(base.moe, key=lambda shape: shape.width, default=None)
-    busy = min(run.tokens, EXPERT_SKEW * pairs / widest.experts) if widest else 0
-    rows = busy * (3 * widest.hidden + 8 * widest.width) if widest else 0
+    rows, together = _group(widest, base.top_k, held, run) if widest else (0.0, 1)
+    values = rows * (3 * widest.hidden + 8 * widest.width) if widest else 0
     matrices = [
         tensor.shape[0] * tensor.shape[1]
         for tensor in base.tensors
         if tensor.class_name in ("attention", "shared_expert", "dense_mlp") and len(tensor.shape) == 2
     ]
-    matrices += [2 * shape.hidden * shape.width for shape in base.moe]
-    return run.dtype_bytes * (rows + (max(matrices, default=0) if held.quantized else 0))
+    matrices += [together * 2 * shape.hidden * shape.width for shape in base.moe]
+    return run.dtype_bytes * (values + (max(matrices, default=0) if held.quantized else 0))
+
+
+def _group(shape: MoeShape, top_k: int, held: Held, run: Pass) -> tuple[float, int]:
+    """Rows of the largest group of experts that are computed together, and how many experts that is."""
+    pairs, fused = run.tokens * top_k, run.on_gpu and run.dtype_bytes == 2
+    together = fused_experts(shape.experts, 2 * shape.hidden * shape.width, held.quantized) if fused else 1
+    busiest = min(run.tokens, EXPERT_SKEW * pairs / shape.experts)
+    rows = min(pairs, max(busiest, EXPERT_SKEW * pairs * together / shape.experts))
+    return (rows if run.keep_gate_up else min(rows, lean_rows(fused=run.on_gpu))), together
 
 
 # -------------------------------------------------------------------- memory at hand

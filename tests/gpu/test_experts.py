@@ -54,7 +54,7 @@ def test_bfloat16_groups_are_as_large_as_the_workspace_allows(cuda: str) -> None
 
 @pytest.mark.parametrize("lean", [False, True], ids=["fast", "lean"])
 def test_quantised_experts_larger_than_the_workspace(device: str, lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters.routed.WORKSPACE_BYTES", 2 * 2 * 64 * 64)  # two experts' gate_up in bfloat16
+    monkeypatch.setattr("adapters.workspace.WORKSPACE_BYTES", 2 * 2 * 64 * 64)  # two experts' gate_up in bfloat16
     layer = make_layer("qwen3_moe", 5, 64, 32, held="nf4", lean=lean, dtype=torch.bfloat16, device=device)
     check(layer, spread(40, 2, 5), torch.bfloat16, TOLERANCE[torch.bfloat16])
 

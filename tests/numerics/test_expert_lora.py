@@ -237,7 +237,7 @@ def test_lean_parts_of_an_experts_rows_add_up_to_the_fast_path(
     randomise(model)
     layer = next(m for m in model.modules() if isinstance(m, ExpertLora))
     monkeypatch.setattr(RoutedExperts, "fused_experts", lambda *_: fused)
-    monkeypatch.setattr("adapters.routed.LEAN_ROWS", 3)
+    monkeypatch.setattr("adapters.workspace.LEAN_ROWS", 3)
     tokens = torch.randn(17, square.hidden)
     chosen = torch.stack([torch.randperm(3)[: square.top_k] * 2 for _ in range(17)])  # experts 0, 2 and 4
     weights = torch.rand(17, square.top_k)
