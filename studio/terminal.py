@@ -101,7 +101,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_column()
     peak = plan.memory.peak_bytes
     table.add_row("Predicted peak memory", as_bytes(peak), "", style="bold")
-    for name in MEMORY_PARTS:
+    for name in (name for name in MEMORY_PARTS if parts[f"{name}_bytes"]):
         count = parts[f"{name}_bytes"]
         table.add_row(Text(f"  {name}", style="not bold"), as_bytes(count), Text(_bar(count, peak), style="cyan"))
     at_hand = "not known" if plan.memory_at_hand_bytes is None else as_bytes(plan.memory_at_hand_bytes)
