@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from adapters.lora import attach
 from adapters.placement import Placement, same_experts_everywhere
@@ -88,3 +89,14 @@ def kept_by_layer(model: Any, batch: int, length: int) -> Counter[int]:
             held[kept.layer] += storage.nbytes()
     assert output.last_hidden_state.requires_grad  # the graph was there all along
     return held
+
+
+def test_a_model_without_the_shared_experts_of_its_family(tmp_path: Path) -> None:
+    config = Tiny("ernie4_5_moe", 64, 32, 2).build().config
+    config.moe_num_shared_experts = 0
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    base = base_in(tmp_path, "tiny")
+    run = Pass(1, 8, 4, False, 4, 0, 0, True)
+    for shape in base.moe:
+        assert layer_bytes(base, base.layers[shape.layer], shape, run) > 0
+    assert base.moe
