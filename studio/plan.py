@@ -53,19 +53,20 @@ class Plan(BaseModel):
     top_k: int
     classes: tuple[TensorClass, ...]
     parameters: int
-    active_parameters: int
     bytes: int
     trainable_parameters: int
     trainable_fraction: float
-    expert_path: Literal["fast", "lean"]
     memory: MemoryPlan
-    memory_at_hand_bytes: int | None
     train_examples: int
     eval_examples: int
     longest_tokens: int
     truncated_examples: int
     total_steps: int
-    warnings: tuple[str, ...]
+    # absent from the plans of older jobs
+    active_parameters: int = 0
+    expert_path: Literal["fast", "lean"] = "fast"
+    memory_at_hand_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def make_plan(recipe: Recipe, shape: str | None = None) -> Plan:
@@ -216,7 +217,7 @@ def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> li
     if fits(memory.fixed_bytes, at_hand):
         if base.moe and training.expert_path == "fast":
             options.append("training.expert_path: lean")
-        if training.batch_size > 1:
+        if training.batch_size % 2 == 0:
             steps = training.gradient_accumulation_steps * 2
             options.append(f"training.batch_size: {training.batch_size // 2} with gradient_accumulation_steps: {steps}")
         if not training.gradient_checkpointing:

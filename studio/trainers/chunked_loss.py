@@ -1,4 +1,4 @@
-"""What TRL 1.16's chunked loss needs on a CPU. Each repair has a test that fails once TRL works without it.
+"""What TRL 1.16's chunked loss needs on a CPU. A test fails once TRL's own tiles are small enough.
 
 TRL projects to the vocabulary in tiles of 4,096 positions x 32,768 entries. On a GPU its kernels fold a tile in place;
 without them the arithmetic makes eight copies of it, so that a batch of 2,048 positions and a vocabulary of 202,048

@@ -66,7 +66,9 @@ def adapted(tiny: Tiny) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("tiny", EACH, ids=str)
-def test_the_chunked_loss_is_the_models_own(tiny: Tiny, ids: torch.Tensor) -> None:
+def test_the_chunked_loss_is_the_models_own(tiny: Tiny, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 20)  # several tiles of both
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 40)
     model = adapted(tiny)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
