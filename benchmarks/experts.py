@@ -6,11 +6,11 @@ One MoE layer, float32, H=512, I=1024, T=1024, LoRA rank 8 on every routed exper
 wanted. Stock is the transformers block under PEFT `target_parameters`, as `get_peft_model` makes it; for qwen3_moe with
 the experts implementation "grouped_mm".
 
-Time: forward and backward. The sides of a case share their weights and inputs; those on plain stacks are first compared (a
-fresh adapter must
-give the same output), then step in turns, round after round; a ratio is that of two sides in the same round, and its
-median, quartiles and number of rounds are shown. A side much quicker than the slowest steps several times a round, its
-median counts. On a machine that does something else too, threads wait for each other: set OMP_NUM_THREADS=1 there.
+Time: forward and backward. The sides of a case share their weights and inputs; those on plain stacks are first compared
+(a fresh adapter must give the same output). Then all step in turns, round after round; a ratio is that of two sides in
+the same round, and its median, quartiles and number of rounds are shown. A side much quicker than the slowest steps
+several times a round, its median counts. On a machine that does something else too, threads wait for each other: set
+OMP_NUM_THREADS=1 there.
 
 Peak: of one forward and backward beyond what was resident just before it, gradients included (VmHWM, reset before the
 step, less VmRSS). Each side in a fresh process, after one step of warm-up, with MALLOC_MMAP_THRESHOLD_=65536 so that
