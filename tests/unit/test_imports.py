@@ -31,6 +31,7 @@ LIGHT = (
     "adapters",
     "adapters.errors",
     "adapters.layouts",
+    "adapters.packed_cache",
 )
 
 
