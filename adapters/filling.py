@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -45,8 +46,12 @@ class Span:
         return self.info.start + (self.expert or 0) * self.values * self.value_bytes
 
     @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.info.dtype]
+
+    @property
     def value_bytes(self) -> int:
-        return DTYPES[self.info.dtype].itemsize
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,11 @@ def _fill(target: Target, files: OpenFiles, scratch: _Scratch) -> list[str]:
 
 
 def _pieces(spans: Sequence[Span], length: int, files: OpenFiles, scratch: _Scratch) -> Iterator[tuple[int, Tensor]]:
-    """(start, values) of the spans laid end to end, `length` values at a time. The values change with the next one."""
-    dtype = DTYPES[spans[0].info.dtype]
+    """(start, values) of the spans laid end to end, `length` values at a time. The values change with the next one.
+
+    Spans of different dtypes are given in the smallest that holds the values of all: float32 for float16 and bfloat16.
+    """
+    dtype = reduce(torch.promote_types, [span.dtype for span in spans])
     total = sum(span.values for span in spans)
     for start in range(0, total, length):
         values = scratch.values(min(length, total - start), dtype)
@@ -145,6 +153,10 @@ def _pieces(spans: Sequence[Span], length: int, files: OpenFiles, scratch: _Scra
             first, last = max(start, offset), min(start + len(values), offset + span.values)
             if first < last:
                 place = span.start + (first - offset) * span.value_bytes
-                files.read(span.info.file, place, values[first - start : last - start])
+                part = values[first - start : last - start]
+                read = part if span.dtype == dtype else torch.empty(len(part), dtype=span.dtype)
+                files.read(span.info.file, place, read)
+                if read is not part:
+                    part.copy_(read)
             offset += span.values
         yield start, values

@@ -9,7 +9,7 @@ entry is used only when its source files are those it was made from (size, times
 when every piece read has the hash that was written; anything else is built anew. It appears under its name by one
 rename.
 
-No torch at import: `default_cache_dir` and `cache_entries` serve the command line.
+No torch at import: `default_cache_dir`, `cache_entries` and `remove` serve the command line (`studio cache`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -39,6 +41,9 @@ WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 PIECE_BYTES = 16 * 2**20
 """What is read and hashed at a time: xxh3 of 128 bits, 30 GB/s on a core where sha256 makes 0.8."""
 
+HASHING_THREADS = 2
+"""For the sha256 of the checkpoint's files: the other cores quantise meanwhile."""
+
 ABANDONED_SECONDS = 86_400
 
 SPARE_BYTES = 256 * 2**20
@@ -46,28 +51,37 @@ SPARE_BYTES = 256 * 2**20
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/moe-studio/packed`, or the same under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-studio" / "packed"
+    """`$XDG_CACHE_HOME/moe-studio/packed`, or the same under `~/.cache`; absolute."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root.absolute() / "moe-studio" / "packed"
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One kept model: where, of which checkpoint, in which settings, how large."""
+    """One kept model: where, of which checkpoint, in which settings, how large, since when (seconds of the epoch)."""
 
     path: Path
     source: str
     settings: dict[str, Any]
     size_bytes: int
+    built_at: float
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
 
 def cache_entries(cache: Path) -> list[CacheEntry]:
-    """What `cache` holds, in the order of names; what is no entry is left out."""
+    """What `cache` holds, in the order of names; what is no entry, or is only being written, is left out."""
     found = []
-    for path in sorted(cache.glob("*/" + MANIFEST)):
-        manifest = _manifest(path.parent)
-        size = sum(file.stat().st_size for file in path.parent.iterdir())
-        if manifest is not None:
-            found.append(CacheEntry(path.parent, manifest["source"], manifest["settings"], size))
+    for path in sorted(manifest.parent for manifest in cache.glob("[!.]*/" + MANIFEST)):
+        manifest = _manifest(path)
+        with suppress(OSError):  # another process is removing it
+            files = [file.stat() for file in path.iterdir()]
+            built = min(file.st_mtime for file in files)  # the weights: a manifest may be refreshed later
+            size = sum(file.st_size for file in files)
+            if manifest is not None:
+                found.append(CacheEntry(path, manifest["source"], manifest["settings"], size, built))
     return found
 
 
@@ -92,7 +106,7 @@ class Entry:
             package: version(package) for package in ("bitsandbytes", "transformers")
         }
         key = json.dumps([self.source, self.settings], sort_keys=True)
-        self.path = cache / f"{directory.resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.path = cache / f"{_model_name(directory.resolve())}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self._sources: dict[str, Any] | None = None
         self._seen: dict[str, int] | None = None
 
@@ -116,8 +130,10 @@ class Entry:
 
     def _state(self) -> dict[str, int] | None:
         """Tells one entry in this place from another that replaced it; None for none."""
-        manifest = self.path / MANIFEST
-        return _stat(manifest) if manifest.exists() else None
+        try:
+            return _stat(self.path / MANIFEST)
+        except OSError:
+            return None
 
     def _unfit(self, manifest: dict[str, Any]) -> str | None:
         """Why the manifest is not of this checkpoint in these settings. Refreshes times that alone have changed."""
@@ -136,6 +152,7 @@ class Entry:
                 return "the checkpoint has changed"
             held[file.name] = {**now[file.name], "sha256": digest}
         _write_manifest(self.path, manifest)
+        self._seen = self._state()  # still the entry that was found
         return None
 
     def _read(
@@ -173,16 +190,22 @@ class Entry:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Hashes the source files while the block reads them; what changes meanwhile is not stored."""
-        from concurrent.futures import ThreadPoolExecutor
+        """Hashes the source files while the block reads them; what changes meanwhile is not stored.
 
-        before = {file.name: _stat(file) for file in self.files}
+        An exception that leaves the block ends the hashing at once.
+        """
+        before, stop = {file.name: _stat(file) for file in self.files}, threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            digests = pool.submit(_sha256_each, self.files)
-            yield
-            found = digests.result()
-        if before == {file.name: _stat(file) for file in self.files}:
-            self._sources = {file.name: {**before[file.name], "sha256": found[file]} for file in self.files}
+            digests = pool.submit(_sha256_each, self.files, stop)
+            try:
+                yield
+            except BaseException:
+                stop.set()
+                raise
+            with suppress(OSError):  # the model is loaded, whatever has become of its files
+                found = digests.result()
+                if before == {file.name: _stat(file) for file in self.files}:
+                    self._sources = {file.name: {**before[file.name], "sha256": found[file]} for file in self.files}
 
     def store(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes the entry. Where that fails, a warning says so, and nothing else happens."""
@@ -209,8 +232,9 @@ class Entry:
             return tensor
 
         for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):  # or by one that has just ended
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -251,6 +275,12 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and keys <= manifest.keys() else None
 
 
+def _model_name(directory: Path) -> str:
+    """The directory's name; the model's where it is a snapshot in the hub's cache, models--org--name/snapshots/hash."""
+    hub = directory.parent.parent.name
+    return hub.rpartition("--")[2] if hub.startswith("models--") else directory.name
+
+
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     descriptor, name = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=directory)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -265,16 +295,20 @@ def _stat(file: Path) -> dict[str, int]:
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns, "inode": found.st_ino}
 
 
-def _sha256_each(files: Sequence[Path]) -> dict[Path, str]:
-    from concurrent.futures import ThreadPoolExecutor
+def _sha256_each(files: Sequence[Path], stop: threading.Event | None = None) -> dict[Path, str]:
+    stop = stop or threading.Event()
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return dict(zip(files, pool.map(lambda file: _sha256(file, stop), files), strict=True))
 
-    with ThreadPoolExecutor(max(1, min(len(files), os.cpu_count() or 1))) as pool:
-        return dict(zip(files, pool.map(_sha256, files), strict=True))
 
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _sha256(file: Path, stop: threading.Event) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with file.open("rb", buffering=0) as opened:
+        while size := opened.readinto(block):
+            if stop.is_set():
+                raise CancelledError
+            digest.update(block[:size])
+    return digest.hexdigest()
 
 
 def _piece_count(tensor: Tensor) -> int:

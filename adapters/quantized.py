@@ -217,22 +217,26 @@ class Int8(Held):
 
     def dequantize(self, start: int, out: Tensor) -> None:
         values = self.values[start : start + len(out)].view(-1, self.cols)
-        absmax, flat = self.absmax[start : start + len(out)].view(-1, 1), out.view(-1, self.cols)
-        # a piece at a time, so that the product in float32 is not another matrix in memory; on a GPU all at once
-        rows = max(1, four_bit.CHUNK // self.cols) if out.is_cpu else max(1, len(flat))
-        scratch = (
-            torch.empty((min(rows, len(flat)), self.cols), device=out.device) if out.dtype != torch.float32 else None
-        )
-        for row in range(0, len(flat), rows):
-            part = flat[row : row + rows]
-            product = part if scratch is None else scratch[: len(part)]
-            # in bitsandbytes' order (int8_vectorwise_dequant), rounded to the dtype of `out` once, at the end
-            product.copy_(values[row : row + rows]).mul_(absmax[row : row + rows]).mul_(7.874015718698502e-3)
-            if scratch is not None:
-                part.copy_(product)
+        absmax = self.absmax[start : start + len(out)].view(-1)
+        dequantize_rows(values, absmax, out.view(-1, self.cols))
 
     def bad_slots(self) -> list[int]:
         return (~torch.isfinite(self.absmax).all(1)).nonzero().flatten().tolist()
+
+
+def dequantize_rows(values: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """Row-wise int8 `values` (N, cols) with `absmax` (N,) float32 into `out` (N, cols), floating point."""
+    # a piece at a time, so that the product in float32 is not another matrix in memory; on a GPU all at once
+    count, cols = out.shape
+    rows = max(1, four_bit.CHUNK // cols) if out.is_cpu else max(1, count)
+    scratch = None if out.dtype == torch.float32 else torch.empty((min(rows, count), cols), device=out.device)
+    for row in range(0, count, rows):
+        part = out[row : row + rows]
+        product = part if scratch is None else scratch[: len(part)]
+        # in bitsandbytes' order (int8_vectorwise_dequant), rounded to the dtype of `out` once, at the end
+        product.copy_(values[row : row + rows]).mul_(absmax[row : row + rows, None]).mul_(7.874015718698502e-3)
+        if scratch is not None:
+            part.copy_(product)
 
 
 class _Int8Writer:

@@ -15,7 +15,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from adapters.four_bit import ABSMAX_BLOCK, BLOCK, dynamic_code
-from adapters.quantized import FourBit, Held, Int8, hold
+from adapters.quantized import FourBit, Held, Int8, dequantize_rows, hold
 
 
 def quantized_linear(
@@ -133,4 +133,6 @@ class _Int8Product(torch.autograd.Function):
 
 
 def _dense(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight * absmax.unsqueeze(1)).mul_(7.874015718698502e-3).to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    dequantize_rows(weight, absmax, out)
+    return out

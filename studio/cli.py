@@ -1,4 +1,4 @@
-"""The command line: `studio validate | plan | shapes | run | merge | jobs | ui | schema`.
+"""The command line: `studio validate | plan | shapes | run | merge | jobs | cache | ui | schema`.
 
 Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
 one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from studio.errors import JobError, ProblemsError, StudioError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from adapters.packed_cache import CacheEntry
     from studio.jobs import Job, JobState
 
 app = typer.Typer(
@@ -160,6 +161,32 @@ def merge(
         output().print(merge_view(report), soft_wrap=True)
 
 
+@app.command(epilog="Example: studio cache --remove all")
+@reported
+def cache(
+    remove: Annotated[
+        str | None, typer.Option("--remove", metavar="NAME|all", help="Delete this model, or all of them.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the quantised bases that are kept for the next job, or delete them: a job that needs one builds it anew."""
+    from adapters.packed_cache import cache_entries, default_cache_dir
+
+    directory = default_cache_dir()
+    entries = cache_entries(directory)
+    if remove is not None:
+        remove_from_cache(directory, entries, remove, as_json)
+    elif as_json:
+        rows = [{"name": entry.name, **vars(entry)} for entry in entries]
+        print_json({"directory": directory, "size_bytes": total_bytes(entries), "entries": rows})
+    elif entries:
+        from studio.terminal import cache_table
+
+        output().print(cache_table(entries))
+    else:
+        typer.echo(f"No quantised bases in {directory}")
+
+
 @app.command(epilog="Example: studio schema > recipe.schema.json")
 @reported
 def schema() -> None:
@@ -235,6 +262,27 @@ def jobs_cancel(job: JobPath, root: Root = Path("runs"), as_json: AsJson = False
 def find_job(name: str, root: Path) -> Job:
     """The job at the path `name`, or of that name in `root`."""
     return studio.open_job(name if (Path(name) / "state.json").is_file() else root / name)
+
+
+def total_bytes(entries: Sequence[CacheEntry]) -> int:
+    return sum(entry.size_bytes for entry in entries)
+
+
+def remove_from_cache(directory: Path, entries: Sequence[CacheEntry], name: str, as_json: bool) -> None:
+    """Deletes the entry `name`, or with "all" every one, and says so."""
+    from adapters.packed_cache import remove
+    from studio.quantities import as_bytes
+
+    chosen = [entry for entry in entries if name in ("all", entry.name)]
+    if not chosen and name != "all":
+        known = ", ".join(["all", *(entry.name for entry in entries)])
+        raise StudioError(f"no quantised base {name!r} in {directory}; allowed: {known}")
+    for entry in chosen:
+        remove(entry)
+    if as_json:
+        print_json({"removed": [entry.name for entry in chosen], "size_bytes": total_bytes(chosen)})
+    else:
+        typer.echo(f"Removed {len(chosen)} of {len(entries)} quantised bases, {as_bytes(total_bytes(chosen))}")
 
 
 def watch(job: Job, as_json: bool) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from adapters.checkpoint import read_json_object
+from adapters.packed_cache import default_cache_dir
 from studio.base import EMBEDDED_DIR
 from studio.errors import CheckpointError, StudioError
 
@@ -65,12 +66,11 @@ def check_tokenizer(directory: Path) -> None:
         )
 
 
-def packed_cache(base_bytes: int) -> Path | None:
-    """Where a quantised base of this size is kept for the next job: in the user's cache, or nowhere for a small one."""
-    if base_bytes < CACHED_BASE_BYTES:
+def packed_cache(quantization: str, base_bytes: int) -> Path | None:
+    """Where a base of this size is kept for the next job: in the user's cache; nowhere if small or not quantised."""
+    if quantization == "none" or base_bytes < CACHED_BASE_BYTES:
         return None
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root).absolute() / "moe-studio" / "packed"
+    return default_cache_dir()
 
 
 def has_gpu() -> bool:

@@ -108,7 +108,7 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
         dtype=getattr(torch, compute_dtype(recipe.model.dtype)),
         device="cuda" if has_gpu() else "cpu",
         progress=_Clock(job).progress("loading"),
-        cache=packed_cache(sum(info.size_bytes for info in shapes.index.values())),
+        cache=packed_cache(recipe.model.quantization, sum(info.size_bytes for info in shapes.index.values())),
     )
     model = attach(base, placement)
     set_expert_path(model, job.plan().expert_path)

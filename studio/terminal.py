@@ -22,6 +22,7 @@ from studio.progress import ran_for, steps
 from studio.quantities import as_bytes, as_count, as_duration, as_percent, sparkline
 
 if TYPE_CHECKING:
+    from adapters.packed_cache import CacheEntry
     from studio.jobs import Job, JobState
     from studio.plan import Plan
     from studio.weights import Base
@@ -229,7 +230,7 @@ def job_table(rows: Sequence[tuple[Job, JobState]], now: float | None = None) ->
     for name in ("Job", "Status", "Phase", "Steps", "Created", "Time"):
         table.add_column(name, justify="right" if name in ("Steps", "Time") else "left")
     for job, state in rows:
-        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.created_at))
+        created = _minute(state.created_at)
         table.add_row(clean(job.name), status_text(state), state.phase, steps(state), created, ran_for(state, now))
     return table
 
@@ -254,5 +255,43 @@ def job_view(job: Job, state: JobState, losses: Sequence[float]) -> RenderableTy
     return view
 
 
+def _minute(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
 def status_text(state: JobState) -> Text:
     return Text(state.status, style=STATUS_STYLES[state.status])
+
+
+# -------------------------------------------------------------------- cache
+
+
+def cache_table(entries: Sequence[CacheEntry]) -> RenderableType:
+    """The quantised bases that are kept, with what they take in all."""
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, pad_edge=False, footer_style="bold")
+    table.add_column("Name", footer="total", no_wrap=True)
+    table.add_column("Base", overflow="fold")
+    table.add_column("Format")
+    table.add_column("Size", footer=as_bytes(sum(entry.size_bytes for entry in entries)), justify="right", no_wrap=True)
+    table.add_column("Built")
+    for entry in entries:
+        texts = [Text(clean(text)) for text in (entry.name, _base(entry.source), _cache_format(entry.settings))]
+        table.add_row(*texts, as_bytes(entry.size_bytes), _minute(entry.built_at))
+    return table
+
+
+def _base(source: str) -> str:
+    """A directory; the hub id where it is a snapshot in the hub's cache, models--org--name/snapshots/hash."""
+    hub = next((part for part in source.split("/") if part.startswith("models--")), None)
+    return hub.removeprefix("models--").replace("--", "/") if hub else source
+
+
+def _cache_format(settings: dict[str, Any]) -> str:
+    """ "nf4, double quantisation, 2 experts in int8, bfloat16, cuda"."""
+    parts = [str(settings.get("quantize"))]
+    if settings.get("double_quant") and parts[0] in ("nf4", "fp4"):
+        parts.append("double quantisation")
+    if experts := settings.get("int8_experts"):
+        parts.append(f"{len(experts)} experts in int8")
+    parts.append(str(settings.get("dtype")).removeprefix("torch."))
+    return ", ".join([*parts, str(settings.get("device"))])

@@ -49,6 +49,28 @@ def test_pieces_of_any_length_fill_the_same(
             assert torch.equal(tensor, pieces[name]), (length, name)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8", "none"])
+def test_parts_of_an_expert_in_different_dtypes_load_as_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
+) -> None:
+    directory = save(Tiny("qwen3_moe", 64, 32, 2), tmp_path)
+    parts = {"gate_proj": torch.float16, "up_proj": torch.bfloat16}
+
+    def round_parts(tensors: dict[str, torch.Tensor], keep: bool) -> None:
+        for name, tensor in tensors.items():
+            if dtype := parts.get(name.split(".")[-2]):
+                tensors[name] = tensor.to(dtype) if keep else tensor.to(dtype).float()
+
+    rewrite(directory, lambda tensors: round_parts(tensors, keep=False))
+    expected = load_base(directory, quantize=quantize).state_dict()
+    rewrite(directory, lambda tensors: round_parts(tensors, keep=True))
+    monkeypatch.setattr(filling, "CHUNK", 192)  # pieces of one part, and across both
+    found = load_base(directory, quantize=quantize).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_4_bit_logits_equal_stock_on_the_dequantised_weights(
     square: Tiny, tmp_path: Path, ids: torch.Tensor, double_quant: bool

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -178,14 +181,75 @@ def test_a_touched_checkpoint_is_hashed_once_and_the_entry_serves(
     cache, hashed = tmp_path / "cache", []
     load_base(base, cache=cache)
     original = packed_cache._sha256
-    monkeypatch.setattr(packed_cache, "_sha256", lambda file: hashed.append(file) or original(file))
-    copy = base / "copy"
-    shutil.copy(base / "model.safetensors", copy)
-    copy.rename(base / "model.safetensors")  # another inode, other times, the same bytes
+    monkeypatch.setattr(packed_cache, "_sha256", lambda file, stop: hashed.append(file) or original(file, stop))
+    touch(base)
     load_base(base, cache=cache)
     assert len(filled) == 1 and len(hashed) == 1
     load_base(base, cache=cache)
     assert len(filled) == 1 and len(hashed) == 1
+
+
+def touch(base: Path) -> None:
+    """Another inode, other times, the same bytes."""
+    shutil.copy(base / "model.safetensors", base / "copy")
+    (base / "copy").rename(base / "model.safetensors")
+
+
+def test_a_damaged_entry_of_a_touched_checkpoint_is_replaced(base: Path, tmp_path: Path, filled: list[int]) -> None:
+    cache = tmp_path / "cache"
+    load_base(base, cache=cache)
+    touch(base)
+    flip_bit(cache_entries(cache)[0].path, -1)
+    with pytest.warns(UserWarning, match="its bytes are not those that were written"):
+        load_base(base, cache=cache)
+    load_base(base, cache=cache)
+    assert len(filled) == 2
+
+
+def test_an_entry_that_vanishes_while_it_is_looked_at_is_built_anew(
+    base: Path, tmp_path: Path, filled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, original = tmp_path / "cache", packed_cache._stat
+    load_base(base, cache=cache)
+    (entry,) = cache_entries(cache)
+
+    def vanishing(file: Path) -> dict[str, int]:
+        if file.name == MANIFEST:
+            remove(entry)
+        return original(file)
+
+    monkeypatch.setattr(packed_cache, "_stat", vanishing)
+    load_base(base, cache=cache)
+    assert len(filled) == 2 and len(cache_entries(cache)) == 1
+
+
+def test_leftovers_that_vanish_do_not_keep_an_entry_from_being_written(base: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    load_base(base, cache=cache)
+    (entry,) = cache_entries(cache)
+    remove(entry)
+    (cache / f".{entry.name}.gone").symlink_to("nowhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_base(base, cache=cache)
+    assert cache_entries(cache)[0].name == entry.name
+
+
+def test_what_is_only_being_written_is_no_entry(base: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    load_base(base, cache=cache)
+    (entry,) = cache_entries(cache)
+    shutil.copytree(entry.path, cache / f".{entry.name}.staged")
+    assert [found.name for found in cache_entries(cache)] == [entry.name]
+
+
+def test_an_entry_of_a_hub_model_bears_its_name(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen3-30B" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    save(QWEN, tmp_path).rename(snapshot)
+    load_base(snapshot, cache=tmp_path / "cache")
+    (entry,) = cache_entries(tmp_path / "cache")
+    assert re.fullmatch(r"Qwen3-30B-[0-9a-f]{16}", entry.name)
 
 
 def test_settings_have_entries_of_their_own(base: Path, tmp_path: Path, filled: list[int]) -> None:
@@ -222,14 +286,15 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("change", [os.utime, os.unlink])
 def test_a_checkpoint_that_changes_while_it_is_read_is_not_kept(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
     original = loading.fill
 
     def changing(*args, **kwargs):
         problems = original(*args, **kwargs)
-        os.utime(base / "model.safetensors")
+        change(base / "model.safetensors")
         return problems
 
     monkeypatch.setattr(loading, "fill", changing)
@@ -245,6 +310,33 @@ def test_a_bad_checkpoint_leaves_no_entry(base: Path, tmp_path: Path) -> None:
     with pytest.raises(loading.CheckpointError, match="NaN"):
         load_base(base, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_bad_checkpoint_is_reported_before_all_of_it_is_hashed(tmp_path: Path) -> None:
+    large = tmp_path / "model.safetensors"
+    large.touch()
+    os.truncate(large, 40 * 2**30)  # a hole: nothing on the disk, most of a minute of sha256
+    begun = time.perf_counter()
+    with pytest.raises(loading.CheckpointError), packed_cache.Entry(tmp_path, tmp_path, [large], {}).building():
+        raise loading.CheckpointError(tmp_path, ["bad"])
+    assert time.perf_counter() - begun < 10
+
+
+def test_hashing_leaves_the_cores_to_the_quantiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, threads = [tmp_path / str(i) for i in range(12)], set()
+    for file in files:
+        file.touch()
+
+    def slow(file: Path, stop: threading.Event) -> str:
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        return ""
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(packed_cache, "_sha256", slow)
+    with packed_cache.Entry(tmp_path, tmp_path, files, {}).building():
+        pass
+    assert 1 <= len(threads) <= 2
 
 
 def test_an_entry_that_appears_meanwhile_stays(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +382,8 @@ def test_two_processes_at_once_leave_one_whole_entry(base: Path, tmp_path: Path,
 def test_the_default_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_cache_dir() == Path("/somewhere/moe-studio/packed")
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert default_cache_dir() == Path.cwd() / "here/moe-studio/packed"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/ann")
     assert default_cache_dir() == Path("/home/ann/.cache/moe-studio/packed")

@@ -9,8 +9,10 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters.errors import QuantizationError
+from adapters.four_bit import CHUNK
 from adapters.loading import check_quantized, load_base
 from adapters.quantized import QuantizedStack
 from adapters.quantized_linear import quantized_linear
@@ -70,6 +72,7 @@ def test_bytes_and_values_are_those_of_bitsandbytes(kind: str, source: torch.dty
 def test_odd_counts_end_in_a_part_of_a_block_as_in_bitsandbytes(kind: str, count: int) -> None:
     random = torch.Generator().manual_seed(count)
     code = bnb.get_4bit_type(kind, device="cpu").sort().values
+    unsorted = bnb.get_4bit_type(kind, device="cpu")
     at_thresholds = ((code[1:] + code[:-1]) / 2).repeat(8)[-count:]
     for scale in (*torch.rand(20, generator=random), 1e-39, 0.0):
         matrix = torch.randn(1, count, generator=random)
@@ -81,10 +84,9 @@ def test_odd_counts_end_in_a_part_of_a_block_as_in_bitsandbytes(kind: str, count
         packed, state = bnb.quantize_4bit(matrix, quant_type=kind)
         assert torch.equal(stack.held[kind].packed[0], packed.flatten())
         assert torch.equal(stack.held[kind].absmax[0], state.absmax)
-    code = bnb.get_4bit_type(kind, device="cpu")
-    index = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()[:count].long()
-    expected = code[index] * state.absmax.repeat_interleave(64)[:count]
-    assert torch.equal(stack.dequantize(0)[0], expected)
+        index = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()[:count].long()
+        expected = unsorted[index] * state.absmax.repeat_interleave(64)[:count]
+        assert torch.equal(stack.dequantize(0)[0], expected), scale
 
 
 @pytest.mark.parametrize("source", DTYPES)
@@ -211,6 +213,34 @@ def test_int8_linears_compute_and_differentiate_with_the_dequantised_weight() ->
     (y * y).sum().backward()
     (expected * expected).sum().backward()
     torch.testing.assert_close(x.grad, twin.grad, rtol=0, atol=1e-11)
+
+
+class LargestFloat32(TorchDispatchMode):
+    """The most values of any float32 tensor that an operation gives."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.values = max(self.values, out.numel())
+        return out
+
+
+def test_int8_linears_make_no_float32_matrix_on_the_way_to_16_bit() -> None:
+    torch.manual_seed(10)
+    stock = nn.Linear(512, 301, bias=False)
+    linear, held = quantized_linear(stock, "int8", double_quant=True, dtype=torch.bfloat16, device="cpu")
+    writer = held.writer(0)
+    writer.put(0, stock.weight.detach().view(-1))
+    writer.close()
+    x = torch.randn(3, 512).bfloat16().requires_grad_()
+    with LargestFloat32() as largest:
+        y = linear(x)
+        y.sum().backward()
+    assert 0 < largest.values <= CHUNK
+    dense = bnb.int8_vectorwise_dequant(held.values[0], held.absmax[0]).bfloat16()
+    assert torch.equal(y, x @ dense.t())
 
 
 def test_every_routed_expert_weight_is_4_bit_after_loading(square: Tiny, tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from typer.testing import CliRunner, Result
 from studio.cli import app
 from studio.follow import LiveView, PlainView
 from studio.jobs import Job, JobState, open_job
+from studio.models import packed_cache
 from studio.plan import Plan
 from studio.progress import phase_counts
 from studio.quantities import as_bytes, as_count, as_duration, as_percent, sparkline
 from studio.terminal import clean, job_table, plan_view, result_view
 from tests.unit.conftest import SLEEPING, Jobs, wait_for, wait_for_end
 
-COMMANDS = (["validate"], ["plan"], ["shapes"], ["run"], ["merge"], ["schema"], ["ui"], ["jobs"])
+COMMANDS = (["validate"], ["plan"], ["shapes"], ["run"], ["merge"], ["cache"], ["schema"], ["ui"], ["jobs"])
 COMMANDS += (["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
 RESULT: dict[str, Any] = {
     "before": {"loss": 4.0, "exact_match": 0.0, "examples": 200},
@@ -287,6 +288,66 @@ def test_merge_reports_a_missing_adapter(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert json.loads(result.output)["error"]["type"] == "AdapterFileError"
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of two quantised bases, of 1,000 bytes of weights each."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, quantize in (("qwen-01", "nf4"), ("scout-02", "int8")):
+        entry = tmp_path / "moe-studio" / "packed" / name
+        entry.mkdir(parents=True)
+        (entry / "model.safetensors").write_bytes(bytes(1000))
+        settings = {"quantize": quantize, "double_quant": True, "int8_experts": [], "dtype": "torch.bfloat16"}
+        source = "/hub/models--Qwen--Qwen3/snapshots/0123" if quantize == "nf4" else "/models/scout"
+        manifest = {"source": source, "settings": settings, "sources": {}, "hashes": {}}
+        (entry / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path / "moe-studio" / "packed"
+
+
+def test_the_cache_is_listed(packed: Path) -> None:
+    listed = json.loads(studio("cache", "--json").stdout)
+    sizes = [sum(file.stat().st_size for file in (packed / name).iterdir()) for name in ("qwen-01", "scout-02")]
+    assert [entry["name"] for entry in listed["entries"]] == ["qwen-01", "scout-02"]
+    assert [entry["size_bytes"] for entry in listed["entries"]] == sizes
+    assert listed["directory"] == str(packed) and listed["size_bytes"] == sum(sizes)
+    table = studio("cache").stdout
+    for text in (
+        "qwen-01",
+        "Qwen/Qwen3 ",
+        "/models/scout",
+        "nf4, double quantisation, bfloat16",
+        "int8, bfloat16",
+        as_bytes(sum(sizes)),
+    ):
+        assert text in table
+
+
+def test_one_or_all_of_the_cache_is_removed(packed: Path) -> None:
+    wrong = studio("cache", "--remove", "../packed")
+    assert wrong.exit_code == 1 and "allowed: all, qwen-01, scout-02" in wrong.stderr
+    assert json.loads(studio("cache", "--remove", "qwen-01", "--json").stdout)["removed"] == ["qwen-01"]
+    assert [path.name for path in packed.iterdir()] == ["scout-02"]
+    assert "Removed 1 of 1 quantised bases, 1." in studio("cache", "--remove", "all").stdout
+    assert list(packed.iterdir()) == []
+    assert f"No quantised bases in {packed}" in studio("cache").stdout
+    assert "Removed 0 of 0" in studio("cache", "--remove", "all").stdout
+
+
+def test_the_cache_is_listed_without_torch(packed: Path) -> None:
+    code = "import sys; from studio.cli import app; app(['cache'], standalone_mode=False); "
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "qwen-01" in done.stdout, done.stderr
+
+
+def test_small_and_unquantised_bases_are_not_kept(packed: Path) -> None:
+    assert packed_cache("nf4", 1_000_000_000) == packed
+    assert packed_cache("nf4", 1_000_000) is None
+    assert packed_cache("none", 1_000_000_000) is None
 
 
 # -------------------------------------------------------------------- what is rendered

@@ -32,6 +32,7 @@ LIGHT = (
     "adapters.errors",
     "adapters.layouts",
     "adapters.workspace",
+    "adapters.packed_cache",
 )
 
 
