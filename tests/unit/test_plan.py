@@ -17,7 +17,6 @@ from adapters.errors import CheckpointError, StudioError, TargetError
 from studio import Recipe, make_plan
 from studio.base import EMBEDDED_DIR
 from studio.memory import _available_to_process
-from studio.models import packed_cache
 from studio.plan import total_steps
 from studio.weights import four_bit_bytes, int8_bytes
 
@@ -155,15 +154,6 @@ def test_checkpointing_lean_and_short_rows_take_less_each() -> None:
 
     assert activations(gradient_checkpointing=True) < activations(expert_path="lean") < activations()
     assert activations(batch_size=8) < activations()
-
-
-def test_only_large_bases_are_kept_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert packed_cache(499_000_000) is None
-    assert packed_cache(500_000_000) == tmp_path / "moe-studio" / "packed"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert packed_cache(10**12) == tmp_path / ".cache" / "moe-studio" / "packed"
 
 
 # -------------------------------------------------------------------- other families
