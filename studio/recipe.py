@@ -220,8 +220,7 @@ class TrainingSettings(Settings):
     """Which tokens are learned: those of the completion, or all."""
 
     expert_path: Literal["auto", "fast", "lean"] = "auto"
-    """Routed experts in the backward pass: fast keeps their activations, lean keeps only hidden states and computes
-    them again (less memory, more time). auto: fast where the plan's peak fits the memory at hand, else lean."""
+    """fast keeps the experts' activations, lean computes them again (less memory). auto: fast where it fits."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
