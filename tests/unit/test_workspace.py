@@ -9,9 +9,8 @@ import pytest
 from adapters.layouts import MoeShape
 from adapters.workspace import LEAN_ROWS, LEAN_ROWS_FUSED, WORKSPACE_BYTES
 from studio.activations import Pass
-from studio.base import EMBEDDED_DIR
 from studio.memory import Held, _group, _workspace
-from studio.weights import base_in
+from studio.shapes import published_shape
 
 SHAPE = MoeShape(layer=0, experts=128, hidden=2048, width=768)
 GPU = Pass(4, 1024, 2, True, 0, 0, 0, True)
@@ -36,8 +35,6 @@ def test_a_cpu_computes_one_expert_at_a_time() -> None:
 
 
 def test_what_is_dequantised_is_one_experts_gate_and_up() -> None:
-    base = base_in(EMBEDDED_DIR, "embedded")
+    scout = published_shape("llama4-scout").base()
     run = replace(GPU, on_gpu=False, dtype_bytes=4)
-    layer = base.moe[0]
-    largest = max(2 * layer.hidden * layer.width, layer.hidden**2)
-    assert _workspace(base, NF4, run) - _workspace(base, DENSE, run) == 4 * largest
+    assert _workspace(scout, NF4, run) - _workspace(scout, DENSE, run) == 4 * 2 * 5120 * 8192
