@@ -6,10 +6,10 @@
 
 What is kept between the two decides the memory:
 
-    fast   the pre-activation gate_up of each pair, P x 2I values
+    fast   the pre-activation gate_up of each pair, P x 2I values, and what LoRA has in its middle, P x r
     lean   nothing but the hidden states and the routing; gate_up is computed again
 
-Neither keeps gathered inputs, activations, LoRA intermediates or anything dequantised. The gradient of a routing weight
+Neither keeps gathered inputs, activations or anything dequantised. The gradient of a routing weight
 needs no second output: <dout, down(a)> = <downᵀ(dout), a>, and downᵀ(dout) is computed anyway.
 
 Experts go in groups, so that small ones share the cost of a call. On a CPU a group has about a hundred rows, which stay
@@ -24,8 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -34,6 +33,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
+from adapters.lora_products import Each, Grouped, Lora, factors_of
+from adapters.products import Group, grouped_linear, linear
 from adapters.quantized import QuantizedStack
 from adapters.workspace import CPU_GROUP_ROWS
 
@@ -41,28 +42,6 @@ Stack = nn.Parameter | Tensor | QuantizedStack
 GateBackward = Callable[[Tensor], Tensor]
 Scratch = dict[QuantizedStack, tuple[int, Tensor]]
 HALF = (torch.bfloat16, torch.float16)
-ROW_BYTES = 16
-"""What torch's grouped matmul wants the rows of its operands to be a multiple of."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Experts computed together: their ids, how many pairs each has, and their slice of the sorted pairs."""
-
-    experts: tuple[int, ...]
-    counts: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
-
-    def with_expert(self, expert: int, rows: int, adjoining: bool) -> Group:
-        """This group and the next `rows` pairs, of `expert`; `adjoining`: with the idle experts between, too."""
-        idle = tuple(range(self.experts[-1] + 1, expert)) if adjoining else ()
-        counts = (*self.counts, *(0 for _ in idle), rows)
-        return Group((*self.experts, *idle, expert), counts, self.start, self.stop + rows)
 
 
 def _parts(count: int, limit: int) -> list[int]:
@@ -73,33 +52,6 @@ def _parts(count: int, limit: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class LoraRanks:
-    """One adapter's ranks, by expert, and the scale of its products."""
-
-    ranks: tuple[int, ...]
-    scale: float
-
-    def rows(self, expert: int) -> slice:
-        """The rows of the flat (R, ·) factors that belong to `expert`."""
-        start = self.starts[expert]
-        return slice(start, start + self.ranks[expert])
-
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """The first row of each expert in the flat factors, and after the last their number."""
-        return (0, *accumulate(self.ranks))
-
-
-@dataclass(frozen=True)
-class Lora:
-    """One adapter's factors on one projection: adds scale · (x Aᵀ) B, expert by expert. A (R, in), B (R, out)."""
-
-    spec: LoraRanks
-    a: Tensor
-    b: Tensor
-
-
-@dataclass(frozen=True)
 class Projection:
     """gate_up or down of one layer: the stack, its bias if any, and the adapters on it."""
 
@@ -107,63 +59,6 @@ class Projection:
     bias: Tensor | None
     transposed: bool
     loras: tuple[Lora, ...]
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (P, in) @ weightᵀ, weight (out, in) with any strides.
-
-    In float32 on a CPU through oneDNN, which took half the time of the default BLAS on AMD (docs/performance.md). Its
-    switch is `torch.backends.mkldnn.enabled`. It compiles code for every row count that it meets and keeps it (2 ms and
-    half a megabyte or more each), so rows are padded to one of a few counts.
-    """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not _onednn():
-        return x @ weight.t()
-    rows = x.shape[0]
-    missing = padded_rows(rows) - rows
-    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
-    return product[:rows]
-
-
-def padded_rows(rows: int) -> int:
-    """The next of the counts 8, 16, …, 64, 80, …, 256, and from there eight an octave: 288, 320, …, 512, 576, …"""
-    step = 8 if rows <= 64 else max(16, 1 << ((rows - 1).bit_length() - 4))
-    return -(-rows // step) * step
-
-
-def _onednn() -> bool:
-    return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
-
-
-def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], transposed: bool) -> Tensor:
-    """x (P, ·) times each group's matrix: x @ W[g]ᵀ when `transposed`, else x @ W[g]. weights (G, ·, ·)."""
-    if len(counts) == 1:
-        return x @ (weights[0].t() if transposed else weights[0])
-    if not _serves(x, weights):
-        parts = zip(x.split(list(counts)), weights, strict=True)
-        return torch.cat([rows @ (weight.t() if transposed else weight) for rows, weight in parts])
-    return F.grouped_mm(x, weights.transpose(1, 2) if transposed else weights, offs=_offsets(counts, x.device))
-
-
-def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
-    """left (P, m), right (P, n) → (G, m, n): leftᵀ right of each group's rows."""
-    if len(counts) == 1:
-        return (left.t() @ right)[None]
-    if not _serves(left, right):
-        parts = zip(left.split(list(counts)), right.split(list(counts)), strict=True)
-        return torch.stack([a.t() @ b for a, b in parts])
-    return F.grouped_mm(left.t(), right, offs=_offsets(counts, left.device))
-
-
-def _serves(*operands: Tensor) -> bool:
-    """Whether torch has a grouped matmul for these: the dtype, and rows of whole 16 bytes."""
-    dtype, device = operands[0].dtype, operands[0].device.type
-    aligned = all(stride * t.itemsize % ROW_BYTES == 0 for t in operands for stride in sorted(t.stride())[1:])
-    return aligned and (dtype == torch.bfloat16 or (dtype == torch.float32 and device == "cpu"))
-
-
-def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
 
 
 def matrix(stack: Stack, expert: int, dtype: torch.dtype, scratch: Scratch) -> Tensor:
@@ -273,7 +168,9 @@ class Layer:
         held = group.stop - group.start
         if self.row_limit and held + rows > self.row_limit:
             return False
-        return len(group.experts) < self.fused_experts if self.fused_experts else held < CPU_GROUP_ROWS
+        if self.fused_experts:
+            return len(group.experts) < self.fused_experts
+        return held < CPU_GROUP_ROWS
 
     def base(self, part: Projection, group: Group, x: Tensor, transposed: bool) -> Tensor:
         """x (P, ·) through the frozen experts of a group: x @ Wᵀ when `transposed`, else x @ W."""
@@ -285,14 +182,17 @@ class Layer:
             products.append(linear(rows, weight if transposed else weight.t()))
         return products[0] if len(products) == 1 else torch.cat(products)
 
-    def forward(self, part: Projection, group: Group, x: Tensor) -> Tensor:
-        """x (P, in) → (P, out), bias and adapters included."""
+    def forward(self, part: Projection, group: Group, x: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+        """x (P, in) → (P, out), bias and adapters included. What `backward` can use again is added to `kept`."""
         y = self.base(part, group, x, part.transposed)
         if part.bias is not None:
             y += _by_pair(part.bias, group, self.dtype)
         for lora in part.loras:
-            if factors := lora_factors(lora, group, x.dtype):
-                _add_product(y, grouped_linear(x, factors[0], group.counts, True), factors[1], group, lora.spec.scale)
+            if factors := factors_of(lora, group, x.dtype, bool(self.fused_experts)):
+                hidden = factors.narrow(x, factors.a)
+                factors.add_wide(y, hidden, factors.b, lora.spec.scale)
+                if kept is not None:
+                    kept.append(hidden)
         return y
 
     def backward(
@@ -303,6 +203,7 @@ class Layer:
         grad: Tensor,
         weight: Tensor | None,
         grads: Gradients,
+        kept: list[Tensor],
         through: bool = True,
     ) -> Tensor | None:
         """The gradient (P, in) of a projection's input, and of its parameters into `grads`.
@@ -310,13 +211,16 @@ class Layer:
         Args:
             x: (P, in), grad: (P, out). The loss' gradient of the projection is weight · grad, weight (P, 1) or None for
                 1; the result is that of `grad` alone.
+            kept: of the forward, its last one first to be used; it is taken out. Empty: computed again.
             through: whether the input's gradient is wanted; None is returned else.
         """
         d_x = None
         if through:
             d_x = self.base(part, group, grad, not part.transposed)
-        for lora in part.loras:
-            _lora_backward(lora, group, x, grad, weight, grads, d_x)
+        for lora in reversed(part.loras):
+            if factors := factors_of(lora, group, x.dtype, bool(self.fused_experts)):
+                hidden = kept.pop() if kept else factors.narrow(x, factors.a)
+                _lora_backward(lora, factors, hidden, x, grad, weight, grads, d_x)
         _base_backward(part, group, x, grad, weight, grads)
         return d_x
 
@@ -329,69 +233,29 @@ def _by_pair(bias: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     return rows.repeat_interleave(torch.tensor(group.counts, device=rows.device), dim=0)
 
 
-def _add_product(y: Tensor, x: Tensor, weights: Tensor, group: Group, scale: float) -> None:
-    """y += scale · x @ W[g], in place."""
-    if len(group.counts) == 1:
-        y.addmm_(x, weights[0], alpha=scale)
-    else:
-        y.add_(grouped_linear(x, weights, group.counts, False), alpha=scale)
-
-
-def lora_factors(lora: Lora, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """A (G, r, in) and B (G, r, out) of a group in `dtype`, smaller ranks zero-filled; None when none has a rank."""
-    ranks = [lora.spec.ranks[expert] for expert in group.experts]
-    rank = max(ranks)
-    if not rank:
-        return None
-    run = slice(lora.spec.rows(group.experts[0]).start, lora.spec.rows(group.experts[-1]).stop)
-    step = ROW_BYTES // dtype.itemsize
-    whole = len(ranks) == 1 or dtype == torch.float64 or rank % step == 0
-    if whole and min(ranks) == rank and run.stop - run.start == rank * len(ranks):
-        a, b = (factor[run].to(dtype).reshape(len(ranks), rank, -1) for factor in (lora.a, lora.b))
-        return a, b
-    rank = rank if whole else rank + step - rank % step
-    return _padded(lora.a, lora.spec, group, rank, dtype), _padded(lora.b, lora.spec, group, rank, dtype)
-
-
-def _padded(factor: Tensor, spec: LoraRanks, group: Group, rank: int, dtype: torch.dtype) -> Tensor:
-    result = factor.new_zeros(len(group.experts), rank, factor.shape[1], dtype=dtype)
-    for place, expert in enumerate(group.experts):
-        result[place, : spec.ranks[expert]] = factor[spec.rows(expert)]
-    return result
-
-
 def _lora_backward(
-    lora: Lora, group: Group, x: Tensor, grad: Tensor, weight: Tensor | None, grads: Gradients, d_x: Tensor | None
+    lora: Lora,
+    factors: Each | Grouped,
+    hidden: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    grads: Gradients,
+    d_x: Tensor | None,
 ) -> None:
     """Adds the adapter's part to `d_x`, and to the gradients of the group's rows of A and B.
 
     The routing weight multiplies the rank-sized products, the smaller ones.
     """
-    factors = lora_factors(lora, group, x.dtype)
-    if factors is None:
-        return
-    a, b = factors
-    d_hidden = grouped_linear(grad, b, group.counts, True)
+    d_hidden = factors.narrow(grad, factors.b)
     if d_x is not None:
-        _add_product(d_x, d_hidden, a, group, lora.spec.scale)
+        factors.add_wide(d_x, d_hidden, factors.a, lora.spec.scale)
     into_a, into_b = grads.of(lora.a), grads.of(lora.b)
     factor = lora.spec.scale if weight is None else lora.spec.scale * weight
     if into_a is not None:
-        _add_rows(into_a, grouped_outer(d_hidden * factor, x, group.counts), lora.spec, group)
+        factors.add_outer(into_a, d_hidden.mul_(factor), x)
     if into_b is not None:
-        hidden = grouped_linear(x, a, group.counts, True)
-        _add_rows(into_b, grouped_outer(hidden * factor, grad, group.counts), lora.spec, group)
-
-
-def _add_rows(target: Tensor, product: Tensor, spec: LoraRanks, group: Group) -> None:
-    """Adds product (G, r, ·) to the rows (R, ·) of the group's experts."""
-    ranks = {spec.ranks[expert] for expert in group.experts}
-    run = slice(spec.rows(group.experts[0]).start, spec.rows(group.experts[-1]).stop)
-    if ranks == {product.shape[1]} and run.stop - run.start == product.shape[0] * product.shape[1]:
-        target[run] += product.view(-1, product.shape[2])
-        return
-    for place, expert in enumerate(group.experts):
-        target[spec.rows(expert)] += product[place, : spec.ranks[expert]]
+        factors.add_outer(into_b, hidden * factor, grad)
 
 
 def _base_backward(
@@ -472,30 +336,35 @@ class RoutedFunction(torch.autograd.Function):
         pairs = Pairs(flat.argsort(stable=True), weights_TK)
         counts = torch.bincount(flat, minlength=layer.experts).tolist()
         output = torch.zeros_like(hidden_TH, dtype=_sum_dtype(hidden_TH.dtype), memory_format=torch.contiguous_format)
-        kept = []
+        kept: list[list[Tensor]] = []
         for group in layer.groups(counts):
-            gate_up = layer.forward(layer.gate_up, group, pairs.inputs(layer, group, hidden_TH))
-            if keep:
-                kept.append(gate_up)
-            y = layer.forward(layer.down, group, gated(gate_up, layer.gate, layer.act_fn)[0]).to(output.dtype)
+            of_group: list[Tensor] | None = [] if keep else None
+            gate_up = layer.forward(layer.gate_up, group, pairs.inputs(layer, group, hidden_TH), of_group)
+            a = gated(gate_up, layer.gate, layer.act_fn)[0]
+            y = layer.forward(layer.down, group, a, of_group).to(output.dtype)
+            if of_group is not None:
+                kept.append([gate_up, *of_group])
+            del gate_up, a
             if layer.weight_on == "output":
                 y *= pairs.weight_P1[group.rows]
             output.index_add_(0, pairs.token_P[group.rows], y)
-        ctx.build, ctx.counts, ctx.kept = build, counts, len(kept)
-        ctx.save_for_backward(hidden_TH, weights_TK, pairs.order_P, *tensors, *kept)
+        ctx.build, ctx.counts, ctx.kept = build, counts, [len(of_group) for of_group in kept]
+        ctx.save_for_backward(hidden_TH, weights_TK, pairs.order_P, *tensors, *chain.from_iterable(kept))
         return output.to(hidden_TH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weights_TK, order_P, *rest = ctx.saved_tensors
-        tensors, kept = rest[: len(rest) - ctx.kept], rest[len(rest) - ctx.kept :]
+        first = len(rest) - sum(ctx.kept)
+        tensors, kept = rest[:first], iter(rest[first:])
         layer = ctx.build(tensors)
         wanted = ctx.needs_input_grad
         grads = Gradients(hidden_TH, weights_TK, tensors, [*wanted[2:4], *wanted[5:]])
         pairs = Pairs(order_P, weights_TK)
         for place, group in enumerate(layer.groups(ctx.counts)):
-            _backward_group(layer, group, pairs, grads, grad_TH, hidden_TH, kept[place] if kept else None)
+            of_group = list(islice(kept, ctx.kept[place])) if ctx.kept else []
+            _backward_group(layer, group, pairs, grads, grad_TH, hidden_TH, of_group)
         d_hidden = None if grads.hidden is None else grads.hidden.to(hidden_TH.dtype)
         return None, None, d_hidden, grads.weights, None, *grads.tensors
 
@@ -507,18 +376,17 @@ def _backward_group(
     grads: Gradients,
     grad_TH: Tensor,
     hidden_TH: Tensor,
-    gate_up: Tensor | None,
+    kept: list[Tensor],
 ) -> None:
     token, order = pairs.token_P[group.rows], pairs.order_P[group.rows]
     weight = pairs.weight_P1[group.rows].to(layer.dtype)
     on_output = layer.weight_on == "output"
     x = pairs.inputs(layer, group, hidden_TH)
-    lean = gate_up is None
-    if gate_up is None:
-        gate_up = layer.forward(layer.gate_up, group, x)
+    lean = not kept
+    gate_up = layer.forward(layer.gate_up, group, x) if lean else kept.pop(0)
     a, gate_backward = gated(gate_up, layer.gate, layer.act_fn, own=lean)
     grad = grad_TH[token].to(layer.dtype)
-    d_a = layer.backward(layer.down, group, a, grad, weight if on_output else None, grads)
+    d_a = layer.backward(layer.down, group, a, grad, weight if on_output else None, grads, kept)
     assert d_a is not None
     if on_output:
         # <grad, down(a)> without computing down(a) again; a is not needed any more
@@ -530,7 +398,7 @@ def _backward_group(
     d_gate_up = gate_backward(d_a)
     del d_a, gate_backward
     through = grads.hidden is not None or (not on_output and grads.weights is not None)
-    d_x = layer.backward(layer.gate_up, group, x, d_gate_up, None, grads, through)
+    d_x = layer.backward(layer.gate_up, group, x, d_gate_up, None, grads, kept, through)
     if d_x is None:
         return
     if not on_output:

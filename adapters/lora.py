@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.errors import StudioError, TargetError
-from adapters.expert_math import LoraRanks
 from adapters.layouts import ExpertLayout, TensorClassName, layout_for
+from adapters.lora_products import LoraRanks
 from adapters.placement import Placement
 from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks
 

@@ -24,8 +24,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from adapters.errors import LayoutError
-from adapters.expert_math import Layer, Lora, LoraRanks, Projection, RoutedFunction, Stack, clamped_swiglu
+from adapters.expert_math import Layer, Projection, RoutedFunction, Stack, clamped_swiglu
 from adapters.layouts import ExpertLayout, layout_for
+from adapters.lora_products import Lora, LoraRanks
 from adapters.quantized import QuantizedStack
 from adapters.workspace import fused_experts, lean_rows
 

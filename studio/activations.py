@@ -10,7 +10,8 @@ sums against them, family by family):
                         fused kernel wants values as wide as keys)
                linear   the gated delta rule in chunks of 64, as stock computes it without its kernels
     mlp        gate, its activation and up; with LoRA also their product
-    experts    hidden states and routing; on the fast path also gate_up of every (token, expert) pair
+    experts    hidden states and routing; on the fast path also gate_up of every (token, expert) pair,
+               and its rank-sized products
     LoRA       the input of the projections (once in float32, where they share it), and their rank-sized products
 """
 
@@ -38,7 +39,7 @@ class Pass:
         batch_size, length_tokens: rows, and tokens of the longest one.
         dtype_bytes: of the computation.
         on_gpu: fused kernels and autocast are the GPU's.
-        attention_rank, shared_expert_rank, dense_mlp_rank: LoRA ranks, 0 for none.
+        attention_rank, shared_expert_rank, dense_mlp_rank, routed_experts_rank: LoRA ranks, 0 for none.
         keep_gate_up: the fast path of the routed experts.
     """
 
@@ -49,6 +50,7 @@ class Pass:
     attention_rank: int
     shared_expert_rank: int
     dense_mlp_rank: int
+    routed_experts_rank: int
     keep_gate_up: bool
 
     @property
@@ -161,7 +163,7 @@ def feed_forward_bytes(
         return shared_input + _mlp_bytes(layer[f"{layout.block}.{layout.mlp[1]}.weight"][0], rank, run)
     kept = float(size * hidden + 4 * 3 * moe.experts + 16 * top_k)
     if run.keep_gate_up:
-        kept += size * top_k * 2 * moe.width
+        kept += size * top_k * 2 * (moe.width + run.routed_experts_rank)
     if shared := layer.get(
         f"{layout.block}.{layout.shared_expert}.{layout.mlp[1]}.weight"
     ):  # none where its count is 0

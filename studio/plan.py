@@ -191,6 +191,7 @@ def _choose_path(
         attention_rank=recipe.adapter.attention_rank,
         shared_expert_rank=recipe.adapter.shared_expert_rank,
         dense_mlp_rank=recipe.adapter.dense_mlp_rank,
+        routed_experts_rank=recipe.adapter.routed_experts_rank,
         keep_gate_up=training.expert_path != "lean",
     )
     at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adapters.expert_math import LoraRanks, clamped_swiglu
+from adapters.expert_math import clamped_swiglu
 from adapters.layouts import LAYOUTS
+from adapters.lora_products import LoraRanks
 from adapters.quantized import QuantizedStack
 from adapters.routed import RoutedExperts
 

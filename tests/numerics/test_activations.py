@@ -30,7 +30,7 @@ def test_what_is_kept_of_each_layer(tiny: Tiny, batch: int, length: int, path: A
     stock.save_pretrained(tmp_path)
     base = base_in(tmp_path, "tiny")
     model = adapted(stock, base, path)
-    run = Pass(batch, length, 4, False, 4, 4 if tiny.layout.shared_expert else 0, 0, path == "fast")
+    run = Pass(batch, length, 4, False, 4, 4 if tiny.layout.shared_expert else 0, 0, 4, path == "fast")
     found = kept_by_layer(model, batch, length)
     moe = {shape.layer: shape for shape in base.moe}
     expected = [layer_bytes(base, layer, moe.get(number), run) * run.tokens for number, layer in enumerate(base.layers)]
@@ -96,7 +96,7 @@ def test_a_model_without_the_shared_experts_of_its_family(tmp_path: Path) -> Non
     config.moe_num_shared_experts = 0
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     base = base_in(tmp_path, "tiny")
-    run = Pass(1, 8, 4, False, 4, 0, 0, True)
+    run = Pass(1, 8, 4, False, 4, 0, 0, 4, True)
     for shape in base.moe:
         assert layer_bytes(base, base.layers[shape.layer], shape, run) > 0
     assert base.moe

@@ -13,7 +13,7 @@ from studio.memory import Held, _group, _workspace
 from studio.shapes import published_shape
 
 SHAPE = MoeShape(layer=0, experts=128, hidden=2048, width=768)
-GPU = Pass(4, 1024, 2, True, 0, 0, 0, True)
+GPU = Pass(4, 1024, 2, True, 0, 0, 0, 0, True)
 NF4 = Held(0, 0, True, False, False)
 DENSE = replace(NF4, quantized=False)
 

@@ -1,0 +1,172 @@
+"""The products of LoRA on routed experts, for a group of experts at a time: forward and backward by hand.
+
+One adapter adds scale · (x Aᵀ) B to a pair, A (r, in) and B (r, out) those of the pair's expert. The factors of all
+experts lie one after the other, A (R, in) and B (R, out). Two ways:
+
+    Each       a product for each expert of the group
+    Grouped    CUDA in bfloat16: torch's grouped matmul, smaller ranks filled up with zeros
+
+Dimension legend: P pairs of a group, G experts of a group, r LoRA rank, R sum of the ranks of all experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from adapters.products import ROW_BYTES, Group, grouped_linear, grouped_outer, linear
+
+ONEDNN_VALUES = 1 << 20
+"""Multiplications from which x Aᵀ goes through oneDNN: below, its fixed cost is more than what it saves."""
+
+
+@dataclass(frozen=True)
+class LoraRanks:
+    """One adapter's ranks, by expert, and the scale of its products."""
+
+    ranks: tuple[int, ...]
+    scale: float
+
+    def rows(self, expert: int) -> slice:
+        """The rows of the flat (R, ·) factors that belong to `expert`."""
+        start = self.starts[expert]
+        return slice(start, start + self.ranks[expert])
+
+    def span(self, group: Group) -> slice:
+        """The rows from the group's first expert to its last, those of idle experts between included."""
+        return slice(self.rows(group.experts[0]).start, self.rows(group.experts[-1]).stop)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each expert in the flat factors, and after the last their number."""
+        return (0, *accumulate(self.ranks))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter's factors on one projection: adds scale · (x Aᵀ) B, expert by expert. A (R, in), B (R, out)."""
+
+    spec: LoraRanks
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Each:
+    """One adapter's factors for a group, and products for each of its experts on its own.
+
+    Attributes:
+        a: (R, in), b: (R, out), of all experts. ranks: of the group's experts.
+    """
+
+    a: Tensor
+    b: Tensor
+    group: Group
+    spec: LoraRanks
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lora: Lora, group: Group, dtype: torch.dtype) -> Each | None:
+        """None where no expert of the group has a rank."""
+        ranks = tuple(lora.spec.ranks[expert] for expert in group.experts)
+        return cls(lora.a.to(dtype), lora.b.to(dtype), group, lora.spec, ranks) if any(ranks) else None
+
+    def narrow(self, x: Tensor, factor: Tensor) -> Tensor:
+        """x (P, ·) times each expert's factor, transposed → (P, r), r the largest rank; smaller ones filled with 0."""
+        if len(self.ranks) == 1:
+            return _narrow(x, self._rows(factor)[0])
+        same = min(self.ranks) == max(self.ranks)
+        hidden = (x.new_empty if same else x.new_zeros)(x.shape[0], max(self.ranks))
+        for rows, own, values in zip(self._split(x), self._split(hidden), self._rows(factor), strict=True):
+            torch.mm(rows, values.t(), out=own if same else own[:, : len(values)])
+        return hidden
+
+    def add_wide(self, y: Tensor, hidden: Tensor, factor: Tensor, scale: float) -> None:
+        """y (P, ·) += scale · hidden @ factor, expert by expert."""
+        for rows, own, values in zip(self._split(y), self._split(hidden), self._rows(factor), strict=True):
+            rows.addmm_(own[:, : len(values)], values, alpha=scale)
+
+    def add_outer(self, gradient: Tensor, hidden: Tensor, x: Tensor) -> None:
+        """The group's rows of a factor's gradient (R, ·) += hiddenᵀ x, expert by expert."""
+        for rows, own, into in zip(self._split(x), self._split(hidden), self._rows(gradient), strict=True):
+            left = own[:, : len(into)].t()
+            if into.dtype == rows.dtype:
+                into.addmm_(left, rows)
+            else:
+                into += left @ rows
+
+    def _split(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        return pairs.split(self.group.counts)
+
+    def _rows(self, factor: Tensor) -> list[Tensor]:
+        return [factor[self.spec.rows(expert)] for expert in self.group.experts]
+
+
+def _narrow(x: Tensor, factor: Tensor) -> Tensor:
+    """x @ factorᵀ; thin products are quicker on the default BLAS while they are small."""
+    return linear(x, factor) if x.numel() * len(factor) >= ONEDNN_VALUES else x @ factor.t()
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """One adapter's factors for a group, an expert after the other.
+
+    Attributes:
+        a: (G, r, in), b: (G, r, out), r the largest rank of the group, or a little more where the matmul wants that.
+    """
+
+    a: Tensor
+    b: Tensor
+    group: Group
+    spec: LoraRanks
+
+    @classmethod
+    def of(cls, lora: Lora, group: Group, dtype: torch.dtype) -> Grouped | None:
+        """None where no expert of the group has a rank."""
+        ranks = [lora.spec.ranks[expert] for expert in group.experts]
+        rank, step = max(ranks), ROW_BYTES // dtype.itemsize
+        if not rank:
+            return None
+        whole = len(ranks) == 1 or rank % step == 0
+        rows = lora.spec.span(group)
+        if whole and min(ranks) == rank and rows.stop - rows.start == rank * len(ranks):
+            a, b = (factor[rows].to(dtype).reshape(len(ranks), rank, -1) for factor in (lora.a, lora.b))
+        else:
+            rank = rank if whole else rank + step - rank % step
+            a, b = (_padded(factor, lora.spec, group, rank, dtype) for factor in (lora.a, lora.b))
+        return cls(a, b, group, lora.spec)
+
+    def narrow(self, x: Tensor, factor: Tensor) -> Tensor:
+        """x (P, ·) times each expert's factor (G, r, ·), transposed → (P, r)."""
+        return grouped_linear(x, factor, self.group.counts, True)
+
+    def add_wide(self, y: Tensor, hidden: Tensor, factor: Tensor, scale: float) -> None:
+        """y (P, ·) += scale · hidden @ factor, expert by expert."""
+        y.add_(grouped_linear(hidden, factor, self.group.counts, False), alpha=scale)
+
+    def add_outer(self, gradient: Tensor, hidden: Tensor, x: Tensor) -> None:
+        """The group's rows of a factor's gradient (R, ·) += hiddenᵀ x, expert by expert."""
+        product = grouped_outer(hidden, x, self.group.counts)
+        rows = self.spec.span(self.group)
+        ranks = {self.spec.ranks[expert] for expert in self.group.experts}
+        if ranks == {product.shape[1]} and rows.stop - rows.start == product.shape[0] * product.shape[1]:
+            gradient[rows] += product.view(-1, product.shape[2])
+            return
+        for place, expert in enumerate(self.group.experts):
+            gradient[self.spec.rows(expert)] += product[place, : self.spec.ranks[expert]]
+
+
+def _padded(factor: Tensor, spec: LoraRanks, group: Group, rank: int, dtype: torch.dtype) -> Tensor:
+    result = factor.new_zeros(len(group.experts), rank, factor.shape[1], dtype=dtype)
+    for place, expert in enumerate(group.experts):
+        result[place, : spec.ranks[expert]] = factor[spec.rows(expert)]
+    return result
+
+
+def factors_of(lora: Lora, group: Group, dtype: torch.dtype, grouped: bool) -> Each | Grouped | None:
+    """The factors of a group in `dtype`; None where none of its experts has a rank."""
+    return (Grouped if grouped else Each).of(lora, group, dtype)
