@@ -85,7 +85,7 @@ class _Scratch(threading.local):
         return self.quantizers[kind]
 
     def values(self, count: int, dtype: torch.dtype) -> Tensor:
-        if len(self.piece) < count * dtype.itemsize:
+        if self.piece.numel() < count * dtype.itemsize:
             self.piece = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         return self.piece[: count * dtype.itemsize].view(dtype)
 
@@ -147,14 +147,15 @@ def _pieces(spans: Sequence[Span], length: int, files: OpenFiles, scratch: _Scra
     dtype = reduce(torch.promote_types, [span.dtype for span in spans])
     total = sum(span.values for span in spans)
     for start in range(0, total, length):
-        values = scratch.values(min(length, total - start), dtype)
+        count = min(length, total - start)
+        values = scratch.values(count, dtype)
         offset = 0  # of the span, in the values laid end to end
         for span in spans:
-            first, last = max(start, offset), min(start + len(values), offset + span.values)
+            first, last = max(start, offset), min(start + count, offset + span.values)
             if first < last:
                 place = span.start + (first - offset) * span.value_bytes
                 part = values[first - start : last - start]
-                read = part if span.dtype == dtype else torch.empty(len(part), dtype=span.dtype)
+                read = part if span.dtype == dtype else torch.empty_like(part, dtype=span.dtype)
                 files.read(span.info.file, place, read)
                 if read is not part:
                     part.copy_(read)

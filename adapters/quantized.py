@@ -34,6 +34,9 @@ BITS_MASK = {
 }
 """The exponent bits of each floating dtype: all of them set means NaN or infinity."""
 
+INT8_PIECE = 1 << 16
+"""Values of an int8 matrix that are dequantised at a time on a CPU."""
+
 
 class Writer(Protocol):
     """Takes one matrix in pieces, in order: `put` pieces of a multiple of `step` values, the last of any size, `close`.
@@ -172,7 +175,7 @@ class _FourBitWriter:
         self._absmax = torch.empty(held.absmax.shape[1])
 
     def put(self, start: int, values: Tensor) -> None:
-        stop = start + len(values)
+        stop = start + values.numel()
         packed = self._packed[start // 2 : four_bit.packed_bytes(stop)]
         self._quantizer(values, packed, self._absmax[start // BLOCK : four_bit.block_count(stop)])
 
@@ -228,7 +231,7 @@ def dequantize_rows(values: Tensor, absmax: Tensor, out: Tensor) -> None:
     """Row-wise int8 `values` (N, cols) with `absmax` (N,) float32 into `out` (N, cols), floating point."""
     # a piece at a time, so that the product in float32 is not another matrix in memory; on a GPU all at once
     count, cols = out.shape
-    rows = max(1, four_bit.CHUNK // cols) if out.is_cpu else max(1, count)
+    rows = max(1, INT8_PIECE // cols) if out.is_cpu else max(1, count)
     scratch = None if out.dtype == torch.float32 else torch.empty((min(rows, count), cols), device=out.device)
     for row in range(0, count, rows):
         part = out[row : row + rows]
