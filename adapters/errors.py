@@ -45,6 +45,10 @@ class TargetError(StudioError):
     """An adapter was asked for a class of tensors, or an expert, that the model does not have."""
 
 
+class ProfileError(StudioError):
+    """A router profile that is missing, unreadable, or made from another base or other data."""
+
+
 class AdapterFileError(StudioError):
     """An adapter directory that is incomplete, unreadable, or made for another base."""
 

@@ -79,6 +79,7 @@ class ExpertLayout:
     Attributes:
         model_type: `config.json`'s model_type; of the language model where it is a part of a multimodal one.
         router: the router inside the MoE block; its weight is (E, H). Empty for a dense family.
+        router_logits: place of the logits (T, E) in what the router returns, where that is a tuple.
         block: the MoE block inside a decoder layer; the same name holds the dense MLP elsewhere.
         shared_expert: the always-on expert inside the block, or None.
         stack_order: "in_out" when `gate_up_proj` is (E, H, 2I) and `down_proj` (E, I, H); "out_in" when they are
@@ -103,6 +104,7 @@ class ExpertLayout:
 
     model_type: str
     router: str = "gate"
+    router_logits: int = 0
     block: str = "mlp"
     shared_expert: str | None = None
     stack_order: Literal["in_out", "out_in"] = "out_in"
@@ -258,6 +260,7 @@ LLAMA4 = ExpertLayout(
     model_type="llama4_text",
     block="feed_forward",
     router="router",
+    router_logits=1,
     shared_expert="shared_expert",
     stack_order="in_out",
     weight_on="input",

@@ -1,0 +1,131 @@
+"""What the routers of a model do in its forward passes, for every family alike.
+
+    with watch_routing(model, layout) as seen:
+        model(...)                       one `Routing` a MoE layer is appended to `seen`; the caller clears it
+    count_routing(seen, kept, sources)   ─▶ Counts, what a router profile is summed from
+
+Dimension legend: T tokens (rows x length), K experts a token (top-k), E experts, L MoE layers, S data sources.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import LayoutError
+from adapters.layouts import ExpertLayout
+from adapters.routed import moe_blocks
+
+LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One MoE layer's routing in one forward pass, with its autograd graph where there is one.
+
+    Attributes:
+        layer: number of the decoder layer.
+        logits: (T, E) of the router, before softmax or sigmoid, and before selection biases.
+        experts: (T, K) ids of the chosen experts. weights: (T, K) what their outputs (or inputs) are multiplied by.
+    """
+
+    layer: int
+    logits: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+@contextmanager
+def watch_routing(model: nn.Module, layout: ExpertLayout) -> Iterator[list[Routing]]:
+    """Yields a list that each forward pass extends, layer after layer. Nothing else about the model changes.
+
+    Args:
+        model: with `RoutedExperts`, adapters or not. Under gradient checkpointing the backward pass runs the layers
+            again, and they are appended again.
+
+    Raises:
+        LayoutError: the model has no MoE layer.
+    """
+    seen: list[Routing] = []
+    handles: list[Any] = []
+    blocks = list(moe_blocks(model, layout))
+    if not blocks:
+        raise LayoutError(f"this {layout.model_type} model has no MoE layer whose routing could be watched")
+    for name, block in blocks:
+        handles += _watch(int(LAYER_NUMBER.findall(f"{name}.")[-1]), block, layout, seen)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(layer: int, block: nn.Module, layout: ExpertLayout, seen: list[Routing]) -> list[Any]:
+    last: list[Tensor] = []
+
+    def on_router(_module: nn.Module, _args: Any, output: Any) -> None:
+        logits = output if isinstance(output, Tensor) else output[layout.router_logits]
+        last[:] = [logits.flatten(0, -2)]
+
+    def on_experts(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        _, experts, weights = args
+        seen.append(Routing(layer, last.pop(), experts.flatten(0, -2), weights.flatten(0, -2)))
+
+    router = block.get_submodule(layout.router)
+    return [
+        router.register_forward_hook(on_router),
+        block.get_submodule(layout.experts).register_forward_pre_hook(on_experts),
+    ]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over tokens.
+
+    Attributes:
+        routed: (S, L, E) int64, tokens routed to each expert. gate: (S, L, E) float64, their routing weights.
+        together: (L, E, E) int64, tokens that chose both experts; the diagonal is `routed` over all sources.
+        tokens: (S,) int64.
+    """
+
+    routed: Tensor
+    gate: Tensor
+    together: Tensor
+    tokens: Tensor
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def count_routing(seen: Sequence[Routing], kept: Tensor, sources: Tensor, source_count: int = 1) -> Counts:
+    """Sums of one forward pass.
+
+    Args:
+        seen: one a MoE layer.
+        kept: (T,) bool, False for padding.
+        sources: (T,) int64, the data source of each token, below `source_count`.
+    """
+    own = sources[kept]
+    layers = [_layer_counts(routing, kept, own, source_count) for routing in seen]
+    routed, gate, together = (torch.stack(parts) for parts in zip(*layers, strict=True))
+    tokens = torch.bincount(own, minlength=source_count)
+    return Counts(routed.transpose(0, 1).cpu(), gate.transpose(0, 1).cpu(), together.cpu(), tokens.cpu())
+
+
+def _layer_counts(routing: Routing, kept: Tensor, sources: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, E) tokens, (S, E) weights, (E, E) tokens together."""
+    experts, weights = routing.experts[kept].detach(), routing.weights[kept].detach().double()
+    total, top_k = routing.logits.shape[1], experts.shape[1]
+    place = (sources.unsqueeze(1) * total + experts).flatten()
+    routed = torch.bincount(place, minlength=count * total).view(count, total)
+    gate = torch.bincount(place, weights.flatten(), minlength=count * total).view(count, total)
+    if top_k == 1:
+        return routed, gate, routed.sum(0).diag()
+    chosen = torch.zeros(len(experts), total, device=experts.device).scatter_(1, experts, 1.0)
+    return routed, gate, (chosen.t() @ chosen).round().long()
