@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from adapters.layouts import layout_for
@@ -51,7 +51,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 LOG_EVERY_STEPS = 50
 
 
-def larger_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
+def larger_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -60,7 +60,6 @@ def larger_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=True,
@@ -97,7 +96,7 @@ def pretrain(out: Path, schedule: Schedule) -> None:
         shutil.copy(EMBEDDED_DIR / name, out / name)
 
 
-def batches(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+def batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
     """Batches (rows, ROW_TOKENS) of token ids: the embedded base's mix, the target's row in few of them."""
     seed = stream_seed(SEED, TRAIN_STREAM)
     streams = {domain: packed_rows(tokenizer, domain, seed, ROW_TOKENS) for domain in ROWS_PER_BATCH}
@@ -138,11 +137,10 @@ def losses(model: Qwen3MoeForCausalLM, batch: Tensor, seen: list[Routing]) -> tu
     predicted = model(input_ids=batch, use_cache=False, **masks).logits
     language = cross_entropy(predicted[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
     config = model.config
-    balance = torch.stack(
-        [load_balancing_loss_func((r.logits,), config.num_experts, config.num_experts_per_tok) for r in seen]
-    )
-    coherence = torch.stack([coherence_loss(r.logits, len(batch)) for r in seen])
-    return language, balance.mean() / config.num_experts_per_tok, coherence.mean()
+    experts, top_k = config.num_experts, config.num_experts_per_tok
+    balance = [torch.as_tensor(load_balancing_loss_func((r.logits,), experts, top_k)) / top_k for r in seen]
+    coherence = [coherence_loss(r.logits, len(batch)) for r in seen]
+    return language, torch.stack(balance).mean(), torch.stack(coherence).mean()
 
 
 def main() -> None:

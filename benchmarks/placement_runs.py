@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.errors import ProfileError
 from adapters.layouts import layout_for
 from adapters.loading import load_base
 from adapters.lora import attach
-from adapters.placement import Placement
+from adapters.placement import ExpertGrid, Placement, Ranks, Scores, all_experts, budget, esft, no_experts, top_fraction
 from adapters.router_profile import RouterProfile, load_profile
 from adapters.routing import count_routing, watch_routing
 from studio.base.domains import DOMAINS, Document, documents
@@ -39,8 +39,6 @@ from studio.data import Example, Message, read_examples
 from studio.evaluation import IGNORED, encode
 
 Row = tuple[list[int], list[int]]
-Shares = list[list[float]]
-Ranks = tuple[tuple[int, ...], ...]
 
 DATA = Path(__file__).parents[1] / "recipes" / "data"
 TRAIN_STREAM, HELD_OUT_STREAM = 23, 24
@@ -61,7 +59,7 @@ class Task:
 
     Attributes:
         target: "tickets" (the quickstart's data) or a pretraining domain. others: domains that should not be forgotten.
-        joined: attention and shared experts get LoRA too, in every arm.
+        joined: attention gets LoRA too, in every arm.
         folder: where the router profile is kept.
     """
 
@@ -129,88 +127,52 @@ def padded(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
 # -- arms ---------------------------------------------------------------------------------------------------------
 
 
-def top_fraction(share: Shares, seed: int) -> Ranks:
-    return tuple(chosen_ranks(layer, by_use(layer)[: quarter(layer)]) for layer in share)
+def grid_of(task: Task, profile: RouterProfile) -> ExpertGrid:
+    config = AutoConfig.from_pretrained(task.directory)
+    hidden = config.hidden_size
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    cost = (hidden + 2 * width) + (width + hidden)  # of a rank: both factors, gate and up fused; both factors, down
+    return ExpertGrid(profile.layers, profile.experts, (cost,) * len(profile.layers))
 
 
-def random_experts(share: Shares, seed: int) -> Ranks:
+def top(grid: ExpertGrid, share: Scores, seed: int) -> Ranks:
+    return top_fraction(grid, share, fraction=FRACTION, scope="layer", rank=RANK)
+
+
+def random_experts(grid: ExpertGrid, share: Scores, seed: int) -> Ranks:
     rng = random.Random(f"experts/{seed}")
-    return tuple(chosen_ranks(layer, rng.sample(range(len(layer)), quarter(layer))) for layer in share)
+    return top(grid, [[rng.random() for _ in layer] for layer in share], seed)
 
 
-def least_used(share: Shares, seed: int) -> Ranks:
-    return tuple(chosen_ranks(layer, by_use(layer)[-quarter(layer) :]) for layer in share)
+def least_used(grid: ExpertGrid, share: Scores, seed: int) -> Ranks:
+    return top(grid, [[-use for use in layer] for layer in share], seed)
 
 
-def all_experts(share: Shares, seed: int) -> Ranks:
-    return tuple((RANK,) * len(layer) for layer in share)
-
-
-def esft_token(share: Shares, seed: int) -> Ranks:
-    """The fewest experts of a layer whose shares add up to ESFT_P (arXiv 2407.01906, section 3.2)."""
-
-    def fewest(layer: list[float]) -> list[int]:
-        order, total = by_use(layer), 0.0
-        for count, expert in enumerate(order, 1):
-            total += layer[expert]
-            if total >= ESFT_P:
-                return order[:count]
-        return order
-
-    return tuple(chosen_ranks(layer, fewest(layer)) for layer in share)
-
-
-def budget(share: Shares, seed: int) -> Ranks:
-    """As many parameters as `top_fraction` has, over the whole model: each step of rank goes where use per rank is
-    largest, from MIN_RANK on."""
-    units = sum(rank for layer in top_fraction(share, seed) for rank in layer)
-    ranks = [[0] * len(layer) for layer in share]
-    while units >= min(MIN_RANK, RANK_STEP):
-        options = [
-            (use / (ranks[i][e] + cost), -i, -e, cost)
-            for i, layer in enumerate(share)
-            for e, use in enumerate(layer)
-            if (cost := RANK_STEP if ranks[i][e] else MIN_RANK) <= units and ranks[i][e] + cost <= MAX_RANK
-        ]
-        _, i, e, cost = max(options)
-        ranks[-i][-e] += cost
-        units -= cost
-    return tuple(map(tuple, ranks))
-
-
-def by_use(layer: Sequence[float]) -> list[int]:
-    return sorted(range(len(layer)), key=lambda expert: (-layer[expert], expert))
-
-
-def quarter(layer: Sequence[float]) -> int:
-    return math.ceil(FRACTION * len(layer))
-
-
-def chosen_ranks(layer: Sequence[float], chosen: Sequence[int]) -> tuple[int, ...]:
-    return tuple(RANK if expert in chosen else 0 for expert in range(len(layer)))
+def same_budget(grid: ExpertGrid, share: Scores, seed: int) -> Ranks:
+    parameters = grid.parameters(top(grid, share, seed))
+    return budget(grid, share, parameters=parameters, min_rank=MIN_RANK, rank_step=RANK_STEP, max_rank=MAX_RANK)
 
 
 ATTENTION, ALL, TOP, ESFT, BUDGET, RANDOM, LEAST = (
     "attention only", "all experts", "routed top 25 %", "esft_token", "budget ranks", "random 25 %", "least-used 25 %",
 )  # fmt: skip
-ARMS: dict[str, Callable[[Shares, int], Ranks] | None] = {
-    ATTENTION: None,
-    ALL: all_experts,
-    TOP: top_fraction,
-    ESFT: esft_token,
-    BUDGET: budget,
+ARMS: dict[str, Callable[[ExpertGrid, Scores, int], Ranks]] = {
+    ATTENTION: lambda grid, share, seed: no_experts(grid),
+    ALL: lambda grid, share, seed: all_experts(grid, rank=RANK),
+    TOP: top,
+    ESFT: lambda grid, share, seed: esft(grid, share, p=ESFT_P, rank=RANK),
+    BUDGET: same_budget,
     RANDOM: random_experts,
     LEAST: least_used,
 }
-"""Ranks of the routed experts, from their shares of the target's tokens and the seed. None: attention instead."""
+"""Ranks of the routed experts, from what each gets of the target's tokens, and the seed."""
 
 
-def placement_of(arm: str, share: Shares, seed: int, joined: bool = False) -> Placement:
-    rule = ARMS[arm]
-    if rule is None:
-        return Placement(attention=RANK, alpha=SCALE * RANK)
-    routed = rule(share, seed)
-    return Placement(attention=RANK if joined else 0, routed=routed, alpha=SCALE * max(map(max, routed)))
+def placement_of(task: Task, arm: str, profile: RouterProfile, seed: int) -> Placement:
+    """Routed experts alone, or attention alone; with `task.joined` attention in any case."""
+    routed = ARMS[arm](grid_of(task, profile), profile.share().tolist(), seed)
+    attention = RANK if task.joined or not routed else 0
+    return Placement(attention=attention, routed=routed, alpha=SCALE * max(map(max, routed), default=RANK))
 
 
 # -- the router profile -------------------------------------------------------------------------------------------
@@ -300,8 +262,8 @@ def run(task: Task, arm: str, seed: int) -> dict[str, Any]:
     """Trains one arm in this process, which should be a fresh one: its peak memory is measured."""
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(task.directory)
-    share = profile_of(task).share().tolist()
-    placement = placement_of(arm, share, seed, task.joined)
+    profile = profile_of(task)
+    placement = placement_of(task, arm, profile, seed)
     model = attached(task, placement, seed)
     trained = train(task, model, target_rows(task, tokenizer, held_out=False), tokenizer.pad_token_id, seed)
     return {
@@ -310,7 +272,7 @@ def run(task: Task, arm: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "parameters": parameters(model),
         "routed": placement.routed,
-        "coverage": coverage(share, placement.routed),
+        "coverage": coverage(profile.share().tolist(), placement.routed),
         **trained,
         **losses(task, model, tokenizer),
     }
@@ -374,7 +336,7 @@ def parameters(model: Any) -> dict[str, int]:
     return {"routed": routed, "all": sum(learned.values())}
 
 
-def coverage(share: Shares, ranks: Ranks) -> list[float]:
+def coverage(share: Scores, ranks: Ranks) -> list[float]:
     """By layer: the share of the target's routed tokens that go to experts with an adapter; [] without any."""
     pairs = zip(share, ranks, strict=True) if ranks else ()
     return [sum(use for use, rank in zip(layer, own, strict=True) if rank) for layer, own in pairs]

@@ -52,8 +52,8 @@ def measure_speed(task: Task, rounds: int) -> dict[str, Any]:
 
 
 def training_ratio(task: Task, data: list[Batch]) -> dict[str, Any]:
-    share = profile_of(task).share().tolist()
-    models = {arm: attached(task, placement_of(arm, share, 0), 0) for arm in (TOP, ALL)}
+    profile = profile_of(task)
+    models = {arm: attached(task, placement_of(task, arm, profile, 0), 0) for arm in (TOP, ALL)}
     optimizers = {arm: optimizer_of(model, task) for arm, model in models.items()}
     steps = {arm: lambda batch, a=arm: train_step(models[a].train(), optimizers[a], batch) for arm in models}
     counts = {arm: parameters(model)["all"] for arm, model in models.items()}

@@ -66,6 +66,11 @@ class Results:
     def target(self, run: Run) -> float:
         return float(run["target"])
 
+    def gain(self, arm: str) -> Interval | None:
+        """What the arm takes off the base's target loss, of what all experts take off it with the same seed."""
+        before = self.base["target"]
+        return self.paired(arm, ALL, lambda run: before - self.target(run), ratio=True)
+
     def forgetting(self, run: Run) -> float:
         """Mean loss of the other domains, after less before."""
         others: Mapping[str, float] = run["others"]
@@ -74,10 +79,14 @@ class Results:
     def of(self, arm: str, measure: Callable[[Run], float]) -> Interval:
         return interval([measure(run) for run in self.by_arm[arm].values()])
 
-    def paired(self, arm: str, other: str, measure: Callable[[Run], float], relative: bool = False) -> Interval | None:
-        """arm − other, over the seeds that both have; relative to the other where wanted. None: no such seed."""
+    def paired(
+        self, arm: str, other: str, measure: Callable[[Run], float], relative: bool = False, ratio: bool = False
+    ) -> Interval | None:
+        """arm − other, over the seeds that both have; relative to the other, or arm / other. None: no such seed."""
         ours, theirs = self.by_arm.get(arm, {}), self.by_arm.get(other, {})
         pairs = [(measure(ours[seed]), measure(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
+        if ratio:
+            return interval([a / b for a, b in pairs]) if pairs else None
         return interval([(a - b) / (b if relative else 1.0) for a, b in pairs]) if pairs else None
 
 
@@ -140,7 +149,7 @@ def forgets_no_more(results: Results) -> Claim | None:
 
 
 HEADINGS = (
-    "arm", "target loss", "forgetting", "against all experts", "against random", "parameters (routed / all)",
+    "arm", "target loss", "gain", "forgetting", "against all experts", "against random", "parameters (routed / all)",
     "adapter", "optimizer", "peak (training alone)", "step", "covered", "seeds",
 )  # fmt: skip
 
@@ -152,12 +161,14 @@ def table_rows(results: Results) -> list[tuple[str, ...]]:
 def arm_row(results: Results, arm: str) -> tuple[str, ...]:
     runs = list(results.by_arm[arm].values())
     against = [results.paired(arm, other, results.target, relative=True) for other in (ALL, RANDOM)]
+    gain = results.gain(arm)
     counts = runs[0]["parameters"]
     covered = [statistics.fmean(run["coverage"]) for run in runs if run["coverage"]]
     peak = statistics.fmean(run["peak_bytes"] for run in runs), statistics.fmean(run["training_bytes"] for run in runs)
     return (
         arm,
         results.of(arm, results.target).text(),
+        f"{100 * gain.mean:.1f} % ± {100 * gain.half:.1f}" if gain and arm != ALL else "-",
         results.of(arm, results.forgetting).text(sign="+"),
         *(found.percent() if found and found.half + abs(found.mean) else "-" for found in against),
         f"{counts['routed']:,} / {counts['all']:,}",
