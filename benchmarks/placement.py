@@ -12,10 +12,10 @@ experts alone, so that nothing else hides the difference. Placements come from t
 rows; random experts are drawn anew with every seed.
 
 Each run is a process of its own with one thread. Reported per arm: held-out loss of the target and of the other
-domains (forgetting: after less before), both per learned token; its gain, in percent of the loss that all experts take
-off the target; trained parameters, bytes of the adapter (compact,
-4 a parameter) and of AdamW's state, peak memory of the process and what training added to it, median step; what the
-adapted experts cover of the target's routed tokens. Then the three claims, judged by their whole intervals.
+domains (forgetting: after less before), both per learned token; gain, what the arm takes off the base's target loss in
+percent of what all experts take off it; trained parameters, bytes of the adapter (compact, 4 a parameter) and of
+AdamW's state, peak memory of the process and what training added to it, median step; what the adapted experts cover
+of the target's routed tokens. Then the three claims, judged by their whole intervals.
 
 All of it: 15 to 20 minutes on two idle cores, once the larger model is there. --json is written after every run; with
 --resume the runs in it are kept. Step times of a run are those with the other worker beside it; --speed measures
@@ -50,17 +50,14 @@ BATCH_ROWS = 16
 QUICK_ARMS, QUICK_PRETRAINING_STEPS = (TOP, ALL), 40
 FULL = {"steps": 64, "held_out_rows": 240, "held_out_documents": 16, "profile_tokens": 131_072}
 QUICK = {"steps": 6, "held_out_rows": 24, "held_out_documents": 2, "profile_tokens": 4096}
+WORKERS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2 << 20), "PYTHONWARNINGS": "ignore"}
+"""Environment of the runs; glibc's threshold as in training jobs, so that peaks mean the same."""
 PRELOADED = ["torch", "transformers", "peft", "adapters.loading", "adapters.lora", "studio.evaluation"]
 
 
 def main() -> None:
     options = parsed()
-    for name, value in {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(2 << 20),
-        "PYTHONWARNINGS": "ignore",
-    }.items():
-        os.environ[name] = value  # of the workers; the threshold as in training jobs, so that peaks mean the same
+    os.environ.update(WORKERS)
     torch.set_num_threads(1)
     tasks = [task_of(*pair, options) for pair in TASKS if pair[0] == (options.model or pair[0])]
     if options.speed:

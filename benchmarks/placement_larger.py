@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from adapters.layouts import layout_for
@@ -83,7 +83,7 @@ def larger_model(folder: Path, steps: int = STEPS) -> Path:
 
 
 def pretrain(out: Path, schedule: Schedule) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_DIR)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED_DIR)
     torch.manual_seed(SEED)
     model = Qwen3MoeForCausalLM(larger_config(tokenizer)).train()
     for layer in model.model.layers:  # stock starts them at 0, where every top-k is a tie

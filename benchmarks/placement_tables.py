@@ -7,12 +7,13 @@ order of the same rows, another placement.
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from placement_runs import ALL, ATTENTION, FRACTION, RANDOM, TOP
+from placement_runs import ALL, ATTENTION, FRACTION, LEAST, RANDOM, TOP
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 """97.5 % quantiles of Student's t for 1, 2, … degrees of freedom."""
 MOST_SEEDS = len(T_975) + 1
 
+QUARTERS = (TOP, RANDOM, LEAST)
 WITHIN, FEWER_PARAMETERS = 0.02, 0.70
 Run = Mapping[str, Any]
 
@@ -54,6 +56,10 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.fmean(values), T_975[n - 2] * statistics.stdev(values) / math.sqrt(n), n)
 
 
+def relative_difference(ours: float, theirs: float) -> float:
+    return ours / theirs - 1
+
+
 class Results:
     """The runs of one task, by arm and seed, and the base's losses."""
 
@@ -69,7 +75,7 @@ class Results:
     def gain(self, arm: str) -> Interval | None:
         """What the arm takes off the base's target loss, of what all experts take off it with the same seed."""
         before = self.base["target"]
-        return self.paired(arm, ALL, lambda run: before - self.target(run), ratio=True)
+        return self.paired(arm, ALL, lambda run: before - self.target(run), operator.truediv)
 
     def forgetting(self, run: Run) -> float:
         """Mean loss of the other domains, after less before."""
@@ -80,14 +86,12 @@ class Results:
         return interval([measure(run) for run in self.by_arm[arm].values()])
 
     def paired(
-        self, arm: str, other: str, measure: Callable[[Run], float], relative: bool = False, ratio: bool = False
+        self, arm: str, other: str, measure: Callable[[Run], float], compare: Callable[[float, float], float]
     ) -> Interval | None:
-        """arm − other, over the seeds that both have; relative to the other, or arm / other. None: no such seed."""
+        """`compare`(arm, other) over the seeds that both have. None: no such seed."""
         ours, theirs = self.by_arm.get(arm, {}), self.by_arm.get(other, {})
         pairs = [(measure(ours[seed]), measure(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
-        if ratio:
-            return interval([a / b for a, b in pairs]) if pairs else None
-        return interval([(a - b) / (b if relative else 1.0) for a, b in pairs]) if pairs else None
+        return interval([compare(a, b) for a, b in pairs]) if pairs else None
 
 
 # -- claims -------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def claims(results: Results) -> list[Claim]:
 
 
 def near_all_experts(results: Results) -> Claim | None:
-    difference = results.paired(TOP, ALL, results.target, relative=True)
+    difference = results.paired(TOP, ALL, results.target, relative_difference)
     if difference is None:
         return None
     ours, theirs = (next(iter(results.by_arm[arm].values()))["parameters"]["routed"] for arm in (TOP, ALL))
@@ -127,10 +131,10 @@ def near_all_experts(results: Results) -> Claim | None:
 
 
 def better_than_random(results: Results) -> Claim | None:
-    difference = results.paired(TOP, RANDOM, results.target)
+    difference = results.paired(TOP, RANDOM, results.target, operator.sub)
     if difference is None:
         return None
-    relative = results.paired(TOP, RANDOM, results.target, relative=True)
+    relative = results.paired(TOP, RANDOM, results.target, relative_difference)
     assert relative is not None
     found = "holds" if difference.high < 0 else "does not hold" if difference.low > 0 else verdict(difference, 0)
     numbers = f"target loss {difference.text(sign='+')} nats against random 25 % ({relative.percent()})"
@@ -138,7 +142,7 @@ def better_than_random(results: Results) -> Claim | None:
 
 
 def forgets_no_more(results: Results) -> Claim | None:
-    difference = results.paired(TOP, ALL, results.forgetting)
+    difference = results.paired(TOP, ALL, results.forgetting, operator.sub)
     if difference is None:
         return None
     numbers = f"forgetting {difference.text(sign='+')} nats against all experts"
@@ -160,7 +164,7 @@ def table_rows(results: Results) -> list[tuple[str, ...]]:
 
 def arm_row(results: Results, arm: str) -> tuple[str, ...]:
     runs = list(results.by_arm[arm].values())
-    against = [results.paired(arm, other, results.target, relative=True) for other in (ALL, RANDOM)]
+    against = [results.paired(arm, other, results.target, relative_difference) for other in (ALL, RANDOM)]
     gain = results.gain(arm)
     counts = runs[0]["parameters"]
     covered = [statistics.fmean(run["coverage"]) for run in runs if run["coverage"]]
@@ -191,6 +195,7 @@ def show(console: Console, name: str, task: Mapping[str, Any], results: Results)
         table.add_row(*row)
     console.print(table)
     console.print(concentration_text(task["concentration"]), highlight=False)
+    console.print(covered_text(results), highlight=False)
     for claim in claims(results):
         console.print(f"  {claim.text}: {claim.verdict.upper()}: {claim.numbers}", highlight=False)
 
@@ -207,6 +212,16 @@ def concentration_text(found: Mapping[str, Sequence[float]]) -> str:
     return (
         f"  by layer, the busiest quarter of the experts gets {quarter} of the target's tokens; load entropy {entropy}"
     )
+
+
+def covered_text(results: Results) -> str:
+    """Whether what the chosen quarter covers of the target's tokens goes with its loss, over arms and seeds."""
+    runs = [run for arm in QUARTERS for run in results.by_arm.get(arm, {}).values()]
+    pairs = [(statistics.fmean(run["coverage"]), results.target(run)) for run in runs]
+    if len(pairs) < 3 or len(set(pairs)) < 3:
+        return ""
+    r = statistics.correlation(*zip(*pairs, strict=True))
+    return f"  over the {len(pairs)} runs with a quarter of the experts, coverage and target loss correlate: {r:+.2f}"
 
 
 def order(arms: Sequence[str]) -> list[str]:
