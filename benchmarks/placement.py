@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from placement_larger import STEPS as PRETRAINING_STEPS
 from placement_larger import TARGET_DOMAIN, larger_model
-from placement_runs import ALL, ALL_DOMAINS, ARMS, TOP, Task, described, measure_base, profile_of, run
+from placement_runs import ALL, ALL_DOMAINS, ARMS, ASKED_FOR, TOP, Task, described, measure_base, profile_of, run
 from placement_speed import measure_speed, speed_text
 from placement_tables import MOST_SEEDS, Results, concentration, order, show
 from rich.console import Console
@@ -86,7 +86,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="of --speed")
     options = parser.parse_args()
     options.seeds = options.seeds or (2 if options.quick else 5)
-    options.arms = options.arms or (QUICK_ARMS if options.quick else tuple(ARMS))
+    options.arms = options.arms or (QUICK_ARMS if options.quick else tuple(arm for arm in ARMS if arm not in ASKED_FOR))
     if not 1 <= options.seeds <= MOST_SEEDS:
         parser.error(f"--seeds {options.seeds}: allowed are 1 to {MOST_SEEDS}")
     if options.json and options.json.exists() and not options.resume and not options.speed:

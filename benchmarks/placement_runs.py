@@ -153,8 +153,9 @@ def same_budget(grid: ExpertGrid, share: Scores, seed: int) -> Ranks:
     return budget(grid, share, parameters=parameters, min_rank=MIN_RANK, rank_step=RANK_STEP, max_rank=MAX_RANK)
 
 
-ATTENTION, ALL, TOP, ESFT, BUDGET, RANDOM, LEAST = (
+ATTENTION, ALL, TOP, ESFT, BUDGET, RANDOM, LEAST, HALF = (
     "attention only", "all experts", "routed top 25 %", "esft_token", "budget ranks", "random 25 %", "least-used 25 %",
+    "routed top 50 %",
 )  # fmt: skip
 ARMS: dict[str, Callable[[ExpertGrid, Scores, int], Ranks]] = {
     ATTENTION: lambda grid, share, seed: no_experts(grid),
@@ -164,8 +165,11 @@ ARMS: dict[str, Callable[[ExpertGrid, Scores, int], Ranks]] = {
     BUDGET: same_budget,
     RANDOM: random_experts,
     LEAST: least_used,
+    HALF: lambda grid, share, seed: top_fraction(grid, share, fraction=2 * FRACTION, scope="layer", rank=RANK),
 }
 """Ranks of the routed experts, from what each gets of the target's tokens, and the seed."""
+ASKED_FOR = (HALF,)
+"""Arms that run only where --arms names them."""
 
 
 def placement_of(task: Task, arm: str, profile: RouterProfile, seed: int) -> Placement:
