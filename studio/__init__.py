@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from studio.merging import merge
     from studio.plan import Plan, make_plan
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
+    from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "AdapterFileError",
     "CheckpointError",
     "DataError",
+    "Heatmap",
     "Job",
     "JobError",
     "JobState",
@@ -49,9 +51,12 @@ __all__ = [
     "QuantizationError",
     "Recipe",
     "RecipeError",
+    "RoutingView",
+    "SourceCoverage",
     "StudioError",
     "TargetError",
     "TrainingError",
+    "job_routing",
     "list_jobs",
     "load_recipe",
     "make_plan",
@@ -68,6 +73,7 @@ _HOMES = {
     "studio.merging": ("merge",),
     "studio.plan": ("Plan", "make_plan"),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
+    "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing"),
 }
 
 
