@@ -28,7 +28,12 @@ FONT = {"family": "'IBM Plex Sans', system-ui, sans-serif", "size": 12}
 COLOURS = {
     "use": [[0, "rgba(13,148,136,0.05)"], [1, "rgba(13,148,136,1)"]],
     "rank": [[0, "rgba(47,111,190,0.2)"], [1, "rgba(47,111,190,1)"]],
-    "change": [[0, "rgba(47,111,190,1)"], [0.5, "rgba(128,128,128,0.05)"], [1, "rgba(217,112,43,1)"]],
+    "change": [
+        [0, "rgba(47,111,190,1)"],
+        [0.5, "rgba(47,111,190,0)"],
+        [0.5, "rgba(217,112,43,0)"],
+        [1, "rgba(217,112,43,1)"],
+    ],
     "delta": [[0, "rgba(124,79,196,0.15)"], [1, "rgba(139,92,214,1)"]],
 }
 """As in studio/pictures.py, with the ground shining through where there is little."""
@@ -60,7 +65,9 @@ def heatmap_figure(heatmap: Heatmap) -> go.Figure:
     margin, height = {"l": 46, "r": 8, "t": 54, "b": 40}, round(min(560, max(210, 124 + 26 * layers)))
     figure = go.Figure(cells)
     figure.update_layout(template="none", font=FONT, title=title, margin=margin, height=height, **CLEAR)
-    figure.update_layout(plot_bgcolor=NOTHING)
+    figure.update_layout(hoverlabel={"font": FONT})
+    if heatmap.kind in UNADAPTED:
+        figure.update_layout(plot_bgcolor=NOTHING)
     _label_axes(figure, heatmap)
     return figure
 
@@ -72,7 +79,7 @@ def _label_axes(figure: go.Figure, heatmap: Heatmap) -> None:
     shown = sorted({round(i * (layers - 1) / max(1, labels - 1)) for i in range(labels)})
     names = [str(heatmap.layers[row]) for row in shown]
     axis = {"showgrid": False, "zeroline": False, "ticks": "", "fixedrange": True}
-    figure.update_xaxes(title=_small("expert"), dtick=max(1, -(-experts // 16)), **axis)
+    figure.update_xaxes(title=_small("expert"), dtick=_stride(experts), tickangle=0, **axis)
     figure.update_yaxes(title=_small("layer"), autorange="reversed", tickvals=shown, ticktext=names, **axis)
 
 
@@ -87,6 +94,7 @@ def router_figure(rows: Rows) -> go.Figure:
             figure.add_trace(line, row=place // 2 + 1, col=place % 2 + 1)
     margin = {"l": 48, "r": 12, "t": 34, "b": 40}
     figure.update_layout(template="none", font=FONT, margin=margin, height=430, hovermode="closest", **CLEAR)
+    figure.update_layout(hoverlabel={"font": FONT})
     figure.update_annotations(font={"size": 12.5}, xanchor="left", yshift=4)
     for place, title in enumerate(figure.layout.annotations):
         title.x = figure.layout[f"xaxis{place + 1 if place else ''}"].domain[0]
@@ -128,6 +136,11 @@ def depth_colour(depth: float) -> str:
     left = min(int(place), len(DEPTHS) - 2)
     mixed = (round(a + (place - left) * (b - a)) for a, b in zip(DEPTHS[left], DEPTHS[left + 1], strict=True))
     return f"rgb({','.join(map(str, mixed))})"
+
+
+def _stride(experts: int) -> int:
+    """Experts from one label to the next: all of up to 16, else at most ten labels, at powers of two."""
+    return 1 if experts <= 16 else next(2**n for n in range(1, 32) if experts <= 10 * 2**n)
 
 
 def _small(text: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio import RoutingView
+from studio import Heatmap, RoutingView
 from ui.heatmaps import as_plot, heatmap_figure
 from ui.html import el
 from ui.look import show
@@ -16,6 +16,7 @@ from ui.routing_views import coverage_view, placement_view
 
 KINDS = ("use", "rank", "change", "delta")
 ALL = "all sources"
+MOST_BESIDE = 64
 
 Updates = dict[Any, Any]
 
@@ -56,11 +57,17 @@ class RoutingPanel:
     def _plots(self, view: RoutingView | None, source: str | None) -> Updates:
         known = {heatmap.kind: heatmap for heatmap in view.heatmaps(source)} if view else {}
         return {
-            plot: gr.update(value=as_plot(heatmap_figure(known[kind])), visible=True)
-            if kind in known
-            else gr.update(value=None, visible=False)
+            plot: _shown(known[kind]) if kind in known else gr.update(value=None, visible=False)
             for kind, plot in self.plots.items()
         }
+
+
+def _shown(heatmap: Heatmap) -> Any:
+    """Many experts take the whole width, so that each of them can be pointed at."""
+    wide = heatmap.values.shape[1] > MOST_BESIDE
+    return gr.update(
+        value=as_plot(heatmap_figure(heatmap)), visible=True, elem_classes=["picture", "wide"] if wide else ["picture"]
+    )
 
 
 def build_routing_panel(title: str = "", kinds: Sequence[str] = KINDS) -> RoutingPanel:

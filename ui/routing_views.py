@@ -48,14 +48,14 @@ def coverage_view(sources: Sequence[SourceCoverage]) -> Markup | None:
         return None
     rows = [_coverage_row(entry) for entry in sources]
     covered = any(entry.covered_fraction is not None for entry in sources)
-    head = ("Data source", "Tokens", "Reaches", "Covered by the placement" if covered else "")
+    head = ("Data source", "Tokens", "Experts reached", "Covered by the placement" if covered else "")
     return el(
         "section",
         el("h3", "Where each data source goes"),
         el("table", el("thead", el("tr", *(el("th", name, scope="col") for name in head))), el("tbody", *rows)),
         el(
             "p",
-            "Reaches: the fewest experts of a layer that together get 90 % of the source's routed tokens. "
+            "Experts reached: the fewest experts of a layer that together get 90 % of the source's routed tokens. "
             "Covered: the share of its routed tokens that meet an expert with an adapter.",
             cls="quiet-text small",
         ),
@@ -73,7 +73,7 @@ def _coverage_row(entry: SourceCoverage) -> Markup:
         "tr",
         el("th", entry.source, scope="row"),
         el("td", as_count(entry.tokens)),
-        el("td", f"{entry.reached:.1f} of {entry.experts} experts"),
+        el("td", f"{entry.reached:.1f} of {entry.experts}"),
         el("td", covered),
     )
 
