@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from studio.plan import Plan, make_plan
     from studio.profile import find_profile, make_profile
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
+    from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "AdapterFileError",
     "CheckpointError",
     "DataError",
+    "Heatmap",
     "Job",
     "JobError",
     "JobState",
@@ -52,10 +54,13 @@ __all__ = [
     "QuantizationError",
     "Recipe",
     "RecipeError",
+    "RoutingView",
+    "SourceCoverage",
     "StudioError",
     "TargetError",
     "TrainingError",
     "find_profile",
+    "job_routing",
     "list_jobs",
     "load_recipe",
     "make_plan",
@@ -74,6 +79,7 @@ _HOMES = {
     "studio.plan": ("Plan", "make_plan"),
     "studio.profile": ("find_profile", "make_profile"),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
+    "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing"),
 }
 
 
