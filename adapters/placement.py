@@ -20,6 +20,7 @@ class Placement:
         routed: one tuple of E ranks for each MoE layer, in the order of the layers; () for no routed adapters.
         alpha: LoRA alpha. The scale is alpha / rank, for routed experts alpha / the largest rank in `routed`, because
             PEFT's file has one scale for a whole stack.
+        router_full: the routers' weights are trained fully; `router` is 0 then. See adapters/lora.py.
     """
 
     attention: int = 0
@@ -28,6 +29,7 @@ class Placement:
     router: int = 0
     routed: tuple[tuple[int, ...], ...] = ()
     alpha: float = 16.0
+    router_full: bool = False
 
     @property
     def routed_rank(self) -> int:
