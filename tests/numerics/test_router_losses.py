@@ -149,12 +149,13 @@ def test_base_logits_are_the_frozen_routers_on_the_same_hidden_states(tiny: Tiny
     assert len(routers) == MOE_LAYERS
     for router in routers:
         router.register_forward_hook(lambda _m, args, _out: inputs.append(args[0].detach().flatten(0, -2).clone()))
-    outputs = []
+    outputs, drawn = [], []
     for base in (False, True):
         torch.manual_seed(1)
         with watch_routing(model, tiny.layout, base=base) as seen:
             outputs.append(model(input_ids=ids).logits)
-    assert torch.equal(*outputs)
+        drawn.append(torch.get_rng_state())
+    assert torch.equal(*outputs) and torch.equal(*drawn)
     for routing, router, x in zip(seen, routers, inputs[MOE_LAYERS:], strict=True):
         stock = router.get_base_layer()
         expected = torch.nn.functional.linear(x.float(), stock.weight, getattr(stock, "bias", None))
@@ -176,6 +177,7 @@ def test_the_layouts_scoring_gives_stocks_weights(tiny: Tiny, ids: Tensor) -> No
         if tiny.family == "llama4_text":
             torch.testing.assert_close(found, wanted)
         elif tiny.family == "phimoe":
+            assert tiny.layout.scoring == "softmax"
             torch.testing.assert_close(found, sparsemixer_weights(routing.logits, routing.experts))
         else:
             torch.testing.assert_close(found[:, 0] * wanted[:, 1], found[:, 1] * wanted[:, 0], rtol=1e-4, atol=1e-6)
