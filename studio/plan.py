@@ -15,13 +15,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.errors import CheckpointError, StudioError, TargetError
-from adapters.placement import Placement, same_experts_everywhere
+from adapters.errors import CheckpointError, StudioError
+from adapters.placement import Placement
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, read_examples
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
+from studio.placing import plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
 from studio.shapes import published_shape
@@ -88,7 +89,7 @@ def make_plan(recipe: Recipe, shape: str | None = None) -> Plan:
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
     weights_bytes = sum(entry.bytes for entry in classes)
-    path, memory, at_hand = _choose_path(recipe, base, max(lengths), weights_bytes, trainable)
+    path, memory, at_hand = _choose_path(recipe, base, placement, max(lengths), weights_bytes, trainable)
     return Plan(
         model=base.name,
         model_type=base.layout.model_type,
@@ -126,32 +127,6 @@ def recipe_base(recipe: Recipe) -> Base:
     return base
 
 
-def plan_placement(recipe: Recipe, base: Base) -> Placement:
-    """The recipe's adapter section as a placement on this model.
-
-    Raises:
-        TargetError: a class with a rank that no tensor of the model belongs to, or an expert that does not exist.
-    """
-    wanted = recipe.adapter
-    chosen = None if wanted.routed_experts == "all" else wanted.routed_experts
-    placement = Placement(
-        attention=wanted.attention_rank,
-        shared_expert=wanted.shared_expert_rank,
-        dense_mlp=wanted.dense_mlp_rank,
-        router=wanted.router_rank,
-        routed=same_experts_everywhere(wanted.routed_experts_rank, len(base.moe), base.experts, chosen),
-        alpha=wanted.alpha,
-    )
-    present = {tensor.class_name for tensor in base.tensors}
-    missing = [name for name, rank in placement.class_ranks().items() if rank and name not in present]
-    if missing:
-        raise TargetError(
-            f"this {base.layout.model_type} model has no tensor of class {', '.join(missing)}; "
-            f"set {', '.join(f'adapter.{name}_rank' for name in missing)} to 0"
-        )
-    return placement
-
-
 def total_steps(recipe: Recipe, examples: int) -> int:
     """Optimizer steps of the whole training; with `trl: {packing: true}` an upper bound."""
     training = recipe.training
@@ -171,7 +146,7 @@ def _held_as(recipe: Recipe) -> HeldAs:
 
 
 def _choose_path(
-    recipe: Recipe, base: Base, longest_tokens: int, weights_bytes: int, trainable: int
+    recipe: Recipe, base: Base, placement: Placement, longest_tokens: int, weights_bytes: int, trainable: int
 ) -> tuple[Literal["fast", "lean"], MemoryPlan, int | None]:
     """The path of the routed experts, its memory, and what is at hand: fast where it fits, unless the recipe says."""
     training, on_gpu = recipe.training, has_gpu()
@@ -188,10 +163,10 @@ def _choose_path(
         length_tokens=limit if recipe.trl.get("packing") else min(limit, longest_tokens),
         dtype_bytes=BYTES[compute_dtype(recipe.model.dtype)],
         on_gpu=on_gpu,
-        attention_rank=recipe.adapter.attention_rank,
-        shared_expert_rank=recipe.adapter.shared_expert_rank,
-        dense_mlp_rank=recipe.adapter.dense_mlp_rank,
-        routed_experts_rank=recipe.adapter.routed_experts_rank,
+        attention_rank=placement.attention,
+        shared_expert_rank=placement.shared_expert,
+        dense_mlp_rank=placement.dense_mlp,
+        routed_experts_rank=placement.routed_rank,
         keep_gate_up=training.expert_path != "lean",
     )
     at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)
@@ -213,7 +188,7 @@ def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | Non
 
 def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:
     """What would make the peak smaller, the cheapest first."""
-    training, adapter = recipe.training, recipe.adapter
+    training = recipe.training
     options = []
     if fits(memory.fixed_bytes, at_hand):
         if base.moe and training.expert_path == "fast":
@@ -226,8 +201,8 @@ def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> li
         options.append("a shorter data.max_length_tokens")
     if recipe.model.quantization in ("none", "int8"):
         options.append("model.quantization: nf4")
-    if base.moe and adapter.routed_experts_rank and adapter.routed_experts == "all":
-        options.append("fewer experts in adapter.routed_experts, or a lower rank")
+    if base.moe and recipe.placement.rule == "all_experts" and recipe.adapter.routed_experts_rank:
+        options.append("a placement.rule that adapts fewer experts, or a lower rank")
     return [*options, "a machine with more memory"]
 
 

@@ -30,17 +30,24 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from adapters.placement import PLACEMENTS
 from studio.errors import Problem, RecipeError
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
 from studio.trl_options import trl_problem
 
 EMBEDDED_BASE = "embedded"
+P_UNSET = {"esft_gate": 0.1, "esft_token": 0.2}
+FRACTION_UNSET = 0.25
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def _refusal(message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{message}", {"message": message})
+
+
+def _refused_section(name: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("refused_keys", "{message}", {"message": message, "keys": {name: message}})
 
 
 def _absolute(value: Any, info: ValidationInfo) -> Any:
@@ -76,6 +83,7 @@ InputPath = Annotated[Path, BeforeValidator(_absolute)]
 OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]
 Rank = Annotated[int, Field(ge=0, le=1024)]
 ExpertId = Annotated[int, Field(ge=0, le=65535)]
+LayerNumber = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Settings(BaseModel):
@@ -154,32 +162,152 @@ class AdapterSettings(Settings):
     """Rank for the shared experts, which see every token. 0: none."""
 
     routed_experts_rank: Rank = 16
-    """Rank for the routed experts, where most of the weights are. 0: none."""
-
-    routed_experts: Literal["all"] | tuple[ExpertId, ...] = "all"
-    """Which routed experts get an adapter: all, or a list of expert ids that holds for every MoE layer."""
+    """Rank for the routed experts that `placement` chooses. 0: none. Not read by the rule budget."""
 
     dense_mlp_rank: Rank = 0
     """Rank for the feed-forward layers without experts, which dense models and some MoE layers have. 0: none."""
 
-    router_rank: Rank = 0
-    """Rank for the routers. 0 leaves them frozen, which is the safe choice."""
-
     alpha: float = Field(default=32.0, gt=0, le=8192)
     """Strength of the adapter: its output is scaled by alpha / rank."""
 
-    @field_validator("routed_experts", mode="before")
+
+class PlacementSettings(Settings):
+    """Which routed experts get adapters, and how large: chosen by a rule, most of them from where your data goes."""
+
+    rule: Literal[
+        "all_experts", "attention", "shared", "esft_gate", "esft_token", "top_fraction", "budget", "manual"
+    ] = "all_experts"
+    """attention: no experts. shared: attention and shared experts. esft_gate, esft_token: in each layer the experts
+    that make up the share p of the data's routing weight, or of its tokens. top_fraction: the most used ones. budget:
+    ranks by use, for a given size. manual: as `experts` lists."""
+
+    p: float | None = Field(default=None, gt=0, le=1)
+    """Share that the chosen experts of a layer make up. null: 0.1 for esft_gate, 0.2 for esft_token."""
+
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of the experts that top_fraction chooses. null: 0.25."""
+
+    scope: Literal["layer", "model"] = "layer"
+    """Where top_fraction looks for the most used experts: in each layer, or in the whole model."""
+
+    parameters: Annotated[int, Field(ge=1)] | None = None
+    """Trainable parameters that budget spreads over the routed experts. Either this or training_bytes."""
+
+    training_bytes: Annotated[int, Field(ge=1)] | None = None
+    """The same as bytes of training memory: 16 a parameter, for weight, gradient and AdamW's two moments."""
+
+    min_rank: int = Field(default=4, ge=1, le=1024)
+    """Smallest rank that budget gives to an expert that gets any."""
+
+    rank_step: int = Field(default=4, ge=1, le=1024)
+    """Ranks that budget gives are multiples of this."""
+
+    max_rank: int = Field(default=64, ge=1, le=1024)
+    """Largest rank that budget gives."""
+
+    experts: tuple[ExpertId, ...] | dict[LayerNumber, tuple[ExpertId, ...]] | None = None
+    """What manual takes: a list of expert ids for every MoE layer, or {decoder layer: [ids]}, counted from 0."""
+
+    profile_tokens: int = Field(default=131_072, ge=1, le=1_000_000_000)
+    """Tokens of the training data that the router profile is made from."""
+
+    @field_validator("experts", mode="before")
     @classmethod
-    def _experts_are_all_or_ids(cls, value: Any) -> Any:
-        return value if value == "all" else _expert_ids(value, '"all", or a list of expert ids such as [0, 3, 7]')
+    def _experts_are_ids(cls, value: Any) -> Any:
+        allowed = "a list of expert ids such as [0, 3, 7], or {decoder layer: [ids]}"
+        if not isinstance(value, dict):
+            return None if value is None else _expert_ids(value, allowed)
+        if not value or not all(type(layer) is int and layer >= 0 for layer in value):
+            raise _refusal(f"received layers {', '.join(map(str, value)) or 'none'}; allowed: {allowed}")
+        return {layer: _expert_ids(ids, allowed) for layer, ids in value.items()}
 
     @model_validator(mode="after")
-    def _something_is_trained(self) -> Self:
-        ranks = (self.attention_rank, self.shared_expert_rank, self.routed_experts_rank, self.dense_mlp_rank)
-        if not any((*ranks, self.router_rank)):
-            raise _refusal("every rank is 0, nothing would be trained; set at least one rank above 0")
-        if self.routed_experts != "all" and not self.routed_experts_rank:
-            raise _refusal("routed_experts lists experts but routed_experts_rank is 0; set it above 0, or write all")
+    def _the_rule_reads_what_is_given(self) -> Self:
+        for name, rules in _readers().items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.rule not in rules:
+                raise _refusal(f"{name} is given, but the rule is {self.rule}; {name} is read by {', '.join(rules)}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_rule_has_what_it_needs(self) -> Self:
+        if self.rule == "manual" and self.experts is None:
+            raise _refusal("the rule manual needs experts: a list of expert ids, or {decoder layer: [ids]}")
+        if self.rule == "budget" and (self.parameters is None) == (self.training_bytes is None):
+            raise _refusal("the rule budget needs one of parameters and training_bytes, and only one")
+        uneven = [name for name in ("min_rank", "max_rank") if getattr(self, name) % self.rank_step]
+        if uneven or self.min_rank > self.max_rank:
+            ranks = f"min_rank {self.min_rank}, max_rank {self.max_rank}, rank_step {self.rank_step}"
+            raise _refusal(f"received {ranks}; allowed: multiples of rank_step, min_rank at most max_rank")
+        return self
+
+
+def _readers() -> dict[str, tuple[str, ...]]:
+    """Settings of rules, by name, and the rules that read them."""
+    names = ("p", "fraction", "scope", "parameters", "min_rank", "rank_step", "max_rank", "experts")
+    readers = {name: tuple(rule for rule, entry in PLACEMENTS.items() if name in entry.settings) for name in names}
+    return {**readers, "training_bytes": readers["parameters"]}
+
+
+class RouterSettings(Settings):
+    """Whether the routers are trained, and how they are watched while the adapters are."""
+
+    mode: Literal["frozen", "lora", "full"] = "frozen"
+    """frozen is the safe choice. lora: adapters of `rank`. full: the whole router."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    """LoRA rank of the routers with mode lora."""
+
+    distill_coef: float = Field(default=0.0, ge=0, le=1000)
+    """Weight of a loss that holds a trained router to the base's routing (KL divergence). 0: off."""
+
+    load_balance_coef: float = Field(default=0.0, ge=0, le=1000)
+    """Weight of the load-balance loss, for a trained router. 0: off."""
+
+    z_loss_coef: float = Field(default=0.0, ge=0, le=1000)
+    """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
+
+    watch: bool = True
+    """Whether load and drift of the routing are measured while training."""
+
+    probe_examples: int = Field(default=16, ge=1, le=100_000)
+    """Examples on which the routing is compared with the base's: the first held-out ones, else of the training file."""
+
+    warn_kl: float | None = Field(default=None, ge=0)
+    """Warn where a layer's routing is further than this from the base's (KL divergence in nats). null: never."""
+
+    stop_kl: float | None = Field(default=None, ge=0)
+    """Stop the training there. null: never."""
+
+    warn_entropy: float | None = Field(default=None, ge=0, le=1)
+    """Warn where a layer's load entropy falls below this; 1 is even use, 0 one expert for all. null: never."""
+
+    stop_entropy: float | None = Field(default=None, ge=0, le=1)
+    """Stop the training there. null: never."""
+
+    warn_busiest: float | None = Field(default=None, ge=0, le=1)
+    """Warn where one expert of a layer gets more than this share of its tokens. null: never."""
+
+    stop_busiest: float | None = Field(default=None, ge=0, le=1)
+    """Stop the training there. null: never."""
+
+    @model_validator(mode="after")
+    def _losses_reach_a_router(self) -> Self:
+        losses = [name for name in ("distill_coef", "load_balance_coef", "z_loss_coef") if getattr(self, name)]
+        if self.mode == "frozen" and losses:
+            raise _refusal(
+                f"{', '.join(losses)} is set but the router is frozen: the loss would push on the other adapters "
+                "instead; set router.mode to lora or full, or the coefficient to 0"
+            )
+        if self.mode != "lora" and self.rank != type(self).model_fields["rank"].default:
+            raise _refusal(f"rank is given, but the mode is {self.mode}; rank is read by lora")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_have_something_to_watch(self) -> Self:
+        rules = [name for name in type(self).model_fields if name.startswith(("warn_", "stop_"))]
+        given = [name for name in rules if getattr(self, name) is not None]
+        if given and not self.watch:
+            raise _refusal(f"{', '.join(given)} is set but watch is false; set watch to true")
         return self
 
 
@@ -272,12 +400,35 @@ class Recipe(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings
     adapter: AdapterSettings = AdapterSettings()
+    placement: PlacementSettings = PlacementSettings()
+    router: RouterSettings = RouterSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     trl: dict[str, JsonValue] = Field(default_factory=dict)
     """Any further option of TRL's SFTConfig, by its TRL name, such as {"neftune_noise_alpha": 5}."""
 
     output: OutputSettings
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        rule, adapter = PLACEMENTS[self.placement.rule], self.adapter
+        if adapter.dense_mlp_rank and "dense_mlp" not in rule.joins:
+            problem = f"dense_mlp_rank is not 0, but placement.rule {self.placement.rule} adapts no dense MLP"
+            raise _refused_section("adapter", problem)
+        ranks = [getattr(adapter, f"{name}_rank") for name in rule.joins]
+        routed = adapter.routed_experts_rank if "rank" in rule.settings else "parameters" in rule.settings
+        if not any((*ranks, routed)) and self.router.mode == "frozen":
+            raise _refused_section(
+                "adapter",
+                "every rank that placement.rule reads is 0, nothing would be trained; set at least one rank above 0",
+            )
+        if "rank" in rule.settings and not routed and self.placement.rule != "all_experts":
+            raise _refused_section(
+                "adapter",
+                f"routed_experts_rank is 0, but placement.rule {self.placement.rule} chooses experts; "
+                "set it above 0, or the rule to shared",
+            )
+        return self
 
     @field_validator("trl")
     @classmethod
@@ -333,7 +484,10 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     yaml = YAML()
     yaml.Representer = _ExplicitNull
     yaml.width = 10_000  # one line per value
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    values = recipe.model_dump(mode="json")
+    if isinstance(experts := recipe.placement.experts, dict):
+        values["placement"]["experts"] = {layer: list(ids) for layer, ids in experts.items()}  # JSON's keys are text
+    yaml.dump(values, stream)
     return stream.getvalue()
 
 

@@ -24,6 +24,12 @@ KINDS = {
     "array": "a list",
     "null": "null",
 }
+MOVED = {
+    "adapter.routed_experts": "the experts are chosen by placement: {rule: manual, experts: […]}, or another rule",
+    "adapter.router_rank": "write router: {mode: lora, rank: …}, or leave the router frozen",
+}
+"""Fields of older recipes, and what took their place."""
+
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
@@ -67,6 +73,8 @@ def _messages(detail: ErrorDetails, schema: Schema) -> list[tuple[list[str | int
 
 def _unknown_key(location: list[str | int], value: Any, schema: Schema) -> str:
     key = str(location[-1])
+    if moved := MOVED.get(".".join(map(str, location))):
+        return f"no longer a field; {moved}"
     siblings = _properties(_field_schema(location[:-1], schema), schema)
     if near := get_close_matches(key, siblings, n=1):
         return f'unknown key; did you mean "{near[0]}"?'

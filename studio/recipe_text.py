@@ -59,7 +59,7 @@ def line_of(marked: CommentedMap, location: Sequence[str | int]) -> int | None:
 def plain(node: Any) -> Any:
     """`node` without ruamel's subclasses of dict, list, float and int."""
     if isinstance(node, dict):
-        return {key: plain(value) for key, value in node.items()}
+        return {plain(key): plain(value) for key, value in node.items()}
     if isinstance(node, CommentedSeq | list):
         return [plain(value) for value in node]
     if isinstance(node, bool):

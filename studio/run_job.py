@@ -93,7 +93,8 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     from adapters.lora import attach
     from adapters.routed import set_expert_path
     from studio.models import compute_dtype, has_gpu, packed_cache, resolve_base
-    from studio.plan import plan_placement, recipe_base
+    from studio.placing import plan_placement
+    from studio.plan import recipe_base
 
     recipe = job.recipe()
     directory = resolve_base(recipe.model.base)

@@ -61,8 +61,8 @@ def pick_a_recipe(page: Page) -> None:
     expect(editor(page)).to_contain_text("dir: runs/quickstart")
     page.get_by_label("Open a recipe").click()
     page.get_by_role("option", name="embedded-sft-experts").click()
-    expect(editor(page)).to_contain_text("routed_experts: [0, 3, 7, 12]")
-    expect(field(page, "Which routed experts")).to_have_value("[0, 3, 7, 12]")
+    expect(editor(page)).to_contain_text("experts: [0, 3, 7, 12]")
+    expect(field(page, "Expert ids")).to_have_value("[0, 3, 7, 12]")
 
 
 def edit_in_the_form(page: Page) -> None:

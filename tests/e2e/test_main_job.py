@@ -28,7 +28,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     base = build_base(request.param, folder / "base")
     adapter = {"shared_expert_rank": 0} if request.param == "qwen3_moe" else {}
-    recipe = write_recipe(folder / "recipe.yaml", model={"base": str(base)}, adapter={**adapter, "router_rank": 2})
+    sections = {"adapter": adapter, "router": {"mode": "lora", "rank": 2}}
+    recipe = write_recipe(folder / "recipe.yaml", model={"base": str(base)}, **sections)
     run = studio("run", recipe, "--json")
     assert run.returncode == 0, run.stdout + run.stderr
     merge = studio("merge", folder / "job", "--out", folder / "merged", "--dtype", "float32", "--json")
@@ -81,7 +82,8 @@ def test_a_listed_expert_alone_is_adapted(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
         model={"base": str(base)},
-        adapter={"attention_rank": 0, "shared_expert_rank": 0, "routed_experts": [1, 2]},
+        adapter={"attention_rank": 0, "shared_expert_rank": 0},
+        placement={"rule": "manual", "experts": [1, 2]},
         training={"max_steps": 2},
         evaluation={"examples": 2, "generations": 1, "max_new_tokens": 4},
     )

@@ -54,8 +54,9 @@ def test_lora_parameters_by_hand() -> None:
     config = json.loads((EMBEDDED_DIR / "config.json").read_text())
     hidden, width, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
     layers = config["num_hidden_layers"]
-    ranks = {"attention_rank": 0, "shared_expert_rank": 2, "routed_experts_rank": 3, "router_rank": 5}
-    classes = by_name(make_plan(recipe(adapter={**ranks, "routed_experts": (0, 7)})))
+    ranks = {"attention_rank": 0, "shared_expert_rank": 2, "routed_experts_rank": 3}
+    chosen = {"placement": {"rule": "manual", "experts": [0, 7]}, "router": {"mode": "lora", "rank": 5}}
+    classes = by_name(make_plan(recipe(adapter=ranks, **chosen)))
     assert classes["attention"].trainable_parameters == 0
     assert classes["shared_expert"].trainable_parameters == layers * 2 * 3 * (hidden + width)
     assert classes["routed_experts"].trainable_parameters == layers * 2 * 3 * ((hidden + 2 * width) + (width + hidden))
@@ -225,8 +226,8 @@ def test_longer_examples_than_the_limit_are_counted() -> None:
 
 
 def test_an_expert_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"routed experts \[16\] do not exist; this model has experts 0 to 15"):
-        make_plan(recipe(adapter={"routed_experts": (3, 16)}))
+    with pytest.raises(TargetError, match=r"experts \[16\] do not exist; this model has experts 0 to 15"):
+        make_plan(recipe(placement={"rule": "manual", "experts": [3, 16]}))
 
 
 def test_a_class_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:

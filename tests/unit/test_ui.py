@@ -21,7 +21,7 @@ from ui.job_views import loss_points, seconds_left
 from ui.places import RECIPES, Places, Source, checked_name
 
 QUICKSTART = Source("recipe", "quickstart")
-LINES = {"routed_experts": "[0, 3]", "int8_experts": "[5]", "trl": "{neftune_noise_alpha: 5}", "epochs": "7"}
+LINES = {"probe_examples": "8", "int8_experts": "[5]", "trl": "{neftune_noise_alpha: 5}", "epochs": "7"}
 
 
 @pytest.fixture
@@ -72,13 +72,15 @@ def test_an_edit_in_the_form_is_one_line_in_the_yaml(text: str, places: Places, 
 
 def test_spelling_and_comments_stay(text: str) -> None:
     after = drafts.from_form(text, {"training.learning_rate": "1.50e-4"})
-    assert "learning_rate: 1.50e-4" in after and "router_rank: 0 # frozen" in after and after.startswith("# QLoRA")
+    assert (
+        "learning_rate: 1.50e-4" in after and "p: null # esft_gate, esft_token" in after and after.startswith("# QLoRA")
+    )
 
 
 def test_experts_can_be_typed_without_brackets_and_nothing_means_null(text: str, places: Places) -> None:
-    edits = {"adapter.routed_experts": "0, 3", "training.epochs": "", "training.max_steps": "20"}
+    edits = {"placement.rule": "manual", "placement.experts": "0, 3", "training.epochs": "", "training.max_steps": "20"}
     draft = drafts.check(drafts.from_form(text, {**edits, "model.int8_experts": "7"}), QUICKSTART, places)
-    assert draft.recipe and draft.recipe.adapter.routed_experts == (0, 3)
+    assert draft.recipe and draft.recipe.placement.experts == (0, 3)
     assert draft.recipe.model.int8_experts == (7,)
     emptied = drafts.check(drafts.from_form(draft.text, {"model.int8_experts": ""}), QUICKSTART, places)
     assert emptied.recipe and emptied.recipe.model.int8_experts == ()

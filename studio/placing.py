@@ -1,0 +1,105 @@
+"""Recipe → Placement: the recipe's rule, and what the router did with the data, give each expert its rank. No torch.
+
+plan_placement(recipe, base, profile) ─▶ Placement
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import ProfileError, TargetError
+from adapters.placement import PLACEMENTS, TRAINING_BYTES, ExpertGrid, Placement, Ranks
+from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe
+from studio.weights import Base
+
+if TYPE_CHECKING:
+    from adapters.router_profile import RouterProfile
+
+
+def needs_profile(recipe: Recipe) -> bool:
+    """Whether the recipe's rule chooses by a router profile."""
+    return PLACEMENTS[recipe.placement.rule].score is not None
+
+
+def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = None) -> Placement:
+    """The recipe's adapter, placement and router sections as a placement on this model.
+
+    Args:
+        profile: of this base and data, for a rule that needs one.
+
+    Raises:
+        TargetError: a class with a rank that no tensor of the model belongs to, a layer or an expert that does not
+            exist, a budget that is too small.
+        ProfileError: the rule needs a profile and there is none, or it is of another model.
+    """
+    adapter, router, joins = recipe.adapter, recipe.router, PLACEMENTS[recipe.placement.rule].joins
+    placement = Placement(
+        **{name: getattr(adapter, f"{name}_rank") for name in joins},
+        router=router.rank if router.mode == "lora" else 0,
+        routed=_routed(recipe, base, profile),
+        alpha=adapter.alpha,
+        router_full=router.mode == "full",
+    )
+    _check_classes(placement, base)
+    return placement
+
+
+def expert_grid(base: Base) -> ExpertGrid:
+    """The routed experts of a base, with what a rank of each costs: A and B of both projections."""
+    return ExpertGrid(
+        layers=tuple(layer.layer for layer in base.moe),
+        experts=base.experts,
+        costs=tuple(2 * layer.hidden + 3 * layer.width for layer in base.moe),
+    )
+
+
+def _routed(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Ranks:
+    name, rule = recipe.placement.rule, PLACEMENTS[recipe.placement.rule]
+    if name != "all_experts" and rule.settings and not base.moe:
+        raise TargetError(
+            f"placement.rule {name} chooses routed experts, but this {base.layout.model_type} model has none; "
+            "allowed: attention, or all_experts with adapter.routed_experts_rank 0"
+        )
+    scores = [_scores(name, rule.score, base, profile)] if rule.score else []
+    settings = _settings(recipe)
+    return rule.choose(expert_grid(base), *scores, **{key: settings[key] for key in rule.settings})
+
+
+def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) -> list[list[float]]:
+    if profile is None:
+        raise ProfileError(
+            f"placement.rule {name} chooses by where the data goes, and there is no router profile of this base and "
+            "this data; make it with `studio profile RECIPE`"
+        )
+    layers, grid = tuple(profile.layers), expert_grid(base)
+    if (layers, profile.experts) != (grid.layers, grid.experts):
+        raise ProfileError(
+            f"the router profile is of another model: {profile.experts} experts in layers {list(layers)}, but "
+            f"{base.name} has {grid.experts} in {list(grid.layers)}; make one with `studio profile RECIPE`"
+        )
+    table: list[list[float]] = (profile.share() if score == "share" else profile.gate_share()).tolist()
+    return table
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What the rules read, by the names of their keywords; what is null at its value."""
+    wanted = recipe.placement
+    return {
+        **wanted.model_dump(exclude={"training_bytes", "profile_tokens", "rule"}),
+        "rank": recipe.adapter.routed_experts_rank,
+        "p": wanted.p or P_UNSET.get(wanted.rule),
+        "fraction": wanted.fraction or FRACTION_UNSET,
+        "parameters": wanted.parameters or (wanted.training_bytes or 0) // TRAINING_BYTES,
+    }
+
+
+def _check_classes(placement: Placement, base: Base) -> None:
+    ranks = {**placement.class_ranks(), "router": placement.router or placement.router_full}
+    present = {tensor.class_name for tensor in base.tensors}
+    missing = [name for name, rank in ranks.items() if rank and name not in present]
+    if missing:
+        settings = [f"adapter.{name}_rank to 0" if name != "router" else "router.mode to frozen" for name in missing]
+        raise TargetError(
+            f"this {base.layout.model_type} model has no tensor of class {', '.join(missing)}; "
+            f"set {', '.join(settings)}"
+        )
