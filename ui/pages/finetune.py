@@ -142,7 +142,7 @@ class Page:
     ) -> Updates:
         """What the page shows of this text."""
         draft = drafts.check(text, Source.parse(origin), self.places)
-        after = shown_of(draft)
+        after = shown_of(draft, shown)
         return {
             **self.form.updates(draft, self.form.values(given), shown, after),
             self.seen: draft.values or self.form.values(given),
