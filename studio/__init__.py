@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from studio.merging import merge
     from studio.plan import Plan, make_plan
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
-    from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing
+    from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing, plan_routing
 
 __version__ = "0.1.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "merge",
     "open_job",
     "parse_recipe",
+    "plan_routing",
     "recipe_schema",
     "recipe_to_yaml",
     "submit",
@@ -73,7 +74,7 @@ _HOMES = {
     "studio.merging": ("merge",),
     "studio.plan": ("Plan", "make_plan"),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
-    "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing"),
+    "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing", "plan_routing"),
 }
 
 
