@@ -26,7 +26,7 @@ from torch import Tensor
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, listed
 from adapters.layouts import ExpertLayout, layout_for
-from adapters.lora import ExpertLora, lora_targets, target_suffixes
+from adapters.lora import ExpertLora, expert_count, lora_targets, target_suffixes
 from adapters.placement import Placement
 from adapters.routed import PROJECTIONS
 from adapters.tensor_files import new_directory
@@ -149,14 +149,14 @@ def save_adapter(
         raise AdapterFileError(listed("the adapter holds NaN or infinity and was not written", broken))
     with new_directory(out, overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", "peft_version": peft.__version__})
-        standard_config(layout, placement, base_name).save_pretrained(str(directory))
+        standard_config(layout, placement, base_name, expert_count(model, layout)).save_pretrained(str(directory))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {"tensors": len(tensors), "parameters": parameters, "bytes": (out / WEIGHTS).stat().st_size}
 
 
-def standard_config(layout: ExpertLayout, placement: Placement, base_name: str) -> LoraConfig:
-    """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes."""
-    targets = lora_targets(layout, placement)
+def standard_config(layout: ExpertLayout, placement: Placement, base_name: str, experts: int) -> LoraConfig:
+    """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes; `experts` of a layer."""
+    targets = lora_targets(layout, placement, experts)
     if layout.peft_fuses:
         _name_by_parameter(targets, (*layout.class_modules("shared_expert"), *layout.class_modules("dense_mlp")))
     if placement.routed_rank:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         Problem,
         ProblemsError,
+        ProfileError,
         QuantizationError,
         RecipeError,
         StudioError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
     from studio.merging import merge
     from studio.plan import Plan, make_plan
+    from studio.profile import find_profile, make_profile
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
     from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing, plan_routing
 
@@ -48,6 +50,7 @@ __all__ = [
     "Plan",
     "Problem",
     "ProblemsError",
+    "ProfileError",
     "QuantizationError",
     "Recipe",
     "RecipeError",
@@ -56,10 +59,12 @@ __all__ = [
     "StudioError",
     "TargetError",
     "TrainingError",
+    "find_profile",
     "job_routing",
     "list_jobs",
     "load_recipe",
     "make_plan",
+    "make_profile",
     "merge",
     "open_job",
     "parse_recipe",
@@ -73,6 +78,7 @@ _HOMES = {
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
     "studio.merging": ("merge",),
     "studio.plan": ("Plan", "make_plan"),
+    "studio.profile": ("find_profile", "make_profile"),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
     "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing", "plan_routing"),
 }

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -265,6 +273,26 @@ def merge_progress(console: Console, quiet: bool) -> Iterator[Callable[[int, int
     with Progress(*columns, console=console) as bars:
         task = bars.add_task("merging", total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def profile_progress(console: Console, quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, ...]]:
+    """Two bars, as the callbacks of `studio.make_profile`: tokens routed, and before that bytes of the base read."""
+    if quiet or not console.is_terminal:
+        yield None, None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console) as bars:
+        loading, routing = (bars.add_task(title, total=None, start=False) for title in ("loading", "routing"))
+
+        def report(task: TaskID) -> Callable[[int, int], None]:
+            def update(done: int, total: int) -> None:
+                bars.start_task(task)
+                bars.update(task, completed=done, total=total)
+
+            return update
+
+        yield report(routing), report(loading)
 
 
 def merge_view(report: dict[str, Any]) -> RenderableType:
