@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from studio.plan import Plan, make_plan
     from studio.profile import find_profile, make_profile
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
-    from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing
+    from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing, plan_routing
 
 __version__ = "0.1.0"
 
@@ -69,6 +69,7 @@ __all__ = [
     "merge",
     "open_job",
     "parse_recipe",
+    "plan_routing",
     "recipe_schema",
     "recipe_to_yaml",
     "submit",
@@ -80,7 +81,7 @@ _HOMES = {
     "studio.plan": ("Plan", "make_plan"),
     "studio.profile": ("find_profile", "make_profile"),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
-    "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing"),
+    "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing", "plan_routing"),
 }
 
 

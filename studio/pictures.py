@@ -106,9 +106,8 @@ def write_job_pictures(job_dir: Path | str) -> list[Path]:
     """Draws what the files of a job directory allow into its folder pictures/; returns what was written."""
     folder = Path(job_dir)
     view, rows = job_routing(folder), files.read_json_lines(folder / "metrics.jsonl")
-    pictures = folder / "pictures"
-    written = [draw_heatmap(pictures / f"{heatmap.kind}.png", heatmap) for heatmap in view.heatmaps()]
-    sources = view.coverage()
+    pictures, maps, sources = folder / "pictures", view.heatmaps() if view else (), view.coverage() if view else ()
+    written = [draw_heatmap(pictures / f"{heatmap.kind}.png", heatmap) for heatmap in maps]
     if sources and sources[0].covered_fraction is not None:
         written.append(draw_coverage(pictures / "coverage.png", sources))
     if router_rows(rows):

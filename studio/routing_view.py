@@ -1,5 +1,6 @@
 """What there is to see of a plan's or a job's routing, as plain arrays: the PNGs and the browser draw the same ones.
 
+                                                       plan, profile ── plan_routing ──▶ RoutingView
     profile.safetensors  placement.json  profile_after.safetensors  delta_norms.json ── job_routing ──▶ RoutingView
                                                        RoutingView ── heatmaps, coverage ──▶ pictures.py, ui/heatmaps.py
 
@@ -17,6 +18,7 @@ import numpy as np
 from adapters.errors import StudioError
 from adapters.router_profile import Floats, RouterProfile, load_profile
 from studio import job_files as files
+from studio.plan import Plan
 
 Kind = Literal["use", "rank", "change", "delta"]
 REACH_FRACTION = 0.9
@@ -62,110 +64,54 @@ class SourceCoverage:
 
 
 @dataclass(frozen=True)
-class PlacedExperts:
-    """How many experts have an adapter.
-
-    Attributes:
-        adapted: experts with a rank above 0, of all `experts` of all layers.
-        largest_rank: of any of them.
-        saved_fraction: of the parameters that the largest rank on every expert would take.
-    """
-
-    adapted: int
-    experts: int
-    largest_rank: int
-    saved_fraction: float
-
-
-@dataclass(frozen=True)
 class RoutingView:
     """Everything that is known of a routing; None for what is not.
 
     Attributes:
         profile: of the base. after: of the tuned model, over the same sample.
-        placement: as placement.json has it. deltas: as delta_norms.json has it.
+        layers: decoder layer numbers of the MoE layers. ranks: (L, E) of the routed experts' adapters.
+        deltas: (L, E), the Frobenius norm of each expert's update, over its matrices.
     """
 
+    layers: tuple[int, ...] = ()
     profile: RouterProfile | None = None
     after: RouterProfile | None = None
-    placement: dict[str, Any] | None = None
-    deltas: dict[str, Any] | None = None
+    ranks: Floats | None = None
+    deltas: Floats | None = None
 
     def heatmaps(self, source: str | None = None) -> tuple[Heatmap, ...]:
         """Use, rank, change of use and norm of the update, as far as they are known; use of one source or of all."""
-        maps = (self._use(source), self._rank(source), self._change(source), self._delta(source))
-        return tuple(found for found in maps if found is not None)
+        share = self.profile.share(source) if self.profile else None
+        after = self.after.share(source) if self.after else None
+        change = None if share is None or after is None else 100 * (after - share)
+        use = f"Use by the tokens of {source}" if source else "Use by the training tokens"
+        found: list[tuple[Kind, str, str, Floats | None]] = [
+            ("use", use, "share of the layer's routed tokens", share),
+            ("rank", "LoRA rank of each expert", "rank; grey: no adapter", self.ranks),
+            ("change", "Use after training minus before", "percentage points of the layer's routed tokens", change),
+            ("delta", "Size of the update", "Frobenius norm of the expert's ΔW; grey: no adapter", self.deltas),
+        ]
+        known = [(kind, title, unit, values) for kind, title, unit, values in found if values is not None]
+        return tuple(Heatmap(*entry[:3], self.layers, entry[3], share, self.ranks) for entry in known)
 
     def coverage(self) -> tuple[SourceCoverage, ...]:
         """Each data source of the profile, in its order; () without a profile."""
         profile = self.profile
-        if profile is None:
-            return ()
-        return tuple(self._covered(profile, source) for source in profile.sources)
-
-    def ranks(self) -> Floats | None:
-        """(L, E), or None where no routed expert has a rank."""
-        routed = (self.placement or {}).get("routed")
-        return np.asarray(routed, dtype=np.float64) if routed else None
-
-    def placed(self) -> PlacedExperts | None:
-        """None without a placement, or for one that leaves the routed experts out."""
-        ranks = self.ranks()
-        if ranks is None:
-            return None
-        largest = int(ranks.max())
-        saved = 1 - float(ranks.mean()) / largest if largest else 1.0
-        return PlacedExperts(int((ranks > 0).sum()), ranks.size, largest, saved)
-
-    def _use(self, source: str | None) -> Heatmap | None:
-        if self.profile is None:
-            return None
-        share = self.profile.share(source)
-        whose = f"tokens of {source}" if source else "training tokens"
-        return self._map("use", f"Use by the {whose}", "share of the layer's routed tokens", share, source)
-
-    def _rank(self, source: str | None) -> Heatmap | None:
-        ranks = self.ranks()
-        return (
-            None
-            if ranks is None
-            else self._map("rank", "LoRA rank of each expert", "rank; grey: no adapter", ranks, source)
-        )
-
-    def _change(self, source: str | None) -> Heatmap | None:
-        if self.profile is None or self.after is None:
-            return None
-        change = 100 * (self.after.share(source) - self.profile.share(source))
-        return self._map(
-            "change",
-            "Use after training minus before",
-            "percentage points of the layer's routed tokens",
-            change,
-            source,
-        )
-
-    def _delta(self, source: str | None) -> Heatmap | None:
-        if self.deltas is None:
-            return None
-        norms = np.sqrt(sum(np.square(_array(self.deltas[name])) for name in ("gate_up_proj", "down_proj")))
-        return self._map(
-            "delta", "Size of the update", "Frobenius norm of the expert's ΔW; grey: no adapter", norms, source
-        )
-
-    def _map(self, kind: Kind, title: str, unit: str, values: Floats, source: str | None) -> Heatmap:
-        share = self.profile.share(source) if self.profile else None
-        return Heatmap(kind, title, unit, self._layers(), values, share, self.ranks())
-
-    def _layers(self) -> tuple[int, ...]:
-        if self.profile is not None:
-            return self.profile.layers
-        return tuple((self.placement or self.deltas or {})["layers"])
+        return tuple(self._covered(profile, source) for source in profile.sources) if profile else ()
 
     def _covered(self, profile: RouterProfile, source: str) -> SourceCoverage:
-        share, ranks = profile.share(source), self.ranks()
+        share = profile.share(source)
         tokens = int(profile.tokens[profile.sources.index(source)])
-        covered = None if ranks is None else float((share * (ranks > 0)).sum(-1).mean())
+        covered = None if self.ranks is None else float((share * (self.ranks > 0)).sum(-1).mean())
         return SourceCoverage(source, tokens, reach(share), profile.experts, covered)
+
+
+def plan_routing(plan: Plan, profile: RouterProfile | None) -> RoutingView | None:
+    """What a plan says of the routed experts; None for a dense model."""
+    placement = plan.placement
+    if placement is None:
+        return None
+    return RoutingView(placement.layers, profile, ranks=_array(placement.ranks) if placement.ranks else None)
 
 
 def reach(share: Floats, fraction: float = REACH_FRACTION) -> float:
@@ -174,14 +120,20 @@ def reach(share: Floats, fraction: float = REACH_FRACTION) -> float:
     return float((1 + (cumulative < fraction - 1e-12).sum(-1)).clip(max=share.shape[-1]).mean())
 
 
-def job_routing(job_dir: Path | str) -> RoutingView:
-    """What the files of a job directory say; a file that is absent or cannot be read is passed over."""
+def job_routing(job_dir: Path | str) -> RoutingView | None:
+    """What the files of a job directory say; a file that is absent or cannot be read is passed over. None: nothing."""
     folder = Path(job_dir)
+    profile = _profile(folder / "profile.safetensors")
+    placement, norms = _json(folder / "placement.json"), _json(folder / "delta_norms.json")
+    layers = profile.layers if profile else tuple((placement or norms or {}).get("layers", ()))
+    if not layers:
+        return None
     return RoutingView(
-        profile=_profile(folder / "profile.safetensors"),
+        layers=layers,
+        profile=profile,
         after=_profile(folder / "profile_after.safetensors"),
-        placement=_json(folder / "placement.json"),
-        deltas=_json(folder / "delta_norms.json"),
+        ranks=_array(placement["routed"]) if placement and placement.get("routed") else None,
+        deltas=np.hypot(*(_array(norms[name]) for name in ("gate_up_proj", "down_proj"))) if norms else None,
     )
 
 

@@ -128,19 +128,16 @@ def _bar(count: float, whole: float, width: int = 30) -> str:
 
 def _placement_lines(plan: Plan) -> list[tuple[str, str]]:
     """(name, words) of the placement: rule, experts adapted, what that saves, and what it covers of the data."""
-    from studio.routing_view import RoutingView
-
-    record = plan.placement
-    if record is None:
+    placement = plan.placement
+    if placement is None:
         return []
-    words, placed = [str(record["rule"]).replace("_", " ")], RoutingView(placement=record).placed()
-    if placed and placed.adapted:
-        words.append(f"{placed.adapted:,} of {placed.experts:,} experts adapted, rank up to {placed.largest_rank}")
-        if placed.saved_fraction > 0:
-            words.append(f"{as_percent(placed.saved_fraction)} fewer expert parameters than with that rank everywhere")
-    covered = [f"{as_percent(share)} of {clean(name)}" for name, share in (record.get("coverage") or {}).items()]
+    words = [placement.rule, f"{placement.experts_adapted:,} of {placement.experts_in_all:,} routed experts adapted"]
+    if placement.parameters_saved:
+        saved = placement.parameters_saved / (placement.parameters + placement.parameters_saved)
+        words.append(f"{as_percent(saved)} fewer expert parameters than with the largest rank on all")
     lines = [("Experts", " · ".join(words))]
-    return [*lines, ("Covers", " · ".join(covered) + ", by routed tokens")] if covered else lines
+    covered = [f"{clean(name)} {as_percent(share)}" for name, share in (placement.coverage or {}).items()]
+    return [*lines, ("Covers", " · ".join(covered) + " of the routed tokens")] if covered else lines
 
 
 # -------------------------------------------------------------------- profile

@@ -126,10 +126,12 @@ def _build_fields(form: Form, entries: Sequence[Field]) -> None:
 
 
 def _build_rows(form: Form, entries: Sequence[Field]) -> None:
+    """Two or three a row; the odd one out stands first, so that those after it stay pairs."""
     columns = 3 if len(entries) in (3, 5, 6) else 2
-    for start in range(0, len(entries), columns):
+    first = len(entries) % 2 if columns == 2 else 0
+    for start in range(first - columns if first else 0, len(entries), columns):
         with gr.Row(equal_height=True):
-            for entry in entries[start : start + columns]:
+            for entry in entries[max(0, start) : start + columns]:
                 form.components[entry.path] = _component(entry)
 
 

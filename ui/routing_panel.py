@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio import Heatmap, RoutingView
+from studio import Heatmap, Plan, RoutingView
 from ui.heatmaps import as_plot, heatmap_figure
 from ui.html import el
 from ui.look import show
@@ -36,13 +36,13 @@ class RoutingPanel:
     def outputs(self) -> list[Any]:
         return [self.box, self.placement, self.source, *self.plots.values(), self.coverage, self.view]
 
-    def updates(self, view: RoutingView | None) -> Updates:
-        """Shows `view`; hides itself where there is nothing to see."""
+    def updates(self, view: RoutingView | None, plan: Plan | None) -> Updates:
+        """Shows `view` and the placement of `plan`; hides itself where there is nothing to see."""
         sources = view.profile.sources if view and view.profile else ()
-        placement = placement_view(view) if view else None
+        placement = placement_view(plan) if plan else None
         coverage = coverage_view(view.coverage()) if view else None
         return {
-            self.box: gr.update(visible=bool(view and (placement or view.heatmaps()))),
+            self.box: gr.update(visible=bool(placement or (view and view.heatmaps()))),
             self.placement: gr.update(value=placement or "", visible=placement is not None),
             self.source: gr.update(choices=[ALL, *sources], value=ALL, visible=len(sources) > 1),
             self.coverage: gr.update(value=coverage or "", visible=coverage is not None),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup
 
-from studio import RoutingView, SourceCoverage
+from studio import Plan, SourceCoverage
 from studio.progress import Rows, warnings
 from studio.quantities import as_count, as_percent
 from ui.html import el
@@ -16,30 +15,40 @@ from ui.views import figure, figures, note
 MOST_WARNINGS = 5
 
 
-def placement_view(view: RoutingView) -> Markup | None:
-    """The rule, how many experts have an adapter, and what that saves against all of them."""
-    placed = view.placed()
-    if view.placement is None:
+def placement_view(plan: Plan) -> Markup | None:
+    """The rule, how many experts get an adapter, and what that saves against all of them; None for a dense model."""
+    placement = plan.placement
+    if placement is None:
         return None
-    rule = str(view.placement["rule"])
-    entries = [figure("Placement rule", rule, _settings(view.placement.get("settings") or {}))]
-    if placed is not None:
-        entries.append(
-            figure("Adapted experts", f"{placed.adapted:,} of {placed.experts:,}", "over all layers with experts")
-        )
-        if placed.adapted:
-            words = f"against rank {placed.largest_rank} on every expert"
-            entries.append(figure("Expert parameters saved", as_percent(placed.saved_fraction), words))
-    return el("section", el("h3", "Placement"), figures(*entries), cls="placement", aria_label="Placement")
+    entries = [
+        figure("Placement rule", placement.rule, _rank_range(placement.ranks)),
+        figure("Adapted experts", f"{placement.experts_adapted:,} of {placement.experts_in_all:,}", _where(plan)),
+        figure(
+            "Expert parameters",
+            as_count(placement.parameters),
+            _saved(placement.parameters, placement.parameters_saved),
+        ),
+    ]
+    return el("section", figures(*entries), cls="placement", aria_label="Placement")
 
 
-def _settings(settings: dict[str, Any]) -> str | None:
-    known = {name: value for name, value in settings.items() if value is not None and not isinstance(value, dict)}
-    return ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in known.items()) or None
+def _rank_range(ranks: Sequence[Sequence[int]]) -> str:
+    given = sorted({rank for layer in ranks for rank in layer if rank})
+    if not given:
+        return "no routed expert is adapted"
+    return f"rank {given[0]}" if len(given) == 1 else f"ranks from {given[0]} to {given[-1]}"
 
 
-def _plain(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _where(plan: Plan) -> str:
+    shared = plan.placement.shared_experts if plan.placement else 0
+    layers = f"routed experts of {plan.moe_layers} layers"
+    return f"{layers}; {shared} shared a layer not counted" if shared else layers
+
+
+def _saved(parameters: int, saved: int) -> str:
+    if not saved:
+        return "nothing saved: every expert has this rank" if parameters else "none"
+    return f"{as_percent(saved / (parameters + saved))} less than with the largest rank on every expert"
 
 
 def coverage_view(sources: Sequence[SourceCoverage]) -> Markup | None:

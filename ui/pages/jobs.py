@@ -6,7 +6,9 @@ One timer looks at the files; what has not changed is not sent again. A job that
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -131,8 +133,7 @@ class Page:
             found[self.router_box] = gr.update(visible=bool(rows))
             found[self.router] = as_plot(router_figure(rows)) if rows else None
         if "routing" in changed:
-            view = studio.job_routing(changed["routing"][0]) if changed["routing"] else None
-            found |= self.routing.updates(view)
+            found |= self._routing(changed["routing"])
         if "cancel" in changed:
             found[self.cancel] = gr.update(visible=changed["cancel"])
             found[self.sure] = gr.update(visible=False)
@@ -141,6 +142,15 @@ class Page:
         if "details" in changed:
             found[self.details] = gr.update(visible=changed["details"])
         return found
+
+    def _routing(self, seen: tuple[Path, Any] | None) -> Updates:
+        """The pictures of a job's routing, as far as its files go."""
+        if seen is None:
+            return self.routing.updates(None, None)
+        path, plan = seen[0], None
+        with suppress(JobError):  # an unreadable plan is said where the plan is shown
+            plan = studio.open_job(path).plan()
+        return self.routing.updates(studio.job_routing(path), plan)
 
     def on_cancel(self, name: str, seen: Seen) -> Updates:
         """Ends the job and shows it ended."""
