@@ -1,4 +1,4 @@
-"""The command line: `studio validate | plan | profile | shapes | run | merge | jobs | cache | ui | schema`.
+"""The command line: `studio validate | plan | profile | shapes | run | merge | convert | jobs | cache | ui | schema`.
 
 Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
 one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
@@ -194,6 +194,25 @@ def merge(
         print_json(report)
     else:
         output().print(merge_view(report), soft_wrap=True)
+
+
+@app.command(epilog="Example: studio convert runs/quickstart/adapter compact/quickstart --to compact")
+@reported
+def convert(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter directory to write.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="compact|peft", help="The form to write.", show_default=False)],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter in its other form: compact (each expert its own rank) or peft (stock PEFT loads it)."""
+    from studio.terminal import convert_view
+
+    report = studio.convert(adapter, out, to=to, overwrite=overwrite)
+    if as_json:
+        print_json(report)
+    else:
+        output().print(convert_view(report), soft_wrap=True)
 
 
 @app.command(epilog="Example: studio cache --remove all")
