@@ -1,4 +1,4 @@
-"""The command line: `studio validate | plan | shapes | run | merge | jobs | cache | ui | schema`.
+"""The command line: `studio validate | plan | profile | shapes | run | merge | jobs | cache | ui | schema`.
 
 Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
 one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adapters.packed_cache import CacheEntry
+    from adapters.router_profile import RouterProfile
     from studio.jobs import Job, JobState
+    from studio.recipe import Recipe
 
 app = typer.Typer(
     name="studio",
@@ -122,6 +124,28 @@ def shapes(as_json: AsJson = False) -> None:
         print_json([{"name": s.name, "title": s.title, **base.parameter_counts()} for s, base in counts])
     else:
         output().print(shape_table([(s.name, s.title, base) for s, base in counts]))
+
+
+@app.command(epilog="Example: studio profile recipes/embedded-sft-routed.yaml")
+@reported
+def profile(
+    recipe: RecipePath,
+    again: Annotated[bool, typer.Option("--again", help="Make it even if there is one already.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Route a sample of the training data through the base and show which experts it uses."""
+    from studio.profile import profile_path
+    from studio.terminal import profile_view
+
+    wanted = studio.load_recipe(recipe)
+    found = None if again else studio.find_profile(wanted)
+    made = found or profile_with_bars(wanted, as_json)
+    path = profile_path(wanted)
+    if as_json:
+        print_json({"path": path, "reused": found is not None, **made.as_json()})
+    else:
+        output().print(profile_view(made))
+        typer.echo(f"{'Made before' if found else 'Saved'}: {path}")
 
 
 @app.command(epilog="Example: studio run recipes/quickstart.yaml --overwrite")
@@ -283,6 +307,13 @@ def remove_from_cache(directory: Path, entries: Sequence[CacheEntry], name: str,
         print_json({"removed": [entry.name for entry in chosen], "size_bytes": total_bytes(chosen)})
     else:
         typer.echo(f"Removed {len(chosen)} of {len(entries)} quantised bases, {as_bytes(total_bytes(chosen))}")
+
+
+def profile_with_bars(recipe: Recipe, quiet: bool) -> RouterProfile:
+    from studio.terminal import profile_progress
+
+    with profile_progress(output(), quiet) as (routing, loading):
+        return studio.make_profile(recipe, routing, loading)
 
 
 def watch(job: Job, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
@@ -474,8 +475,31 @@ def parse_recipe(text: str, source: Path | None = None) -> Recipe:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe, for editors and for the form in the browser."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    """JSON Schema (draft 2020-12) of a recipe, for editors and for the form in the browser.
+
+    A field that another one switches on says so as "x-read-when": {"placement.rule": ["budget"]}.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    for section, name, switch, values in _switched():
+        schema["$defs"][section]["properties"][name]["x-read-when"] = {switch: list(values)}
+    return schema
+
+
+def _switched() -> Iterator[tuple[str, str, str, Sequence[Any]]]:
+    """(section class, field, the field that switches it on, its values that do)."""
+    for name, rules in _readers().items():
+        yield "PlacementSettings", name, "placement.rule", rules
+    for name in ("attention", "shared_expert", "dense_mlp"):
+        joined = [rule for rule, entry in PLACEMENTS.items() if name in entry.joins]
+        yield "AdapterSettings", f"{name}_rank", "placement.rule", joined
+    ranked = [rule for rule, entry in PLACEMENTS.items() if "rank" in entry.settings]
+    yield "AdapterSettings", "routed_experts_rank", "placement.rule", ranked
+    yield "RouterSettings", "rank", "router.mode", ("lora",)
+    for name in RouterSettings.model_fields:
+        if name.endswith("_coef"):
+            yield "RouterSettings", name, "router.mode", ("lora", "full")
+        if name.startswith(("probe_", "warn_", "stop_")):
+            yield "RouterSettings", name, "router.watch", (True,)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
