@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from adapters.layouts import LAYER
 from adapters.lora import ExpertLora
 from adapters.routed import PROJECTIONS
 
 
-def expert_delta_norms(model: nn.Module, adapter_name: str = "default") -> dict[str, list[list[float]]]:
-    """‖scale · B A‖ of each expert (Frobenius), by projection: layer by layer, expert by expert; 0 without an adapter.
+def expert_delta_norms(model: nn.Module, adapter_name: str = "default") -> dict[str, list[Any]]:
+    """‖scale · B A‖ of each expert (Frobenius): {"layers": [numbers], "gate_up_proj": [[by expert] by layer],
+    "down_proj": the same}; 0 for an expert without an adapter.
 
     No product is formed: ‖B A‖² is the sum over (Bᵀ B) ∘ (A Aᵀ), rank by rank.
     """
-    layers = [module for module in model.modules() if isinstance(module, ExpertLora)]
-    return {name: [_norms(layer, name, adapter_name) for layer in layers] for name in PROJECTIONS}
+    layers = {int(LAYER.findall(f"{name}.")[-1]): m for name, m in model.named_modules() if isinstance(m, ExpertLora)}
+    norms = {name: [_norms(layer, name, adapter_name) for layer in layers.values()] for name in PROJECTIONS}
+    return {"layers": list(layers), **norms}
 
 
 def _norms(layer: ExpertLora, projection: str, adapter_name: str) -> list[float]:

@@ -10,7 +10,6 @@ Dimension legend: T tokens (rows x length), K experts a token (top-k), E experts
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from adapters.errors import LayoutError
-from adapters.layouts import ExpertLayout
+from adapters.layouts import LAYER, ExpertLayout
 from adapters.routed import moe_blocks
-
-LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def watch_routing(model: nn.Module, layout: ExpertLayout, *, base: bool = False)
     if not blocks:
         raise LayoutError(f"this {layout.model_type} model has no MoE layer whose routing could be watched")
     for name, block in blocks:
-        handles += _watch(int(LAYER_NUMBER.findall(f"{name}.")[-1]), block, layout, seen, base)
+        handles += _watch(int(LAYER.findall(f"{name}.")[-1]), block, layout, seen, base)
     try:
         yield seen
     finally:

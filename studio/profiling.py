@@ -82,7 +82,8 @@ def profile_routing(
         model: as it stands, adapters on or off.
         progress: called with (tokens done, tokens in all).
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    inner = inner.get_base_model() if hasattr(model, "get_base_model") else inner
     was_training, total, done = model.training, sample.tokens, 0
     counts: Counts | None = None
     model.eval()

@@ -191,7 +191,7 @@ def be_asked_before_it_is_replaced(page: Page) -> None:
 def test_text_of_models_and_files_is_shown_and_never_run(app: App, context: BrowserContext) -> None:
     recipe = studio.load_recipe(RECIPES / "quickstart.yaml")
     output = recipe.output.model_copy(update={"dir": app.jobs_root / "evil"})
-    job, _lock = create_job(recipe.model_copy(update={"output": output}), studio.make_plan(recipe))
+    job, _lock = create_job(recipe.model_copy(update={"output": output}), studio.make_plan(recipe), {})
     answers = [{"prompt": EVIL, "reference": EVIL, "base": EVIL + "!", "tuned": EVIL}]
     job.write_result({"generations": answers, "files": {EVIL: EVIL}})
     job.log_metrics({"kind": "train", "step": 1, "loss": None, "tokens_per_second": 0})
