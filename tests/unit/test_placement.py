@@ -287,7 +287,7 @@ def test_the_plan_finds_the_profile_of_this_data_and_of_no_other(
 
 
 def test_a_published_shape_has_no_profile() -> None:
-    with pytest.raises(ProfileError, match="published shape, which has no router profile; .* need none: all_experts"):
+    with pytest.raises(ProfileError, match=r"published shape, which has no router profile; .* need none: all_experts"):
         make_plan(recipe(placement={"rule": "esft_gate"}), "llama4-scout")
 
 
