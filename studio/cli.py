@@ -43,6 +43,9 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, 
 JobPath = Annotated[str, typer.Argument(metavar="JOB", help="A job directory, or a name in the root.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON, errors included.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+MakeProfile = Annotated[
+    bool, typer.Option("--profile", help="Make the router profile first where the placement rule needs one.")
+]
 Root = Annotated[Path, typer.Option("--root", help="The directory that holds the jobs.")]
 
 
@@ -100,12 +103,16 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help="Plan for this published model instead of the recipe's base; see shapes."),
     ] = None,
+    make_profile: MakeProfile = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe will do: bytes, parameters and adapters per class of tensors, and the peak memory."""
     from studio.terminal import plan_view
 
-    planned = studio.make_plan(studio.load_recipe(recipe), shape)
+    wanted = studio.load_recipe(recipe)
+    if make_profile:
+        profile_where_missing(wanted, as_json)
+    planned = studio.make_plan(wanted, shape)
     if as_json:
         print_json(planned.model_dump(mode="json"))
     else:
@@ -154,10 +161,14 @@ def run(
     recipe: RecipePath,
     overwrite: Overwrite = False,
     detach: Annotated[bool, typer.Option("--detach", help="Start the job and return at once.")] = False,
+    make_profile: MakeProfile = False,
     as_json: AsJson = False,
 ) -> None:
     """Start the job of a recipe and follow it to its end. Ctrl-C cancels it."""
-    job = studio.submit(studio.load_recipe(recipe), overwrite=overwrite)
+    wanted = studio.load_recipe(recipe)
+    if make_profile:
+        profile_where_missing(wanted, as_json)
+    job = studio.submit(wanted, overwrite=overwrite)
     if detach:
         show_started(job, as_json)
     else:
@@ -326,6 +337,14 @@ def remove_from_cache(directory: Path, entries: Sequence[CacheEntry], name: str,
         print_json({"removed": [entry.name for entry in chosen], "size_bytes": total_bytes(chosen)})
     else:
         typer.echo(f"Removed {len(chosen)} of {len(entries)} quantised bases, {as_bytes(total_bytes(chosen))}")
+
+
+def profile_where_missing(recipe: Recipe, quiet: bool) -> None:
+    """Makes the router profile that the recipe's rule needs, unless there is one or the rule needs none."""
+    from studio.placing import needs_profile
+
+    if needs_profile(recipe) and studio.find_profile(recipe) is None:
+        profile_with_bars(recipe, quiet)
 
 
 def profile_with_bars(recipe: Recipe, quiet: bool) -> RouterProfile:

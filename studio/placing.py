@@ -144,7 +144,7 @@ def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) ->
     if profile is None:
         raise ProfileError(
             f"placement.rule {name} chooses by where the data goes, and there is no router profile of this base and "
-            "this data; make it with `studio profile RECIPE`"
+            "this data; make it with `studio profile RECIPE`, or add --profile to `studio plan` and `studio run`"
         )
     layers, grid = tuple(profile.layers), expert_grid(base)
     if (layers, profile.experts) != (grid.layers, grid.experts):

@@ -42,7 +42,7 @@ def _rank_range(ranks: Sequence[Sequence[int]]) -> str:
 def _where(plan: Plan) -> str:
     shared = plan.placement.shared_experts if plan.placement else 0
     layers = f"routed experts of {plan.moe_layers} layers"
-    return f"{layers}; {shared} shared a layer not counted" if shared else layers
+    return f"{layers}, beside {shared} shared in each" if shared else layers
 
 
 def _saved(parameters: int, saved: int) -> str:
