@@ -39,7 +39,12 @@ from studio.trl_options import trl_problem
 
 EMBEDDED_BASE = "embedded"
 P_UNSET = {"esft_gate": 0.1, "esft_token": 0.2}
+"""0.2 is in ESFT's own scripts (deepseek-ai/ESFT, scripts/generate_expert_config.sh). 0.1 is what others report of the
+paper's gate runs and was not checked against it: sums of gate weights and of tokens are not comparable."""
+
 FRACTION_UNSET = 0.25
+"""Ours: the quarter of the experts that MoE-Sieve (arXiv 2603.24044, abstract) adapts."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -160,7 +165,7 @@ class AdapterSettings(Settings):
     """Rank for the attention projections of every layer. 0: none."""
 
     shared_expert_rank: Rank = 16
-    """Rank for the shared experts, which see every token. 0: none."""
+    """Rank for the shared experts, which see every token. 0: none. Not read by placement.rule attention."""
 
     routed_experts_rank: Rank = 16
     """Rank for the routed experts that `placement` chooses. 0: none. Not read by the rule budget."""

@@ -153,6 +153,12 @@ def test_budget_maximises_what_it_says() -> None:
         assert value(found) == pytest.approx(max(map(value, others)))
 
 
+def test_budget_buys_more_where_a_rank_costs_less() -> None:
+    scores, grid = [[0.5, 0.5], [0.5, 0.5]], ExpertGrid((0, 1), 2, (10, 40))
+    ranks = budget(grid, scores, parameters=400, min_rank=1, rank_step=1, max_rank=64)
+    assert min(ranks[0]) > 2 * max(ranks[1]) > 0
+
+
 @given(st.integers(1, 12), st.data())
 def test_manual_gives_exactly_what_is_listed(experts: int, data: Any) -> None:
     grid = ExpertGrid((1, 3, 5), experts, (1, 1, 1))

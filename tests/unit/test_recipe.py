@@ -147,6 +147,12 @@ def test_yaml_of_a_recipe_reads_back_to_the_same_recipe(recipe: Recipe) -> None:
     assert recipe_to_yaml(parse_recipe(text)) == text
 
 
+def test_layer_numbers_stay_numbers_in_yaml_the_first_layer_too() -> None:
+    recipe = parse_recipe(NEEDED + "placement: {rule: manual, experts: {0: [1, 2], 12: [3]}}")
+    assert recipe.placement.experts == {0: (1, 2), 12: (3,)}
+    assert "    0:\n" in recipe_to_yaml(recipe) and parse_recipe(recipe_to_yaml(recipe)) == recipe
+
+
 # -------------------------------------------------------------------- what is refused, and how it is said
 
 
