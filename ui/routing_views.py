@@ -41,7 +41,7 @@ def _rank_range(ranks: Sequence[Sequence[int]]) -> str:
 
 def _where(plan: Plan) -> str:
     shared = any(entry.name == "shared_expert" for entry in plan.classes)
-    return f"routed experts of {plan.moe_layers} layers{'; shared ones count apart' if shared else ''}"
+    return f"routed experts of {plan.moe_layers} layers{', shared ones not counted' if shared else ''}"
 
 
 def _saved(parameters: int, saved: int) -> str:
