@@ -164,6 +164,7 @@ def test_the_router_figure_has_a_line_for_each_layer_and_measure() -> None:
     assert len(lines) == len(ROUTER_MEASURES) * len(LAYERS)
     assert list(lines[0].x) == [1, 2, 3] and list(lines[2].y) == [1.2, 2.2, 3.2]
     assert "layer 5" in lines[2].hovertemplate
+    assert router_figure(rows(), 80).layout.xaxis.range == (0, 80)
     assert depth_colour(0) != depth_colour(0.5) != depth_colour(1)
 
 
