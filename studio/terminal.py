@@ -136,8 +136,11 @@ def _placement_lines(plan: Plan) -> list[tuple[str, str]]:
         saved = placement.parameters_saved / (placement.parameters + placement.parameters_saved)
         words.append(f"{as_percent(saved)} fewer expert parameters than with the largest rank on all")
     lines = [("Experts", " · ".join(words))]
-    covered = [f"{clean(name)} {as_percent(share)}" for name, share in (placement.coverage or {}).items()]
-    return [*lines, ("Covers", " · ".join(covered) + " of the routed tokens")] if covered else lines
+    shares = dict(placement.coverage or {})
+    if len(shares) == 2:  # one data source: it is all of them
+        shares.pop("all")
+    covered = [f"{clean(name)} {as_percent(share)}" for name, share in shares.items()]
+    return [*lines, ("Covers", f"of the routed tokens: {' · '.join(covered)}")] if covered else lines
 
 
 # -------------------------------------------------------------------- profile
@@ -302,6 +305,13 @@ def merge_view(report: dict[str, Any]) -> RenderableType:
     )
     size = f"{as_bytes(report['bytes'])} in {report['dtype']}"
     return Text(f"Merged model in {clean(str(report['out']))}: {size}, {changed}")
+
+
+def convert_view(report: dict[str, Any]) -> RenderableType:
+    """What a conversion has written."""
+    sizes = f"{as_bytes(report['bytes'])}, was {as_bytes(report['bytes_before'])}"
+    where = clean(str(report["out"]))
+    return Text(f"Adapter in {where}: {report['to']} form, {report['experts']:,} expert matrices, {sizes}")
 
 
 # -------------------------------------------------------------------- jobs

@@ -179,16 +179,11 @@ def shown(document: Mapping[str, Any]) -> dict[str, FormValue]:
 
 def unread(values: Mapping[str, FormValue]) -> dict[str, str]:
     """The fields that nothing reads with these values, each with the reason in words."""
-    switches = {field.path: field for field in fields()}
     return {
-        field.path: f"Not read where {switches[field.switch].title.lower()} is {_spoken(values.get(field.switch))}."
+        field.path: f"Not read while {field.switch} is {str(values.get(field.switch)).lower()}."
         for field in fields()
         if not field.is_read(values)
     }
-
-
-def _spoken(value: FormValue) -> str:
-    return {True: "on", False: "off", None: "empty"}.get(value, str(value))  # type: ignore[arg-type]
 
 
 def let_go(before: Mapping[str, FormValue], edits: Mapping[str, FormValue]) -> dict[str, FormValue]:

@@ -83,8 +83,12 @@ def _label_axes(figure: go.Figure, heatmap: Heatmap) -> None:
     figure.update_yaxes(title=_small("layer"), autorange="reversed", tickvals=shown, ticktext=names, **axis)
 
 
-def router_figure(rows: Rows) -> go.Figure:
-    """The router while training: a panel for each measure, a line for each layer, coloured by its depth."""
+def router_figure(rows: Rows, total_steps: int | None = None) -> go.Figure:
+    """The router while training: a panel for each measure, a line for each layer, coloured by its depth.
+
+    Args:
+        total_steps: where the steps end; None: where the rows do.
+    """
     titles = [f"<b>{title}</b>  {unit}" for title, unit in ROUTER_MEASURES.values()]
     spacing = {"vertical_spacing": 0.16, "horizontal_spacing": 0.1}
     figure = make_subplots(2, 2, shared_xaxes=True, subplot_titles=titles, **spacing)
@@ -99,8 +103,8 @@ def router_figure(rows: Rows) -> go.Figure:
     for place, title in enumerate(figure.layout.annotations):
         title.x = figure.layout[f"xaxis{place + 1 if place else ''}"].domain[0]
     axis = {"zeroline": False, "fixedrange": True, "gridcolor": "rgba(128,128,128,0.2)"}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
+    figure.update_xaxes(**axis, range=[0, total_steps] if total_steps else None)
+    figure.update_yaxes(**axis, rangemode="nonnegative")
     figure.update_xaxes(title=_small("step"), row=2)
     most_dead = max((count for row in found for count in row.get("dead") or ()), default=0)
     figure.update_yaxes(rangemode="tozero", dtick=max(1, -(-most_dead // 4)), row=2, col=2)

@@ -40,9 +40,8 @@ def _rank_range(ranks: Sequence[Sequence[int]]) -> str:
 
 
 def _where(plan: Plan) -> str:
-    shared = plan.placement.shared_experts if plan.placement else 0
-    layers = f"routed experts of {plan.moe_layers} layers"
-    return f"{layers}; {shared} shared a layer not counted" if shared else layers
+    shared = any(entry.name == "shared_expert" for entry in plan.classes)
+    return f"routed experts of {plan.moe_layers} layers{', shared ones not counted' if shared else ''}"
 
 
 def _saved(parameters: int, saved: int) -> str:

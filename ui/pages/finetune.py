@@ -228,7 +228,11 @@ class Page:
         if recipe is None:
             yield {self.profiled: False}
             return
-        yield {self.profile_text: meter("Starting", 0, 0), self.profile: gr.update(visible=False), self.profiled: False}
+        yield {
+            self.profile_text: meter("Loading the libraries", 0, 0),
+            self.profile: gr.update(visible=False),
+            self.profiled: False,
+        }
         try:
             yield from ({self.profile_text: view} for view in _changes(profile_in_child(recipe)))
         except StudioError as error:
