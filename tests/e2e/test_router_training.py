@@ -28,7 +28,7 @@ from studio.jobs import Job
 from studio.placing import plan_placement
 from studio.plan import recipe_base
 from studio.recipe import RouterSettings, parse_recipe
-from studio.trainers.router import PROBE_TOKENS, RouterWatch, probe_batches
+from studio.trainers.router import PROBE_TOKENS, RouterWatch, probe_batches, watch_router
 from studio.trainers.sft import train
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
 from tests.numerics.conftest import Tiny, randomise
@@ -225,6 +225,19 @@ def test_a_warning_is_written_once_until_the_value_is_back(base: Path, tmp_path:
 def test_what_a_model_cannot_have_is_an_error(base: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"stop_entropy is 0\.5, which is never reached.* above 0\.5"):
         Run(base, EXAMPLES, tmp_path, router={"stop_entropy": 0.5}).train()  # log 2 / log 4
+
+
+def test_a_dense_model_is_not_watched_and_what_asks_for_its_routing_is_refused(tmp_path: Path) -> None:
+    model = attach(Tiny("llama", 64, 96).build(), Placement(attention=2))
+
+    def watch(**router: float) -> RouterWatch | None:
+        data = {"train": str(TICKETS / "tickets-train.jsonl")}
+        recipe = parse_recipe(yaml.safe_dump({"data": data, "router": router, "output": {"dir": str(tmp_path)}}))
+        return watch_router(model, cast(Any, None), recipe, EXAMPLES, cast(Job, Recorder(tmp_path)))
+
+    assert watch() is None
+    with pytest.raises(TargetError, match=r"router\.warn_kl, router\.stop_busiest is set, but this llama model has no"):
+        watch(warn_kl=0.1, stop_busiest=0.9)
 
 
 def test_the_probe_set_is_cut_to_its_tokens_and_batched_by_length() -> None:
