@@ -260,8 +260,12 @@ def test_a_router_that_collapses_stops_the_job_and_another_is_warned_of(base: Pa
     answer, job = json.loads(run.stdout), open_job(tmp_path / "job")
     assert run.returncode == 1 and answer["status"] == "failed"
     assert answer["error"]["type"] == "TrainingError"
-    assert "the busiest expert got" in answer["error"]["message"] and "stop_busiest" in answer["error"]["message"]
     rows = [row for row in job.metrics() if row["kind"] == "router"]
+    said, share = answer["error"]["message"], max(rows[-1]["busiest"])
+    assert (
+        f"at step {rows[-1]['step']}, layer {LAYERS[rows[-1]['busiest'].index(share)]}: the busiest expert got" in said
+    )
+    assert f"{share:.3g} of the tokens, above router.stop_busiest (0.95)" in said
     assert max(rows[-1]["busiest"]) > 0.95 and len(rows) < 50
     assert all(max(row["busiest"]) <= 0.95 for row in rows[:-1])
     assert any(row["kind"] == "warning" and "router.warn_kl" in row["message"] for row in job.metrics())
