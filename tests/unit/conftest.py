@@ -21,14 +21,6 @@ CHILD = "import sys, time, os, signal; from studio.jobs import open_job; job = o
 SLEEPING = "job.update(phase='training'); time.sleep(600)"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_profiles_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A plan takes the profile that is kept of its data: the user's own must not decide what a test sees."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
