@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
-    from studio.merging import merge
+    from studio.merging import convert, merge
     from studio.plan import Plan, make_plan
     from studio.profile import find_profile, make_profile
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
@@ -59,6 +59,7 @@ __all__ = [
     "StudioError",
     "TargetError",
     "TrainingError",
+    "convert",
     "find_profile",
     "job_routing",
     "list_jobs",
@@ -76,7 +77,7 @@ __all__ = [
 
 _HOMES = {
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
-    "studio.merging": ("merge",),
+    "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),
     "studio.profile": ("find_profile", "make_profile"),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),

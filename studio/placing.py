@@ -135,10 +135,16 @@ def _routed(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Ranks:
 
 
 def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) -> list[list[float]]:
+    if profile is None and base.directory is None:
+        others = ", ".join(rule for rule, entry in PLACEMENTS.items() if entry.score is None)
+        raise ProfileError(
+            f"placement.rule {name} chooses by where the data goes, and {base.name} is a published shape, which has no "
+            f"router profile; these rules need none: {others}"
+        )
     if profile is None:
         raise ProfileError(
             f"placement.rule {name} chooses by where the data goes, and there is no router profile of this base and "
-            "this data; make it with `studio profile RECIPE`"
+            "this data; make it with `studio profile RECIPE`, or add --profile to `studio plan` and `studio run`"
         )
     layers, grid = tuple(profile.layers), expert_grid(base)
     if (layers, profile.experts) != (grid.layers, grid.experts):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.errors import CheckpointError, StudioError
+from adapters.errors import CheckpointError, ProfileError, StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
@@ -115,10 +115,8 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
-    if profile is None and shape is None and needs_profile(recipe):
-        from studio.profile import find_profile
-
-        profile = find_profile(recipe)
+    if profile is None and shape is None and base.moe:
+        profile = _kept_profile(recipe)
     placement = plan_placement(recipe, base, profile)
     classes = tensor_classes(base, _held_as(recipe), placement)
     train = read_examples(recipe.data.train)
@@ -152,6 +150,18 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         warnings=_warnings(recipe, base, memory, at_hand),
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
+
+
+def _kept_profile(recipe: Recipe) -> RouterProfile | None:
+    """The profile that was made before, also for a rule that does not need it: it says what the rule covers."""
+    from studio.profile import find_profile
+
+    try:
+        return find_profile(recipe)
+    except ProfileError:
+        if needs_profile(recipe):
+            raise
+        return None
 
 
 def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:

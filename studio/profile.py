@@ -65,6 +65,8 @@ def find_profile(recipe: Recipe) -> RouterProfile | None:
     """
     from adapters.router_profile import load_profile
 
+    if not any(_kept_in().glob("*.safetensors")):  # spares the fingerprints, which take as long as the rest of a plan
+        return None
     path = profile_path(recipe)
     return load_profile(path) if path.is_file() else None
 
@@ -72,7 +74,11 @@ def find_profile(recipe: Recipe) -> RouterProfile | None:
 def profile_path(recipe: Recipe) -> Path:
     """Where the profile of this recipe is kept: another base, other data or another sample make another path."""
     name = _sha256(*(part.encode() for part in fingerprints(recipe)))[:32]
-    return default_cache_dir().with_name("profiles") / f"{name}.safetensors"
+    return _kept_in() / f"{name}.safetensors"
+
+
+def _kept_in() -> Path:
+    return default_cache_dir().with_name("profiles")
 
 
 def fingerprints(recipe: Recipe) -> tuple[str, str]:

@@ -307,6 +307,13 @@ def merge_view(report: dict[str, Any]) -> RenderableType:
     return Text(f"Merged model in {clean(str(report['out']))}: {size}, {changed}")
 
 
+def convert_view(report: dict[str, Any]) -> RenderableType:
+    """What a conversion has written."""
+    sizes = f"{as_bytes(report['bytes'])}, was {as_bytes(report['bytes_before'])}"
+    where = clean(str(report["out"]))
+    return Text(f"Adapter in {where}: {report['to']} form, {report['experts']:,} expert matrices, {sizes}")
+
+
 # -------------------------------------------------------------------- jobs
 
 

@@ -16,6 +16,9 @@ from transformers import AutoTokenizer
 from adapters.layouts import layout_for
 from adapters.loading import load_base
 from adapters.lora import attach
+from adapters.placement import Placement
+from adapters.routed import use_routed_experts
+from adapters.router_losses import routing_kl
 from adapters.routing import watch_routing
 from studio import open_job
 from studio.data import Example, Message
@@ -24,10 +27,11 @@ from studio.evaluation import encode
 from studio.jobs import Job
 from studio.placing import plan_placement
 from studio.plan import recipe_base
-from studio.recipe import parse_recipe
-from studio.trainers.router import PROBE_TOKENS, probe_batches
+from studio.recipe import RouterSettings, parse_recipe
+from studio.trainers.router import PROBE_TOKENS, RouterWatch, probe_batches
 from studio.trainers.sft import train
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
+from tests.numerics.conftest import Tiny, randomise
 
 EXPERTS, TOP_K, LAYERS = 4, 2, [0, 1]
 SAME = {"epochs": None, "max_steps": 3, "batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
@@ -129,6 +133,31 @@ def test_the_drift_is_the_kl_of_the_tuned_models_routing_from_the_bases(base: Pa
             values += (p * (p / q).log()).sum(-1).tolist()
         assert rows[-1]["kl"][number] == pytest.approx(sum(values) / len(values), rel=1e-3, abs=2e-6)
         assert rows[-1]["kl"][number] > 1e-4
+
+
+def test_the_base_is_the_model_without_its_adapter_also_where_training_goes_on(base: Path, tmp_path: Path) -> None:
+    run = Run(base, EXAMPLES, tmp_path, training={"max_steps": 1})
+    randomise(run.model)
+    with run.model.disable_adapter():
+        before = run.routing(EXAMPLES)
+    drift = run.train().job.of("router")[0]["kl"]  # the one step has a learning rate of 0
+    for found, layer in zip(drift, LAYERS, strict=True):
+        pairs = zip(before, run.routing(EXAMPLES), strict=True)
+        values = torch.cat([routing_kl(old[layer][0], new[layer][0], "softmax") for old, new in pairs])
+        assert found == pytest.approx(values.mean().item(), rel=1e-3) and found > 1e-3
+
+
+def test_the_probe_draws_no_random_number(tmp_path: Path) -> None:
+    """Phi-MoE's routers do while training."""
+    tiny = Tiny("phimoe", 64, 32)
+    model = attach(use_routed_experts(tiny.build()), Placement(attention=2)).train()
+    probe = probe_batches([[5, 6, 7], [8, 9]], 0, torch.device("cpu"))
+    job = Recorder(tmp_path)
+    watch = RouterWatch(model, tiny.layout, RouterSettings(), {}, probe, cast(Job, job))
+    state = torch.get_rng_state()
+    watch.on_train_begin(*[cast(Any, None)] * 3)
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
+    assert [logits.shape for logits in watch.base[0]] == [(5, 6)] * 2
 
 
 def test_watching_changes_no_bit_of_the_training(base: Path, tmp_path: Path) -> None:

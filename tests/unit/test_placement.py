@@ -19,6 +19,7 @@ from adapters.router_profile import RouterProfile
 from studio import Recipe, make_plan
 from studio.placing import coverage, placement_record, plan_placement, read_placement
 from studio.plan import recipe_base
+from studio.profile import profile_path
 from studio.recipe import PlacementSettings
 
 TICKETS = Path(__file__).parents[2] / "recipes" / "data" / "tickets-train.jsonl"
@@ -263,6 +264,31 @@ def test_the_smallest_budget_named_in_the_error_works() -> None:
     assert placed(profile_of(), placement={"rule": "budget", "training_bytes": smallest}).adapted_experts == 1
     with pytest.raises(TargetError):
         placed(profile_of(), placement={"rule": "budget", "training_bytes": smallest - 1})
+
+
+def test_the_plan_finds_the_profile_of_this_data_and_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wanted = recipe(placement={"rule": "esft_token", "p": 0.5})
+    with pytest.raises(ProfileError, match="studio profile RECIPE"):
+        make_plan(wanted)
+    assert (before := make_plan(recipe()).placement) and before.coverage is None
+    profile_of().save(profile_path(wanted))
+    assert make_plan(wanted).placement == make_plan(wanted, profile=profile_of()).placement
+    assert (after := make_plan(recipe()).placement) and after.coverage == {"all": 1.0, "even": 1.0, "first": 1.0}
+    other = {"data": {"train": TICKETS.with_name("tickets-eval.jsonl")}, "placement": {"rule": "esft_token"}}
+    with pytest.raises(ProfileError, match="no router profile of this base and this data"):
+        make_plan(recipe(**other))
+    profile_path(wanted).write_bytes(b"torn")
+    with pytest.raises(ProfileError, match="cannot be read"):
+        make_plan(wanted)
+    assert make_plan(recipe()).placement == before
+
+
+def test_a_published_shape_has_no_profile() -> None:
+    with pytest.raises(ProfileError, match=r"published shape, which has no router profile; .* need none: all_experts"):
+        make_plan(recipe(placement={"rule": "esft_gate"}), "llama4-scout")
 
 
 # -------------------------------------------------------------------- placement.json

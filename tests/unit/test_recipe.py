@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from studio.errors import Problem, RecipeError
+from studio.placing import needs_profile
 from studio.plan import make_plan
 from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
 from studio.trl_options import REASONS, RECIPE_FIELDS, sft_options, trl_problem
+from tests.unit.test_placement import profile_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 NEEDED = "data: {train: train.jsonl}\noutput: {dir: runs/x}\n"
@@ -316,7 +318,8 @@ def test_every_owned_trl_option_points_to_a_field_of_the_recipe() -> None:
 def test_shipped_recipes_are_complete_and_can_be_planned(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.output.dir.name == path.stem
-    assert make_plan(recipe).trainable_parameters > 0
+    profile = profile_of() if needs_profile(recipe) else None
+    assert make_plan(recipe, profile=profile).trainable_parameters > 0
 
 
 def test_recipes_ship() -> None:
