@@ -55,7 +55,7 @@ def _balance(routing: Routing, kept: Tensor, scoring: Scoring) -> Tensor:
     weight = kept.to(probs.dtype)
     used = probs.new_zeros(probs.shape[1])
     used.index_add_(0, routing.experts.flatten(), weight.repeat_interleave(routing.experts.shape[1]))
-    wanted = weight @ probs / weight.sum().clamp(min=1)
+    wanted = (weight[:, None] * probs).sum(0) / weight.sum().clamp(min=1)  # no matmul: autocast would round it
     return probs.shape[1] * (used / used.sum().clamp(min=1) * wanted).sum()
 
 
@@ -95,4 +95,4 @@ def _base(routing: Routing) -> Tensor:
 
 def _mean(values_T: Tensor, kept: Tensor) -> Tensor:
     weight = kept.to(values_T.dtype)
-    return values_T @ weight / weight.sum().clamp(min=1)
+    return (values_T * weight).sum() / weight.sum().clamp(min=1)

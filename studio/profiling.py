@@ -74,13 +74,18 @@ def draw_sample(
 
 
 def profile_routing(
-    model: PreTrainedModel, sample: Sample, pad_id: int, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    sample: Sample,
+    pad_id: int,
+    progress: Callable[[int, int], None] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Counted:
     """Sums over every token of the sample, in evaluation mode and without gradients; the output head is not run.
 
     Args:
         model: as it stands, adapters on or off.
         progress: called with (tokens done, tokens in all).
+        batch_tokens: padded tokens of one forward pass, where one row has no more.
     """
     inner: Any = model
     inner = inner.get_base_model() if hasattr(model, "get_base_model") else inner
@@ -89,7 +94,7 @@ def profile_routing(
     model.eval()
     layout = layout_for(inner.config.model_type)
     with torch.inference_mode(), watch_routing(model, layout) as seen:
-        for rows, numbers in _batches(sample):
+        for rows, numbers in _batches(sample, batch_tokens):
             ids, kept = _padded(rows, pad_id, inner.device)
             seen.clear()
             inner.model(input_ids=ids, attention_mask=kept.long(), use_cache=False)
@@ -105,11 +110,11 @@ def profile_routing(
     return Counted(counts, layers, top_k, sample.sources)
 
 
-def _batches(sample: Sample) -> Iterator[tuple[list[tuple[int, ...]], list[int]]]:
-    """Rows of about one length together, as many as `BATCH_TOKENS` holds."""
+def _batches(sample: Sample, batch_tokens: int) -> Iterator[tuple[list[tuple[int, ...]], list[int]]]:
+    """Rows of about one length together, as many as `batch_tokens` holds."""
     order = sorted(range(len(sample.rows)), key=lambda place: -len(sample.rows[place]))
     while order:
-        size = max(1, BATCH_TOKENS // len(sample.rows[order[0]]))
+        size = max(1, batch_tokens // len(sample.rows[order[0]]))
         chosen, order = order[:size], order[size:]
         yield [sample.rows[place] for place in chosen], [sample.numbers[place] for place in chosen]
 

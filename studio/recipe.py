@@ -276,7 +276,7 @@ class RouterSettings(Settings):
     """Whether load and drift of the routing are measured while training."""
 
     probe_examples: int = Field(default=16, ge=1, le=100_000)
-    """Examples on which the routing is compared with the base's: the first held-out ones, else of the training file."""
+    """First held-out examples (else training ones) whose routing is compared with the base's; 2,048 tokens at most."""
 
     warn_kl: float | None = Field(default=None, ge=0)
     """Warn where a layer's routing is further than this from the base's (KL divergence in nats). null: never."""

@@ -121,10 +121,11 @@ def _profile(model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> An
     """The routing of a small sample by the model as it stands: the same sample before and after the training."""
     from studio.plan import recipe_base
     from studio.profile import SAMPLE_SEED, fingerprints, shared_count
-    from studio.profiling import draw_sample, profile_routing
+    from studio.profiling import BATCH_TOKENS, draw_sample, profile_routing
 
     sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, WATCHED_TOKENS)
-    counted = profile_routing(model, sample, tokenizer.pad_token_id)
+    as_in_training = min(BATCH_TOKENS, recipe.training.batch_size * recipe.data.max_length_tokens)
+    counted = profile_routing(model, sample, tokenizer.pad_token_id, batch_tokens=as_in_training)
     shared = shared_count(recipe_base(recipe))
     return counted.bound_to(*fingerprints(recipe), SAMPLE_SEED, WATCHED_TOKENS, shared)
 

@@ -136,8 +136,11 @@ def _placement_lines(plan: Plan) -> list[tuple[str, str]]:
         saved = placement.parameters_saved / (placement.parameters + placement.parameters_saved)
         words.append(f"{as_percent(saved)} fewer expert parameters than with the largest rank on all")
     lines = [("Experts", " · ".join(words))]
-    covered = [f"{clean(name)} {as_percent(share)}" for name, share in (placement.coverage or {}).items()]
-    return [*lines, ("Covers", " · ".join(covered) + " of the routed tokens")] if covered else lines
+    shares = dict(placement.coverage or {})
+    if len(shares) == 2:  # one data source: it is all of them
+        shares.pop("all")
+    covered = [f"{clean(name)} {as_percent(share)}" for name, share in shares.items()]
+    return [*lines, ("Covers", f"of the routed tokens: {' · '.join(covered)}")] if covered else lines
 
 
 # -------------------------------------------------------------------- profile

@@ -40,9 +40,8 @@ def _rank_range(ranks: Sequence[Sequence[int]]) -> str:
 
 
 def _where(plan: Plan) -> str:
-    shared = plan.placement.shared_experts if plan.placement else 0
-    layers = f"routed experts of {plan.moe_layers} layers"
-    return f"{layers}, beside {shared} shared in each" if shared else layers
+    shared = any(entry.name == "shared_expert" for entry in plan.classes)
+    return f"routed experts of {plan.moe_layers} layers{', shared ones not counted' if shared else ''}"
 
 
 def _saved(parameters: int, saved: int) -> str:
@@ -94,5 +93,5 @@ def warnings_view(rows: Rows) -> Markup | None:
         return None
     hidden = len(found) - MOST_WARNINGS
     more = el("p", f"and {hidden:,} earlier ones, in metrics.jsonl") if hidden > 0 else None
-    items = [el("li", words) for words in found[-MOST_WARNINGS:]]
+    items = [el("li", words[:1].upper() + words[1:]) for words in found[-MOST_WARNINGS:]]
     return note("warning", "The router passed a limit of the recipe", el("ul", *items), more)

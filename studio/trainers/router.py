@@ -10,7 +10,8 @@ A row, lists by MoE layer, over the tokens since the last row (padding aside):
      "busiest": [share of the tokens that the busiest expert got], "dead": [experts without a token],
      "kl": [KL(base || now) in nats a token, of the routing on the probe set],
      and the mean of each loss that is on: "load_balance_loss", "z_loss", "distill_loss"}
-The probe set is the same few examples each time; the base's routing of them is taken once, before the first step.
+The probe set is the same few examples each time; the base's routing of them is taken once, before the first step. Its
+drift is that of the model after step n; the counts are of the forward passes that led there.
 """
 
 from __future__ import annotations
@@ -266,8 +267,9 @@ class RouterWatch(TrainerCallback):
         """Raises TrainingError for what is past a stop limit; else writes a warning, once until the value is back."""
         if problem := self._past("stop", row):
             raise TrainingError(
-                f"{'; '.join(problem.values())}: training stopped and no adapter was written. A lower learning rate, "
-                "router.distill_coef above 0 or router.mode frozen keep the routing nearer to the base's"
+                f"at step {row['step']}, {'; '.join(problem.values())}. Training stopped and no adapter was written. A "
+                "lower learning rate, router.distill_coef above 0 or router.mode frozen keep the routing nearer to the "
+                "base's"
             )
         problem = self._past("warn", row)
         for name in problem.keys() - self.warned:
@@ -282,7 +284,7 @@ class RouterWatch(TrainerCallback):
             if limit is not None and worst != limit and worst_of(worst, limit) == worst:
                 layer = row["layers"][row[key].index(worst)]
                 said = f"{text.format(worst)} router.{kind}_{name} ({limit:g})"
-                found[name] = f"at step {row['step']}, layer {layer}: {said}"
+                found[name] = f"layer {layer}: {said}"
         return found
 
 

@@ -28,7 +28,7 @@ from studio.jobs import Job
 from studio.placing import plan_placement
 from studio.plan import recipe_base
 from studio.recipe import RouterSettings, parse_recipe
-from studio.trainers.router import PROBE_TOKENS, RouterWatch, probe_batches
+from studio.trainers.router import PROBE_TOKENS, RouterWatch, probe_batches, watch_router
 from studio.trainers.sft import train
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
 from tests.numerics.conftest import Tiny, randomise
@@ -227,6 +227,19 @@ def test_what_a_model_cannot_have_is_an_error(base: Path, tmp_path: Path) -> Non
         Run(base, EXAMPLES, tmp_path, router={"stop_entropy": 0.5}).train()  # log 2 / log 4
 
 
+def test_a_dense_model_is_not_watched_and_what_asks_for_its_routing_is_refused(tmp_path: Path) -> None:
+    model = attach(Tiny("llama", 64, 96).build(), Placement(attention=2))
+
+    def watch(**router: float) -> RouterWatch | None:
+        data = {"train": str(TICKETS / "tickets-train.jsonl")}
+        recipe = parse_recipe(yaml.safe_dump({"data": data, "router": router, "output": {"dir": str(tmp_path)}}))
+        return watch_router(model, cast(Any, None), recipe, EXAMPLES, cast(Job, Recorder(tmp_path)))
+
+    assert watch() is None
+    with pytest.raises(TargetError, match=r"router\.warn_kl, router\.stop_busiest is set, but this llama model has no"):
+        watch(warn_kl=0.1, stop_busiest=0.9)
+
+
 def test_the_probe_set_is_cut_to_its_tokens_and_batched_by_length() -> None:
     rows = [[7] * length for length in (900, 3, 1000, 5, 400, 10)]
     batches = probe_batches(rows, 0, torch.device("cpu"))
@@ -247,8 +260,12 @@ def test_a_router_that_collapses_stops_the_job_and_another_is_warned_of(base: Pa
     answer, job = json.loads(run.stdout), open_job(tmp_path / "job")
     assert run.returncode == 1 and answer["status"] == "failed"
     assert answer["error"]["type"] == "TrainingError"
-    assert "the busiest expert got" in answer["error"]["message"] and "stop_busiest" in answer["error"]["message"]
     rows = [row for row in job.metrics() if row["kind"] == "router"]
+    said, share = answer["error"]["message"], max(rows[-1]["busiest"])
+    assert (
+        f"at step {rows[-1]['step']}, layer {LAYERS[rows[-1]['busiest'].index(share)]}: the busiest expert got" in said
+    )
+    assert f"{share:.3g} of the tokens, above router.stop_busiest (0.95)" in said
     assert max(rows[-1]["busiest"]) > 0.95 and len(rows) < 50
     assert all(max(row["busiest"]) <= 0.95 for row in rows[:-1])
     assert any(row["kind"] == "warning" and "router.warn_kl" in row["message"] for row in job.metrics())

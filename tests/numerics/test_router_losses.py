@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_each_loss_equals_a_slow_loop(name: str, scoring: Scoring) -> None:
     assert not kept.all()
     found = LOSSES[name](seen, kept, scoring)
     assert found.item() == pytest.approx(slow_losses(seen, kept, scoring)[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_rounds_no_loss(name: str) -> None:
+    seen, kept = some_routings()
+    exact = LOSSES[name](seen, kept, "softmax").item()
+    single = [replace(r, logits=r.logits.float(), base_logits=r.base_logits.float()) for r in seen]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LOSSES[name](single, kept, "softmax").item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_load_balance_is_transformers_own_by_layer_divided_by_k() -> None:

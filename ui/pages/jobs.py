@@ -101,7 +101,7 @@ class Page:
                 "figures": job_views.live_figures(state, rows, result),
                 "curve": (state.total_steps, job_views.loss_points(rows)),
                 "warnings": warnings_view(rows),
-                "router": router_rows(rows),
+                "router": (state.total_steps, router_rows(rows)),
                 "routing": (job.path, _stamps(job)),
                 "result": job_views.result_view(job, result) if result and state.status == "succeeded" else None,
                 "cancel": not state.ended,
@@ -114,7 +114,7 @@ class Page:
         except StudioError as error:
             head = el("section", el("h1", "This job cannot be shown"), el("p", str(error)), cls="card")
             nothing = {"figures": None, "warnings": None, "result": None, "routing": None}
-            return {"head": head, **nothing, "curve": (0, []), "router": [], "cancel": False, "details": False}
+            return {"head": head, **nothing, "curve": (0, []), "router": (0, []), "cancel": False, "details": False}
 
     def _updates(self, changed: Seen) -> Updates:
         found: Updates = {}
@@ -129,9 +129,9 @@ class Page:
             points = pd.DataFrame(pairs, columns=["step", "loss"])
             found[self.curve] = gr.update(value=points, x_lim=[0, total], visible=len(points) > 1)
         if "router" in changed:
-            rows = changed["router"]
+            total, rows = changed["router"]
             found[self.router_box] = gr.update(visible=bool(rows))
-            found[self.router] = as_plot(router_figure(rows)) if rows else None
+            found[self.router] = as_plot(router_figure(rows, total)) if rows else None
         if "routing" in changed:
             found |= self._routing(changed["routing"])
         if "cancel" in changed:
