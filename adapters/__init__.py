@@ -10,10 +10,15 @@ loading torch.
     workspace     * how much of a layer's experts is worked on at one time
     tensor_files    exact reads and atomic writes of safetensors files
     quantized       4-bit expert stacks with bitsandbytes' bytes
+    expert_math     forward and backward of one layer's experts; products, lora_products: what they multiply
     routed          routed experts: only routed (token, expert) pairs are computed
+    routing         what the routers do in a forward pass; router_losses: losses on it
+    router_profile  where a sample of the data goes, layer by layer and expert by expert (numpy alone)
     loading         a base model streamed from its files, quantised one expert at a time
     lora            expert LoRA as a PEFT layer; `attach` puts a placement on a model
+    deltas          how far training moved each expert
     peft_files      the standard PEFT adapter directory, written and read
+    compact         the adapter with each expert's own rank; to the standard form and back
     merge           base + adapter, tensor by tensor
 """
 

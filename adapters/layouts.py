@@ -84,6 +84,8 @@ class ExpertLayout:
         shared_expert: the always-on expert inside the block, or None.
         stack_order: "in_out" when `gate_up_proj` is (E, H, 2I) and `down_proj` (E, I, H); "out_in" when they are
             (E, 2I, H) and (E, H, I).
+        scoring: what the router makes of its logits: "softmax" over all experts, or each expert's own "sigmoid". The
+            softmax of the chosen logits alone (gpt_oss, granitemoe) is the former, renormalised.
         weight_on: whether the routing weight multiplies the expert's "input" or its "output".
         interleaved: gate and up alternate along the 2I axis, instead of all of gate before all of up.
         bias: the experts have `gate_up_proj_bias` (E, 2I) and `down_proj_bias` (E, H).
@@ -108,6 +110,7 @@ class ExpertLayout:
     block: str = "mlp"
     shared_expert: str | None = None
     stack_order: Literal["in_out", "out_in"] = "out_in"
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
     weight_on: Literal["input", "output"] = "output"
     interleaved: bool = False
     bias: bool = False
@@ -263,6 +266,7 @@ LLAMA4 = ExpertLayout(
     router_logits=1,
     shared_expert="shared_expert",
     stack_order="in_out",
+    scoring="sigmoid",
     weight_on="input",
     peft_swaps=True,
     checkpoint="stacked",
@@ -313,7 +317,7 @@ LAYOUTS: dict[str, ExpertLayout] = {
             expert_width="intermediate_size",
         ),
         ExpertLayout("deepseek_v2", shared_expert="shared_experts", attention=MLA, peft_fuses=True),
-        ExpertLayout("deepseek_v3", shared_expert="shared_experts", attention=MLA, peft_fuses=True),
+        ExpertLayout("deepseek_v3", shared_expert="shared_experts", attention=MLA, peft_fuses=True, scoring="sigmoid"),
         ExpertLayout("olmoe", expert_width="intermediate_size", peft_fuses=True),
         ExpertLayout(
             "granitemoe",
@@ -334,7 +338,7 @@ LAYOUTS: dict[str, ExpertLayout] = {
             renames=((".mlp.router.", ".mlp.gate."), MIXTRAL_BLOCK),
             expert_width="intermediate_size",
         ),
-        ExpertLayout("glm4_moe", shared_expert="shared_experts", peft_fuses=True),
+        ExpertLayout("glm4_moe", shared_expert="shared_experts", peft_fuses=True, scoring="sigmoid"),
         ExpertLayout(
             "ernie4_5_moe",
             peft_fuses=True,
@@ -343,7 +347,13 @@ LAYOUTS: dict[str, ExpertLayout] = {
             top_k="moe_k",
             ignored=(r"(^|\.)mtp_",),
         ),
-        ExpertLayout("minimax_m2", parts=MIXTRAL_PARTS, renames=(MIXTRAL_BLOCK,), expert_width="intermediate_size"),
+        ExpertLayout(
+            "minimax_m2",
+            parts=MIXTRAL_PARTS,
+            renames=(MIXTRAL_BLOCK,),
+            expert_width="intermediate_size",
+            scoring="sigmoid",
+        ),
         ExpertLayout(
             "hunyuan_v1_moe",
             peft_fuses=True,

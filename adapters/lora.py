@@ -7,6 +7,10 @@ scale · (x Aᵀ) Bᵀ to its own tokens only, and its rank may differ from its 
                                                  router:                   PEFT's own ParamWrapper
                                                  routed experts:           ExpertLora
 
+A router that is trained fully is a LoRA too, of rank E with B the (E, E) identity, frozen, and a scale of exactly 1: A
+is (E, H) like the router's weight, starts at 0, and W + A is any weight at all. So `disable_adapter` gives the base
+back, stock PEFT loads the file, and a merge needs nothing new. A router's bias or selection correction is not trained.
+
 Training checkpoints hold these parameters as they are; `adapters.peft_files` writes the standard PEFT form.
 """
 
@@ -130,7 +134,7 @@ def attach(model: PreTrainedModel, placement: Placement) -> PeftModel:
     """
     layout = layout_for(model.config.model_type)
     check_targets(model, layout, placement)
-    targets = lora_targets(layout, placement)
+    targets = lora_targets(layout, placement, expert_count(model, layout))
     if placement.routed_rank:
         targets["target_modules"] = [*targets["target_modules"], *layout.class_modules("routed_experts")]
     config = LoraConfig(task_type="CAUSAL_LM", **targets)
@@ -142,17 +146,39 @@ def attach(model: PreTrainedModel, placement: Placement) -> PeftModel:
     # PEFT would take some of these names for those of transformers 4 and target other tensors: ExpertLayout.peft_fuses
     as_named = patch("peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers")
     with warnings.catch_warnings(), as_named:
-        # PEFT looks for rank patterns among modules alone; those of target_parameters are used all the same
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-        return cast(PeftModel, get_peft_model(model, config))
+        # PEFT looks for the patterns among modules alone; those of target_parameters are used all the same
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        adapted = cast(PeftModel, get_peft_model(model, config))
+    if placement.router_full:
+        _train_routers_fully(adapted, layout)
+    return adapted
+
+
+def _train_routers_fully(model: PeftModel, layout: ExpertLayout) -> None:
+    """A = 0 is trained; B = identity is not, also after `disable_adapter`, which has PEFT unfreeze its adapters."""
+    for _, block in moe_blocks(model, layout):
+        router = cast(LoraLayer, block.get_submodule(layout.router))
+        nn.init.zeros_(cast(Tensor, router.lora_A["default"].weight))
+        nn.init.eye_(cast(Tensor, router.lora_B["default"].weight))
+        router.frozen_peft_weight_names = {"default": ("lora_B",)}
+        router.set_adapter(router.active_adapters)
+
+
+def expert_count(model: nn.Module, layout: ExpertLayout) -> int:
+    """Routed experts of a layer, adapted or not; 0 for a dense model."""
+    for _, block in moe_blocks(model, layout):
+        experts = getattr(block, layout.experts)
+        return cast(RoutedExperts, experts.get_base_layer() if isinstance(experts, ExpertLora) else experts).num_experts
+    return 0
 
 
 def check_targets(model: nn.Module, layout: ExpertLayout, placement: Placement) -> None:
     """Raises `TargetError` naming every class of the placement that this model does not have."""
     modules = [name for name, _ in model.named_modules()]
+    ranks = {**placement.class_ranks(), "router": placement.router or int(placement.router_full)}
     missing = [
         name
-        for name, rank in placement.class_ranks().items()
+        for name, rank in ranks.items()
         if rank and not any(m.endswith(f".{s}") for m in modules for s in layout.class_modules(name))  # type: ignore[arg-type]
     ]
     if missing:
@@ -167,9 +193,16 @@ def check_targets(model: nn.Module, layout: ExpertLayout, placement: Placement) 
         raise TargetError(f"the placement has ranks for experts {given} by layer, the model has {experts}")
 
 
-def lora_targets(layout: ExpertLayout, placement: Placement) -> dict[str, Any]:
-    """The `LoraConfig` fields for everything but the routed experts: targets, rank, alpha, rank pattern."""
+def lora_targets(layout: ExpertLayout, placement: Placement, experts: int) -> dict[str, Any]:
+    """The `LoraConfig` fields for everything but the routed experts: targets, rank, alpha and their patterns.
+
+    Args:
+        experts: of a layer; the rank of a router that is trained fully.
+    """
     ranks = {name: rank for name, rank in placement.class_ranks().items() if rank}
+    routers = target_suffixes(layout, "router")
+    if placement.router_full:
+        ranks["router"] = experts
     if not ranks:
         raise TargetError("every rank is 0: nothing would be trained; give at least one class a rank")
     largest = max(ranks.values())
@@ -184,8 +217,9 @@ def lora_targets(layout: ExpertLayout, placement: Placement) -> dict[str, Any]:
         "r": largest,
         "lora_alpha": placement.alpha,
         "target_modules": modules,
-        "target_parameters": list(target_suffixes(layout, "router")) if placement.router else None,
+        "target_parameters": list(routers) if "router" in ranks else None,
         "rank_pattern": pattern,
+        "alpha_pattern": dict.fromkeys(routers, experts) if placement.router_full else {},
     }
 
 

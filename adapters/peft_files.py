@@ -26,12 +26,13 @@ from torch import Tensor
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, listed
 from adapters.layouts import ExpertLayout, layout_for
-from adapters.lora import ExpertLora, lora_targets, target_suffixes
+from adapters.lora import ExpertLora, expert_count, lora_targets, target_suffixes
 from adapters.placement import Placement
 from adapters.routed import PROJECTIONS
 from adapters.tensor_files import new_directory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+COMPACT_WEIGHTS = "compact_adapter.safetensors"  # of adapters.compact
 PREFIX = "base_model.model."
 NOT_MERGED = (
     "use_dora",
@@ -149,14 +150,14 @@ def save_adapter(
         raise AdapterFileError(listed("the adapter holds NaN or infinity and was not written", broken))
     with new_directory(out, overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", "peft_version": peft.__version__})
-        standard_config(layout, placement, base_name).save_pretrained(str(directory))
+        standard_config(layout, placement, base_name, expert_count(model, layout)).save_pretrained(str(directory))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {"tensors": len(tensors), "parameters": parameters, "bytes": (out / WEIGHTS).stat().st_size}
 
 
-def standard_config(layout: ExpertLayout, placement: Placement, base_name: str) -> LoraConfig:
-    """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes."""
-    targets = lora_targets(layout, placement)
+def standard_config(layout: ExpertLayout, placement: Placement, base_name: str, experts: int) -> LoraConfig:
+    """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes; `experts` of a layer."""
+    targets = lora_targets(layout, placement, experts)
     if layout.peft_fuses:
         _name_by_parameter(targets, (*layout.class_modules("shared_expert"), *layout.class_modules("dense_mlp")))
     if placement.routed_rank:
@@ -223,7 +224,7 @@ def read_adapter(directory: Path, layout: ExpertLayout) -> AdapterFile:
         module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         pair = tensors[key], tensors[partner]
         if module.removesuffix(".base_layer").endswith(f"{layout.block}.{layout.experts}"):
-            stack = _stack_key(module, config)
+            stack = stack_key(module, config)
             rank, scale = rank_and_scale(config, stack)
             if pair[0].shape[0] % rank or pair[1].shape[1] != pair[0].shape[0]:
                 problems.append(f"{key} is {tuple(pair[0].shape)} and {tuple(pair[1].shape)}: not of rank {rank}")
@@ -243,7 +244,7 @@ def read_adapter(directory: Path, layout: ExpertLayout) -> AdapterFile:
     return AdapterFile(config, linear, experts)
 
 
-def _stack_key(module: str, config: dict[str, Any]) -> str:
+def stack_key(module: str, config: dict[str, Any]) -> str:
     """The parameter that a stack's key means; PEFT nests the wrappers, gate_up_proj innermost."""
     targeted = {name.rpartition(".")[2] for name in config.get("target_parameters") or []} & set(PROJECTIONS)
     if targeted >= set(PROJECTIONS):
@@ -272,11 +273,11 @@ def _by_parameter(config: dict[str, Any], key: str) -> bool:
 def _read_config(directory: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            hint = (
-                "; pickle adapters (adapter_model.bin) are refused"
-                if (directory / "adapter_model.bin").exists()
-                else ""
-            )
+            hint = ""
+            if (directory / "adapter_model.bin").exists():
+                hint = "; pickle adapters (adapter_model.bin) are refused"
+            if (directory / COMPACT_WEIGHTS).exists():
+                hint = "; this one is in the compact form: `studio convert ADAPTER OUT --to peft` first"
             raise AdapterFileError(f"{directory} has no {name}: expected a PEFT adapter directory{hint}")
     config = read_json_object(directory / CONFIG, AdapterFileError)
     if config.get("peft_type") != "LORA":

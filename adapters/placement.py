@@ -125,8 +125,8 @@ def manual(grid: ExpertGrid, *, experts: Sequence[int] | Mapping[int, Sequence[i
 def esft(grid: ExpertGrid, scores: Scores, *, p: float, rank: int) -> Ranks:
     """In each layer the highest scores, until they make up the share `p` of the layer's sum; at least one expert.
 
-    ESFT (arXiv 2407.01906, section 3.3), with the average gate score or the token selection ratio as score. The sums
-    are over the experts of a layer.
+    ESFT (Wang et al., 2024, arXiv 2407.01906), with the average gate score or the token selection ratio as score. The
+    sums are over the experts of a layer.
     """
     return _chosen(grid, [_reaching(layer, p) for layer in scores], rank)
 

@@ -83,6 +83,17 @@ class RouterProfile:
         """(L,): entropy of `share` over its largest value log E; 1 is even use, 0 one expert for all."""
         return relative_entropy(self.share(source))
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything but co-activation, as plain numbers: shares and mean gates by source and over all."""
+        arrays = ("tokens", "routed", "gate", "together")
+        facts = {name: value for name, value in vars(self).items() if name not in arrays}
+        facts["tokens"] = dict(zip(self.sources, self.tokens.tolist(), strict=True))
+        facts["load_entropy"] = self.load_entropy().tolist()
+        every = {"all": None, **{source: source for source in self.sources}}
+        facts["share"] = {name: self.share(source).tolist() for name, source in every.items()}
+        facts["mean_gate"] = {name: self.mean_gate(source).tolist() for name, source in every.items()}
+        return facts
+
     def _of(self, sums: Any, source: str | None) -> Any:
         if source is None:
             return sums.sum(0)

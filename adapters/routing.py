@@ -2,6 +2,7 @@
 
     with watch_routing(model, layout) as seen:
         model(...)                       one `Routing` a MoE layer is appended to `seen`; the caller clears it
+    watch_routing(model, layout, base=True)     and what each router without its adapter says of the same input
     count_routing(seen, kept, sources)   ─▶ Counts, what a router profile is summed from
 
 Dimension legend: T tokens (rows x length), K experts a token (top-k), E experts, L MoE layers, S data sources.
@@ -9,20 +10,18 @@ Dimension legend: T tokens (rows x length), K experts a token (top-k), E experts
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from adapters.errors import LayoutError
-from adapters.layouts import ExpertLayout
+from adapters.layouts import LAYER, ExpertLayout
 from adapters.routed import moe_blocks
-
-LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -33,21 +32,25 @@ class Routing:
         layer: number of the decoder layer.
         logits: (T, E) of the router, before softmax or sigmoid, and before selection biases.
         experts: (T, K) ids of the chosen experts. weights: (T, K) what their outputs (or inputs) are multiplied by.
+        base_logits: (T, E) of the same router without its adapter on the same hidden states, without a graph; None
+            where they were not asked for.
     """
 
     layer: int
     logits: Tensor
     experts: Tensor
     weights: Tensor
+    base_logits: Tensor | None = None
 
 
 @contextmanager
-def watch_routing(model: nn.Module, layout: ExpertLayout) -> Iterator[list[Routing]]:
+def watch_routing(model: nn.Module, layout: ExpertLayout, *, base: bool = False) -> Iterator[list[Routing]]:
     """Yields a list that each forward pass extends, layer after layer. Nothing else about the model changes.
 
     Args:
         model: with `RoutedExperts`, adapters or not. Under gradient checkpointing the backward pass runs the layers
-            again, and they are appended again.
+            again, and they are appended again: leave the context before the backward pass.
+        base: fill `Routing.base_logits`, for one more router product a layer.
 
     Raises:
         LayoutError: the model has no MoE layer.
@@ -58,7 +61,7 @@ def watch_routing(model: nn.Module, layout: ExpertLayout) -> Iterator[list[Routi
     if not blocks:
         raise LayoutError(f"this {layout.model_type} model has no MoE layer whose routing could be watched")
     for name, block in blocks:
-        handles += _watch(int(LAYER_NUMBER.findall(f"{name}.")[-1]), block, layout, seen)
+        handles += _watch(int(LAYER.findall(f"{name}.")[-1]), block, layout, seen, base)
     try:
         yield seen
     finally:
@@ -66,22 +69,39 @@ def watch_routing(model: nn.Module, layout: ExpertLayout) -> Iterator[list[Routi
             handle.remove()
 
 
-def _watch(layer: int, block: nn.Module, layout: ExpertLayout, seen: list[Routing]) -> list[Any]:
-    last: list[Tensor] = []
+def _watch(layer: int, block: nn.Module, layout: ExpertLayout, seen: list[Routing], base: bool) -> list[Any]:
+    last: list[tuple[Tensor, Tensor | None]] = []
 
-    def on_router(_module: nn.Module, _args: Any, output: Any) -> None:
-        logits = output if isinstance(output, Tensor) else output[layout.router_logits]
-        last[:] = [logits.flatten(0, -2)]
+    def on_router(router: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        last[:] = [(_logits(output, layout), _base_logits(router, args, layout) if base else None)]
 
     def on_experts(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         _, experts, weights = args
-        seen.append(Routing(layer, last.pop(), experts.flatten(0, -2), weights.flatten(0, -2)))
+        logits, base_logits = last.pop()
+        seen.append(Routing(layer, logits, experts.flatten(0, -2), weights.flatten(0, -2), base_logits))
 
     router = block.get_submodule(layout.router)
     return [
         router.register_forward_hook(on_router),
         block.get_submodule(layout.experts).register_forward_pre_hook(on_experts),
     ]
+
+
+def _logits(output: Any, layout: ExpertLayout) -> Tensor:
+    logits: Tensor = output if isinstance(output, Tensor) else output[layout.router_logits]
+    return logits.flatten(0, -2)
+
+
+def _base_logits(router: nn.Module, args: tuple[Tensor, ...], layout: ExpertLayout) -> Tensor:
+    """In evaluation mode: routers that sample while training (Phi-MoE) would draw other random numbers than stock's."""
+    stock: Any = router.get_base_layer() if isinstance(router, LoraLayer) else router
+    training = stock.training
+    stock.eval()
+    try:
+        with torch.no_grad():
+            return _logits(stock(*args), layout)
+    finally:
+        stock.train(training)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         Problem,
         ProblemsError,
+        ProfileError,
         QuantizationError,
         RecipeError,
         StudioError,
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
-    from studio.merging import merge
+    from studio.merging import convert, merge
     from studio.plan import Plan, make_plan
+    from studio.profile import find_profile, make_profile
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
+    from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing, plan_routing
 
 __version__ = "0.1.0"
 
@@ -38,6 +41,7 @@ __all__ = [
     "AdapterFileError",
     "CheckpointError",
     "DataError",
+    "Heatmap",
     "Job",
     "JobError",
     "JobState",
@@ -46,18 +50,26 @@ __all__ = [
     "Plan",
     "Problem",
     "ProblemsError",
+    "ProfileError",
     "QuantizationError",
     "Recipe",
     "RecipeError",
+    "RoutingView",
+    "SourceCoverage",
     "StudioError",
     "TargetError",
     "TrainingError",
+    "convert",
+    "find_profile",
+    "job_routing",
     "list_jobs",
     "load_recipe",
     "make_plan",
+    "make_profile",
     "merge",
     "open_job",
     "parse_recipe",
+    "plan_routing",
     "recipe_schema",
     "recipe_to_yaml",
     "submit",
@@ -65,9 +77,11 @@ __all__ = [
 
 _HOMES = {
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
-    "studio.merging": ("merge",),
+    "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),
+    "studio.profile": ("find_profile", "make_profile"),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
+    "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing", "plan_routing"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `studio validate | plan | shapes | run | merge | jobs | cache | ui | schema`.
+"""The command line: `studio validate | plan | profile | shapes | run | merge | convert | jobs | cache | ui | schema`.
 
 Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
 one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adapters.packed_cache import CacheEntry
+    from adapters.router_profile import RouterProfile
     from studio.jobs import Job, JobState
+    from studio.recipe import Recipe
 
 app = typer.Typer(
     name="studio",
@@ -41,6 +43,9 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, 
 JobPath = Annotated[str, typer.Argument(metavar="JOB", help="A job directory, or a name in the root.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON, errors included.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+MakeProfile = Annotated[
+    bool, typer.Option("--profile", help="Make the router profile first where the placement rule needs one.")
+]
 Root = Annotated[Path, typer.Option("--root", help="The directory that holds the jobs.")]
 
 
@@ -98,12 +103,16 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help="Plan for this published model instead of the recipe's base; see shapes."),
     ] = None,
+    make_profile: MakeProfile = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe will do: bytes, parameters and adapters per class of tensors, and the peak memory."""
     from studio.terminal import plan_view
 
-    planned = studio.make_plan(studio.load_recipe(recipe), shape)
+    wanted = studio.load_recipe(recipe)
+    if make_profile:
+        profile_where_missing(wanted, as_json)
+    planned = studio.make_plan(wanted, shape)
     if as_json:
         print_json(planned.model_dump(mode="json"))
     else:
@@ -124,16 +133,42 @@ def shapes(as_json: AsJson = False) -> None:
         output().print(shape_table([(s.name, s.title, base) for s, base in counts]))
 
 
+@app.command(epilog="Example: studio profile recipes/embedded-sft-routed.yaml")
+@reported
+def profile(
+    recipe: RecipePath,
+    again: Annotated[bool, typer.Option("--again", help="Make it even if there is one already.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Route a sample of the training data through the base and show which experts it uses."""
+    from studio.profile import profile_path
+    from studio.terminal import profile_view
+
+    wanted = studio.load_recipe(recipe)
+    found = None if again else studio.find_profile(wanted)
+    made = found or profile_with_bars(wanted, as_json)
+    path = profile_path(wanted)
+    if as_json:
+        print_json({"path": path, "reused": found is not None, **made.as_json()})
+    else:
+        output().print(profile_view(made))
+        typer.echo(f"{'Made before' if found else 'Saved'}: {path}")
+
+
 @app.command(epilog="Example: studio run recipes/quickstart.yaml --overwrite")
 @reported
 def run(
     recipe: RecipePath,
     overwrite: Overwrite = False,
     detach: Annotated[bool, typer.Option("--detach", help="Start the job and return at once.")] = False,
+    make_profile: MakeProfile = False,
     as_json: AsJson = False,
 ) -> None:
     """Start the job of a recipe and follow it to its end. Ctrl-C cancels it."""
-    job = studio.submit(studio.load_recipe(recipe), overwrite=overwrite)
+    wanted = studio.load_recipe(recipe)
+    if make_profile:
+        profile_where_missing(wanted, as_json)
+    job = studio.submit(wanted, overwrite=overwrite)
     if detach:
         show_started(job, as_json)
     else:
@@ -159,6 +194,25 @@ def merge(
         print_json(report)
     else:
         output().print(merge_view(report), soft_wrap=True)
+
+
+@app.command(epilog="Example: studio convert runs/quickstart/adapter compact/quickstart --to compact")
+@reported
+def convert(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter directory to write.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="compact|peft", help="The form to write.", show_default=False)],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter in its other form: compact (each expert its own rank) or peft (stock PEFT loads it)."""
+    from studio.terminal import convert_view
+
+    report = studio.convert(adapter, out, to=to, overwrite=overwrite)
+    if as_json:
+        print_json(report)
+    else:
+        output().print(convert_view(report), soft_wrap=True)
 
 
 @app.command(epilog="Example: studio cache --remove all")
@@ -283,6 +337,21 @@ def remove_from_cache(directory: Path, entries: Sequence[CacheEntry], name: str,
         print_json({"removed": [entry.name for entry in chosen], "size_bytes": total_bytes(chosen)})
     else:
         typer.echo(f"Removed {len(chosen)} of {len(entries)} quantised bases, {as_bytes(total_bytes(chosen))}")
+
+
+def profile_where_missing(recipe: Recipe, quiet: bool) -> None:
+    """Makes the router profile that the recipe's rule needs, unless there is one or the rule needs none."""
+    from studio.placing import needs_profile
+
+    if needs_profile(recipe) and studio.find_profile(recipe) is None:
+        profile_with_bars(recipe, quiet)
+
+
+def profile_with_bars(recipe: Recipe, quiet: bool) -> RouterProfile:
+    from studio.terminal import profile_progress
+
+    with profile_progress(output(), quiet) as (routing, loading):
+        return studio.make_profile(recipe, routing, loading)
 
 
 def watch(job: Job, as_json: bool) -> None:

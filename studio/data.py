@@ -3,15 +3,16 @@
 A row is one of
     {"messages": [{"role": "user", "content": "…"}, …, {"role": "assistant", "content": "…"}]}
     {"prompt": "…" or [messages], "completion": "…" or [messages]}
-and becomes an Example, the conversational prompt-completion form that TRL reads. A file is checked to its end: its
-first 20 problems are reported together, and nothing is started.
+and becomes an Example, the conversational prompt-completion form that TRL reads. A row may name its data source with
+"source": "…"; without it, that is the file's name. A file is checked to its end: its first 20 problems are reported
+together, and nothing is started.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt that ends with the user's turn, and the assistant's completion of it."""
+    """A prompt that ends with the user's turn, the assistant's completion of it, and the data source it is from."""
 
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
+    source: str = ""
 
     def as_row(self) -> dict[str, list[dict[str, str]]]:
         """The example as TRL's conversational prompt-completion row."""
@@ -84,7 +86,7 @@ def check_examples(path: Path | str) -> tuple[list[Example], list[Problem]]:
     try:
         for number, line in _lines(Path(path)):
             try:
-                examples.append(_example(line))
+                examples.append(_example(line, Path(path).stem))
             except RowProblems as row:
                 problems += [Problem(field, number, message, file) for field, message in row.problems]
     except OSError as error:
@@ -103,8 +105,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _example(line: bytes) -> Example:
+def _example(line: bytes, file_name: str) -> Example:
+    """The row's example; its source is `file_name` where the row names none."""
     row = _json_object(line)
+    example = _from_row(row)
+    source = row.get("source")
+    if source is not None and (message := _content_problem(source)):
+        raise RowProblems(("source", message))
+    return replace(example, source=source or file_name)
+
+
+def _from_row(row: dict[str, Any]) -> Example:
     if "messages" in row and ("prompt" in row or "completion" in row):
         raise RowProblems(("", "has both messages and prompt/completion; keep one of the two forms"))
     if "messages" in row:

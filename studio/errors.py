@@ -6,7 +6,7 @@
     │   └── DataError           a training or evaluation file with missing, empty or malformed rows
     ├── JobError                a job directory that is missing or damaged, or a job that cannot do what was asked
     ├── TrainingError           training that had to stop: non-finite loss, a process that died
-    ├── LayoutError  CheckpointError  QuantizationError  TargetError  AdapterFileError      from the core
+    ├── LayoutError  CheckpointError  QuantizationError  TargetError  ProfileError  AdapterFileError    from the core
     └── OutputExistsError       an output that exists already and that nobody said to replace
 
 Messages say what was received, what is allowed and what to do next. Anything else that is raised is a bug of ours
@@ -23,6 +23,7 @@ from adapters.errors import (
     CheckpointError,
     LayoutError,
     OutputExistsError,
+    ProfileError,
     QuantizationError,
     StudioError,
     TargetError,
@@ -37,6 +38,7 @@ __all__ = [
     "OutputExistsError",
     "Problem",
     "ProblemsError",
+    "ProfileError",
     "QuantizationError",
     "RecipeError",
     "StudioError",

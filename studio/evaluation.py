@@ -92,7 +92,7 @@ def _loss(
     pairs = [encode(tokenizer, example, max_length_tokens) for example in examples]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     summed, count = 0.0, 0
-    decoder, head = _decoder_and_head(model)
+    decoder, head = decoder_and_head(model)
     for start in range(0, len(order), batch_size):
         batch = [pairs[i] for i in order[start : start + batch_size]]
         ids, labels = _padded(batch, tokenizer.pad_token_id, model.device)
@@ -105,7 +105,7 @@ def _loss(
     return summed / max(count, 1)
 
 
-def _decoder_and_head(model: Any) -> tuple[Any, Any]:
+def decoder_and_head(model: Any) -> tuple[Any, Any]:
     """The decoder below the output head, and the head; a PeftModel's adapters stay as they are set."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner.model, inner.get_output_embeddings()

@@ -1,6 +1,7 @@
 """Jobs: one directory each, one process tree each, and no state but what is on disk.
 
-    JOB/recipe.yaml  plan.json  state.json  metrics.jsonl  log.txt  result.json  checkpoints/  adapter/  lock
+    JOB/recipe.yaml  plan.json  placement.json  state.json  metrics.jsonl  log.txt  result.json  lock
+        profile.safetensors  profile_after.safetensors  delta_norms.json  pictures/  checkpoints/  adapter/
 
     submit(recipe) ──▶ worker (detached) ──▶ accelerate launch ──▶ studio.run_job
                        queued ──▶ running ──▶ succeeded | failed | cancelled
@@ -225,15 +226,21 @@ def submit(recipe: Recipe, *, overwrite: bool = False) -> Job:
     """Checks the data, makes the plan, makes the job directory and starts its worker, which outlives the caller.
 
     Raises:
-        DataError, LayoutError, CheckpointError, TargetError: nothing was written.
+        DataError, LayoutError, CheckpointError, TargetError, ProfileError: nothing was written.
         OutputExistsError: the output directory exists; with `overwrite`, it is not an ended job's directory.
     """
     from studio.data import read_all
-    from studio.plan import make_plan
+    from studio.placing import placement_record, plan_placement
+    from studio.plan import make_plan, recipe_base
+    from studio.profile import find_profile
 
     read_all(recipe.data.train, recipe.data.eval)
     check_output(recipe.output.dir, overwrite)
-    job, lock = create_job(recipe, make_plan(recipe), overwrite=overwrite)
+    base = recipe_base(recipe)
+    profile = find_profile(recipe) if base.moe else None
+    plan = make_plan(recipe, profile=profile)
+    record = placement_record(recipe, base, plan_placement(recipe, base, profile), profile)
+    job, lock = create_job(recipe, plan, record, overwrite=overwrite)
     start_worker(job, lock)
     return job
 
@@ -283,8 +290,11 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise OutputExistsError(f"{path} is a job that has not ended; cancel it first: studio jobs cancel {path}")
 
 
-def create_job(recipe: Recipe, plan: Plan, *, overwrite: bool = False) -> tuple[Job, int]:
+def create_job(recipe: Recipe, plan: Plan, placement: dict[str, Any], *, overwrite: bool = False) -> tuple[Job, int]:
     """A complete queued job at `recipe.output.dir` and the descriptor that holds its lock.
+
+    Args:
+        placement: `studio.placing.placement_record` of the recipe; the training process attaches what it says.
 
     Built beside and renamed, so that no half-made job is ever seen; a job that is replaced is renamed aside first and
     deleted last.
@@ -294,7 +304,7 @@ def create_job(recipe: Recipe, plan: Plan, *, overwrite: bool = False) -> tuple[
     staging, aside = (target.with_name(f".{target.name}.{kind}-{unique}") for kind in ("new", "old"))
     lock: int | None = None
     try:
-        lock = _fill(staging, recipe, plan)
+        lock = _fill(staging, recipe, plan, placement)
         _put_in_place(staging, target, aside, overwrite)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -322,13 +332,14 @@ def start_worker(job: Job, lock: int, command: Sequence[str] | None = None) -> N
     threading.Thread(target=worker.wait, daemon=True).start()  # so that no zombie stays in a long-lived caller
 
 
-def _fill(folder: Path, recipe: Recipe, plan: Plan) -> int:
+def _fill(folder: Path, recipe: Recipe, plan: Plan, placement: dict[str, Any]) -> int:
     from studio.recipe import recipe_to_yaml
 
     state = JobState(created_at=time.time(), total_steps=plan.total_steps)
     folder.mkdir(parents=True)
     files.write_atomic(folder / "recipe.yaml", recipe_to_yaml(recipe))
     files.write_atomic(folder / "plan.json", plan.model_dump_json(indent=2))
+    files.write_atomic(folder / "placement.json", files.to_json(placement, indent=2))
     files.write_atomic(folder / "state.json", state.model_dump_json(indent=2))
     return files.open_lock(folder / "lock")
 

@@ -1,4 +1,4 @@
-"""`merge`: an adapter directory and its base → a model directory, for the command line and the browser."""
+"""`merge`: an adapter and its base → a model directory; `convert`: an adapter → its other form. For both interfaces."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from studio.errors import AdapterFileError
 from studio.models import resolve_base
 
 DTYPES = ("float32", "bfloat16", "float16")
+FORMS = ("compact", "peft")
 
 
 def merge(
@@ -56,6 +57,29 @@ def merge(
         progress=progress,
     )
     return {**dataclasses.asdict(report), "out": str(report.out)}
+
+
+def convert(adapter: Path | str, out: Path | str, *, to: str, overwrite: bool = False) -> dict[str, Any]:
+    """Writes an adapter in its other form, without loss.
+
+    Args:
+        adapter: an adapter directory, or a job directory that holds one.
+        out: the adapter directory to write; it appears only when it is whole.
+        to: "compact", which holds each expert's own rank and nothing else; or "peft", which stock PEFT loads.
+
+    Returns:
+        {"out", "to", "bytes_before", "bytes", "experts"}: of the weights, and the expert matrices that have a rank.
+
+    Raises:
+        StudioError: the adapter cannot be read or is in that form already, or `out` exists; nothing is written.
+    """
+    if to not in FORMS:
+        raise AdapterFileError(f"received --to {to!r}; allowed are {', '.join(FORMS)}")
+    from adapters.compact import to_compact, to_standard
+
+    change = to_compact if to == "compact" else to_standard
+    report = change(_adapter_directory(Path(adapter)), Path(out), overwrite=overwrite)
+    return {"out": str(out), "to": to, **report}
 
 
 def _adapter_directory(path: Path) -> Path:

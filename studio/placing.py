@@ -5,15 +5,21 @@ plan_placement(recipe, base, profile) ─▶ Placement
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import ProfileError, TargetError
-from adapters.placement import PLACEMENTS, TRAINING_BYTES, ExpertGrid, Placement, Ranks
+from adapters.checkpoint import read_json_object
+from adapters.errors import AdapterFileError, ProfileError, TargetError
+from adapters.placement import LINEAR, PLACEMENTS, TRAINING_BYTES, Placement, Ranks
 from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe
-from studio.weights import Base
+from studio.weights import Base, expert_grid, trainable_parameters
 
 if TYPE_CHECKING:
     from adapters.router_profile import RouterProfile
+
+VERSION = 1
+ADAMW_BYTES = 8
+"""AdamW's two moments of a parameter, in float32."""
 
 
 def needs_profile(recipe: Recipe) -> bool:
@@ -44,13 +50,76 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
     return placement
 
 
-def expert_grid(base: Base) -> ExpertGrid:
-    """The routed experts of a base, with what a rank of each costs: A and B of both projections."""
-    return ExpertGrid(
-        layers=tuple(layer.layer for layer in base.moe),
-        experts=base.experts,
-        costs=tuple(2 * layer.hidden + 3 * layer.width for layer in base.moe),
+def coverage(placement: Placement, profile: RouterProfile) -> dict[str, float]:
+    """The share of the routed (token, expert) pairs that adapted experts get, mean over the layers: of "all" the data,
+    and of each source. Shared experts see every token and are not counted."""
+
+    def covered(source: str | None) -> float:
+        shares = profile.share(source).tolist()
+        pairs = zip(shares, placement.routed, strict=False)  # no routed adapters: no ranks
+        return sum(share for layer, ranks in pairs for share, rank in zip(layer, ranks, strict=True) if rank) / len(
+            shares
+        )
+
+    return {"all": covered(None), **{source: covered(source) for source in profile.sources}}
+
+
+def placement_record(
+    recipe: Recipe, base: Base, placement: Placement, profile: RouterProfile | None = None
+) -> dict[str, Any]:
+    """What placement.json holds: what was chosen, by which rule, from which profile."""
+    rule, settings, trained = (
+        PLACEMENTS[recipe.placement.rule],
+        _settings(recipe),
+        trainable_parameters(base, placement),
     )
+    made_from = None
+    if profile:
+        seen = {"base": profile.base, "data": profile.data, "tokens": int(profile.tokens.sum()), "seed": profile.seed}
+        made_from = {**seen, "sources": list(profile.sources), "shared_experts": profile.shared_experts}
+    return {
+        "version": VERSION,
+        "rule": recipe.placement.rule,
+        "settings": {key: settings[key] for key in rule.settings},
+        "profile": made_from,
+        "layers": list(expert_grid(base).layers),
+        "routed": [list(layer) for layer in placement.routed],
+        "alpha": placement.alpha,
+        **{name: getattr(placement, name) for name in LINEAR},
+        "router": {"mode": recipe.router.mode, "rank": placement.router},
+        "coverage": coverage(placement, profile) if profile else None,
+        "trainable_parameters": trained,
+        "optimizer_bytes": ADAMW_BYTES * sum(trained.values()),
+    }
+
+
+def read_placement(path: Path) -> Placement:
+    """The placement in the file that holds a `placement_record`.
+
+    Raises:
+        AdapterFileError: no such file, or not such a record.
+    """
+    record = read_json_object(path, AdapterFileError)
+    if record.get("version") != VERSION:
+        raise AdapterFileError(
+            f"{path} is no placement of version {VERSION}: received version {record.get('version')!r}"
+        )
+    try:
+        return Placement(
+            **{name: _rank(record[name]) for name in LINEAR},
+            router=_rank(record["router"]["rank"]),
+            routed=tuple(tuple(_rank(rank) for rank in layer) for layer in record["routed"]),
+            alpha=float(record["alpha"]),
+            router_full=record["router"]["mode"] == "full",
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path} is no placement: {type(error).__name__} {error}") from None
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no rank")
+    return value
 
 
 def _routed(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Ranks:
@@ -66,10 +135,16 @@ def _routed(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Ranks:
 
 
 def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) -> list[list[float]]:
+    if profile is None and base.directory is None:
+        others = ", ".join(rule for rule, entry in PLACEMENTS.items() if entry.score is None)
+        raise ProfileError(
+            f"placement.rule {name} chooses by where the data goes, and {base.name} is a published shape, which has no "
+            f"router profile; these rules need none: {others}"
+        )
     if profile is None:
         raise ProfileError(
             f"placement.rule {name} chooses by where the data goes, and there is no router profile of this base and "
-            "this data; make it with `studio profile RECIPE`"
+            "this data; make it with `studio profile RECIPE`, or add --profile to `studio plan` and `studio run`"
         )
     layers, grid = tuple(profile.layers), expert_grid(base)
     if (layers, profile.experts) != (grid.layers, grid.experts):

@@ -11,22 +11,53 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.errors import CheckpointError, StudioError
-from adapters.placement import Placement
+from adapters.errors import CheckpointError, ProfileError, StudioError
+from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, read_examples
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
-from studio.placing import plan_placement
+from studio.placing import coverage, needs_profile, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
 from studio.shapes import published_shape
-from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, tensor_classes
+from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, tensor_classes
+
+if TYPE_CHECKING:
+    from adapters.router_profile import RouterProfile
+
+
+class PlacementPlan(BaseModel):
+    """Which routed experts get adapters.
+
+    Attributes:
+        rule: of the recipe.
+        layers: decoder layer numbers of the MoE layers.
+        ranks: by MoE layer and expert; () for no routed adapters.
+        experts_adapted, experts_in_all: over all layers.
+        shared_experts: of a layer; they see every token and are no part of the coverage. None without a profile.
+        coverage: the share of the routed pairs that adapted experts get, of "all" the data and by data source. None
+            without a profile.
+        parameters, parameters_saved: of the adapters on routed experts; and what more it would be if every expert had
+            the largest rank.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rule: str
+    layers: tuple[int, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    experts_adapted: int
+    experts_in_all: int
+    shared_experts: int | None
+    coverage: dict[str, float] | None
+    parameters: int
+    parameters_saved: int
 
 
 class Plan(BaseModel):
@@ -42,6 +73,7 @@ class Plan(BaseModel):
         longest_tokens: of the longest training example, before it is cut to `data.max_length_tokens`.
         truncated_examples: training examples longer than that.
         warnings: what to know before the job is started.
+        placement: which routed experts get adapters; None for a dense model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,20 +100,24 @@ class Plan(BaseModel):
     expert_path: Literal["fast", "lean"] = "fast"
     memory_at_hand_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    placement: PlacementPlan | None = None
 
 
-def make_plan(recipe: Recipe, shape: str | None = None) -> Plan:
+def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile | None = None) -> Plan:
     """Plans a recipe.
 
     Args:
         shape: a name in `studio.shapes.SHAPES`: plan for this published model instead of the recipe's base.
+        profile: where the router sends the data; None looks for the one that `studio profile` keeps.
 
     Raises:
         StudioError: anything that would make the job fail later and can be known now: base model missing or pickled,
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
-    placement = plan_placement(recipe, base)
+    if profile is None and shape is None and base.moe:
+        profile = _kept_profile(recipe)
+    placement = plan_placement(recipe, base, profile)
     classes = tensor_classes(base, _held_as(recipe), placement)
     train = read_examples(recipe.data.train)
     held_out = read_examples(recipe.data.eval) if recipe.data.eval else []
@@ -112,6 +148,36 @@ def make_plan(recipe: Recipe, shape: str | None = None) -> Plan:
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
         warnings=_warnings(recipe, base, memory, at_hand),
+        placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
+    )
+
+
+def _kept_profile(recipe: Recipe) -> RouterProfile | None:
+    """The profile that was made before, also for a rule that does not need it: it says what the rule covers."""
+    from studio.profile import find_profile
+
+    try:
+        return find_profile(recipe)
+    except ProfileError:
+        if needs_profile(recipe):
+            raise
+        return None
+
+
+def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:
+    grid = expert_grid(base)
+    parameters = grid.parameters(placement.routed)
+    everywhere = grid.parameters(same_experts_everywhere(placement.routed_rank, len(grid.layers), grid.experts))
+    return PlacementPlan(
+        rule=rule,
+        layers=grid.layers,
+        ranks=placement.routed,
+        experts_adapted=placement.adapted_experts,
+        experts_in_all=len(grid.layers) * grid.experts,
+        shared_experts=profile.shared_experts if profile else None,
+        coverage=coverage(placement, profile) if profile else None,
+        parameters=parameters,
+        parameters_saved=everywhere - parameters,
     )
 
 

@@ -91,3 +91,24 @@ def ran_for(state: JobState, now: float | None = None) -> str:
     if state.started_at is None or (state.ended_at is None and state.ended):
         return ""
     return as_duration((state.ended_at or now or time.time()) - state.started_at)
+
+
+# -------------------------------------------------------------------- the router while training
+
+ROUTER_MEASURES = {
+    "load_entropy": ("Load entropy", "1: even use, 0: one expert for all"),
+    "busiest": ("Busiest expert", "share of the layer's tokens"),
+    "kl": ("Drift from the base", "KL of the routing, nats"),
+    "dead": ("Dead experts", "experts without a token"),
+}
+"""What a "router" row of metrics.jsonl has for each layer: its title, and the unit or what its values mean."""
+
+
+def router_rows(rows: Rows) -> list[dict[str, Any]]:
+    """The rows that the watched router wrote, in order."""
+    return [row for row in rows if row.get("kind") == "router" and row.get("layers")]
+
+
+def warnings(rows: Rows) -> list[str]:
+    """What the rules of the recipe warned of so far, each message once."""
+    return list(dict.fromkeys(str(row["message"]) for row in rows if row.get("kind") == "warning" and "message" in row))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
@@ -38,7 +39,12 @@ from studio.trl_options import trl_problem
 
 EMBEDDED_BASE = "embedded"
 P_UNSET = {"esft_gate": 0.1, "esft_token": 0.2}
+"""0.2 is in ESFT's own scripts (deepseek-ai/ESFT, scripts/generate_expert_config.sh). 0.1 is what others report of the
+paper's gate runs and was not checked against it: sums of gate weights and of tokens are not comparable."""
+
 FRACTION_UNSET = 0.25
+"""Ours: the quarter of the experts that MoE-Sieve (arXiv 2603.24044, abstract) adapts."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -159,7 +165,7 @@ class AdapterSettings(Settings):
     """Rank for the attention projections of every layer. 0: none."""
 
     shared_expert_rank: Rank = 16
-    """Rank for the shared experts, which see every token. 0: none."""
+    """Rank for the shared experts, which see every token. 0: none. Not read by placement.rule attention."""
 
     routed_experts_rank: Rank = 16
     """Rank for the routed experts that `placement` chooses. 0: none. Not read by the rule budget."""
@@ -270,7 +276,7 @@ class RouterSettings(Settings):
     """Whether load and drift of the routing are measured while training."""
 
     probe_examples: int = Field(default=16, ge=1, le=100_000)
-    """Examples on which the routing is compared with the base's: the first held-out ones, else of the training file."""
+    """First held-out examples (else training ones) whose routing is compared with the base's; 2,048 tokens at most."""
 
     warn_kl: float | None = Field(default=None, ge=0)
     """Warn where a layer's routing is further than this from the base's (KL divergence in nats). null: never."""
@@ -474,8 +480,31 @@ def parse_recipe(text: str, source: Path | None = None) -> Recipe:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe, for editors and for the form in the browser."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    """JSON Schema (draft 2020-12) of a recipe, for editors and for the form in the browser.
+
+    A field that another one switches on says so as "x-read-when": {"placement.rule": ["budget"]}.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    for section, name, switch, values in _switched():
+        schema["$defs"][section]["properties"][name]["x-read-when"] = {switch: list(values)}
+    return schema
+
+
+def _switched() -> Iterator[tuple[str, str, str, Sequence[Any]]]:
+    """(section class, field, the field that switches it on, its values that do)."""
+    for name, rules in _readers().items():
+        yield "PlacementSettings", name, "placement.rule", rules
+    for name in ("attention", "shared_expert", "dense_mlp"):
+        joined = [rule for rule, entry in PLACEMENTS.items() if name in entry.joins]
+        yield "AdapterSettings", f"{name}_rank", "placement.rule", joined
+    ranked = [rule for rule, entry in PLACEMENTS.items() if "rank" in entry.settings]
+    yield "AdapterSettings", "routed_experts_rank", "placement.rule", ranked
+    yield "RouterSettings", "rank", "router.mode", ("lora",)
+    for name in RouterSettings.model_fields:
+        if name.endswith("_coef"):
+            yield "RouterSettings", name, "router.mode", ("lora", "full")
+        if name.startswith(("probe_", "warn_", "stop_")):
+            yield "RouterSettings", name, "router.watch", (True,)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -19,6 +19,8 @@ from studio.errors import StudioError
 from studio.jobs import Job, open_job
 
 PROGRESS_SECONDS = 0.5
+WATCHED_TOKENS = 16_384
+"""Tokens of the sample whose routing is compared before and after the training."""
 
 
 def main() -> int:
@@ -75,58 +77,80 @@ def run(job: Job) -> None:
         job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
         return found
 
+    routes = recipe.router.watch and bool(job.plan().moe_layers)
+
+    def profile(file: str, phase: str) -> None:
+        if routes:
+            with clock.phase(phase, file):
+                _profile(model, tokenizer, recipe, train_examples).save(job.path / f"{file}.safetensors")
+
+    profile("profile", "evaluating base")
     before = measure("before", "evaluating base")
     with clock.phase("training", "train"):
         trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_examples, job)
     after = measure("after", "evaluating tuned")
+    profile("profile_after", "evaluating tuned")
     with clock.phase("saving", "save"):
         saved = _save(job, model, placement, recipe)
+        _picture(job, model)
     job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
     job.update(status="succeeded", phase="done", step=trained["steps"])
 
 
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     import torch
-    from transformers import AutoTokenizer
 
-    from adapters.loading import check_quantized, load_base
+    from adapters.loading import check_quantized
     from adapters.lora import attach
     from adapters.routed import set_expert_path
-    from studio.models import compute_dtype, has_gpu, packed_cache, resolve_base
-    from studio.placing import plan_placement
-    from studio.plan import recipe_base
+    from studio.base_model import load_recipe_base
+    from studio.placing import read_placement
 
     recipe = job.recipe()
-    directory = resolve_base(recipe.model.base)
+    placement = read_placement(job.path / "placement.json")
+    base, tokenizer = load_recipe_base(recipe, _Clock(job).progress("loading"))
     torch.manual_seed(recipe.training.seed)
-    shapes = recipe_base(recipe)
-    placement = plan_placement(recipe, shapes)
-    base = load_base(
-        directory,
-        quantize=recipe.model.quantization,
-        int8_experts=recipe.model.int8_experts,
-        double_quant=recipe.model.double_quant,
-        dtype=getattr(torch, compute_dtype(recipe.model.dtype)),
-        device="cuda" if has_gpu() else "cpu",
-        progress=_Clock(job).progress("loading"),
-        cache=packed_cache(recipe.model.quantization, sum(info.size_bytes for info in shapes.index.values())),
-    )
     model = attach(base, placement)
     set_expert_path(model, job.plan().expert_path)
     if recipe.model.quantization != "none":
         check_quantized(model)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer, placement, recipe
+
+
+def _profile(model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> Any:
+    """The routing of a small sample by the model as it stands: the same sample before and after the training."""
+    from studio.plan import recipe_base
+    from studio.profile import SAMPLE_SEED, fingerprints, shared_count
+    from studio.profiling import BATCH_TOKENS, draw_sample, profile_routing
+
+    sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, WATCHED_TOKENS)
+    as_in_training = min(BATCH_TOKENS, recipe.training.batch_size * recipe.data.max_length_tokens)
+    counted = profile_routing(model, sample, tokenizer.pad_token_id, batch_tokens=as_in_training)
+    shared = shared_count(recipe_base(recipe))
+    return counted.bound_to(*fingerprints(recipe), SAMPLE_SEED, WATCHED_TOKENS, shared)
+
+
+def _picture(job: Job, model: Any) -> None:
+    """How far each expert moved, and the pictures of the job."""
+    from adapters.deltas import expert_delta_norms
+    from studio.job_files import to_json, write_atomic
+    from studio.pictures import write_job_pictures
+
+    norms = expert_delta_norms(model)
+    if norms["layers"]:
+        write_atomic(job.path / "delta_norms.json", to_json(norms))
+    write_job_pictures(job.path)
 
 
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     from adapters.peft_files import save_adapter
+    from studio.job_files import write_atomic
     from studio.models import resolve_base
 
     name = str(resolve_base("embedded")) if recipe.model.base == "embedded" else recipe.model.base
-    return save_adapter(model, placement, job.path / "adapter", base_name=name)
+    saved = save_adapter(model, placement, job.path / "adapter", base_name=name)
+    write_atomic(job.path / "adapter" / "placement.json", (job.path / "placement.json").read_text(encoding="utf-8"))
+    return saved
 
 
 def _result(

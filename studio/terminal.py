@@ -9,20 +9,30 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from studio.progress import ran_for, steps
-from studio.quantities import as_bytes, as_count, as_duration, as_percent, sparkline
+from studio.quantities import SPARKS, as_bytes, as_count, as_duration, as_percent, sparkline
 
 if TYPE_CHECKING:
     from adapters.packed_cache import CacheEntry
+    from adapters.router_profile import RouterProfile
     from studio.jobs import Job, JobState
     from studio.plan import Plan
     from studio.weights import Base
@@ -58,7 +68,7 @@ def plan_view(plan: Plan) -> RenderableType:
     steps = (
         f"{plan.train_examples:,} examples to train on, {plan.eval_examples:,} held out · {plan.total_steps:,} steps"
     )
-    lines = [("Model", model), ("", parameters), ("Data", steps)]
+    lines = [("Model", model), ("", parameters), ("Data", steps), *_placement_lines(plan)]
     head = [Text.assemble((f"{name:<8}", "bold"), words) for name, words in lines]
     warnings = [Text.assemble(("warning: ", "bold yellow"), clean(words)) for words in plan.warnings]
     return Group(*head, "", _class_table(plan), "", _memory_table(plan), *([""] if warnings else []), *warnings)
@@ -114,6 +124,62 @@ def _memory_table(plan: Plan) -> Table:
 
 def _bar(count: float, whole: float, width: int = 30) -> str:
     return "█" * round(width * count / whole) if whole else ""
+
+
+def _placement_lines(plan: Plan) -> list[tuple[str, str]]:
+    """(name, words) of the placement: rule, experts adapted, what that saves, and what it covers of the data."""
+    placement = plan.placement
+    if placement is None:
+        return []
+    words = [placement.rule, f"{placement.experts_adapted:,} of {placement.experts_in_all:,} routed experts adapted"]
+    if placement.parameters_saved:
+        saved = placement.parameters_saved / (placement.parameters + placement.parameters_saved)
+        words.append(f"{as_percent(saved)} fewer expert parameters than with the largest rank on all")
+    lines = [("Experts", " · ".join(words))]
+    shares = dict(placement.coverage or {})
+    if len(shares) == 2:  # one data source: it is all of them
+        shares.pop("all")
+    covered = [f"{clean(name)} {as_percent(share)}" for name, share in shares.items()]
+    return [*lines, ("Covers", f"of the routed tokens: {' · '.join(covered)}")] if covered else lines
+
+
+# -------------------------------------------------------------------- profile
+
+
+def profile_view(profile: RouterProfile) -> RenderableType:
+    """The router profile: the sample, then each layer with its load, its experts as a strip, and the busiest three."""
+    from studio.routing_view import reach
+
+    sources = [f"{clean(s)} {as_count(n)}" for s, n in zip(profile.sources, profile.tokens.tolist(), strict=True)]
+    sample = f"{sum(profile.tokens.tolist()):,} tokens, seed {profile.seed}"
+    model = f"{len(profile.layers)} MoE layers with {profile.experts} experts, top-{profile.top_k}"
+    if profile.shared_experts:
+        model += f"; {profile.shared_experts} shared in each layer, not counted here"
+    lines = [("Sample", sample), ("Sources", " · ".join(sources)), ("Model", model)]
+    head = [Text.assemble((f"{name:<8}", "bold"), words) for name, words in lines]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("Layer", "Load entropy", "90 % on", f"Experts 0 to {profile.experts - 1}", "Busiest, share of tokens"):
+        table.add_column(name, justify="left" if name.startswith(("Experts", "Busiest")) else "right")
+    shares, entropies = profile.share(), profile.load_entropy().tolist()
+    for layer, entropy, share in zip(profile.layers, entropies, shares, strict=True):
+        row = share.tolist()
+        most = f"{reach(share[None]):.0f}"
+        table.add_row(str(layer), f"{entropy:.3f}", most, Text(heat_strip(row), style="cyan"), _busiest(row))
+    return Group(*head, "", table)
+
+
+def heat_strip(shares: Sequence[float], width: int = 48) -> str:
+    """A character an expert, as high as its share; a dot: no token. Of too many experts neighbours share one."""
+    width = min(width, len(shares))
+    edges = [round(i * len(shares) / width) for i in range(width + 1)]
+    most = [max(shares[a:b]) for a, b in pairwise(edges)]
+    top = max(most) or 1.0
+    return "".join(SPARKS[round(value / top * (len(SPARKS) - 1))] if value else "·" for value in most)
+
+
+def _busiest(shares: Sequence[float], count: int = 3) -> str:
+    order = sorted(range(len(shares)), key=lambda expert: -shares[expert])[:count]
+    return ", ".join(f"{expert}: {as_percent(shares[expert])}" for expert in order)
 
 
 def shape_table(rows: Sequence[tuple[str, str, Base]]) -> RenderableType:
@@ -212,6 +278,26 @@ def merge_progress(console: Console, quiet: bool) -> Iterator[Callable[[int, int
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+@contextmanager
+def profile_progress(console: Console, quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, ...]]:
+    """Two bars, as the callbacks of `studio.make_profile`: tokens routed, and before that bytes of the base read."""
+    if quiet or not console.is_terminal:
+        yield None, None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console) as bars:
+        loading, routing = (bars.add_task(title, total=None, start=False) for title in ("loading", "routing"))
+
+        def report(task: TaskID) -> Callable[[int, int], None]:
+            def update(done: int, total: int) -> None:
+                bars.start_task(task)
+                bars.update(task, completed=done, total=total)
+
+            return update
+
+        yield report(routing), report(loading)
+
+
 def merge_view(report: dict[str, Any]) -> RenderableType:
     """What a merge has written."""
     changed = (
@@ -219,6 +305,13 @@ def merge_view(report: dict[str, Any]) -> RenderableType:
     )
     size = f"{as_bytes(report['bytes'])} in {report['dtype']}"
     return Text(f"Merged model in {clean(str(report['out']))}: {size}, {changed}")
+
+
+def convert_view(report: dict[str, Any]) -> RenderableType:
+    """What a conversion has written."""
+    sizes = f"{as_bytes(report['bytes'])}, was {as_bytes(report['bytes_before'])}"
+    where = clean(str(report["out"]))
+    return Text(f"Adapter in {where}: {report['to']} form, {report['experts']:,} expert matrices, {sizes}")
 
 
 # -------------------------------------------------------------------- jobs

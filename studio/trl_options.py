@@ -43,6 +43,7 @@ RECIPE_FIELDS = {  # TRL name -> the recipe field that owns it
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "output_dir": "output.dir",
+    "router_aux_loss_coef": "router.load_balance_coef",
 }
 
 REASONS = {  # TRL name, or prefix ending in "*" -> why a recipe may not set it
@@ -72,7 +73,6 @@ REASONS = {  # TRL name, or prefix ending in "*" -> why a recipe may not set it
     "auto_find_batch_size": "the plan holds for the batch size it was made with",
     "resume_from_checkpoint": "a job starts from its base model",
     "save_*": "a job writes its adapter at the end; checkpoints and resume are not there yet",
-    "router_aux_loss_coef": "with a frozen router a load-balance loss would push on the adapters instead",
 }
 
 SIMPLE_TYPES: dict[str, tuple[type, ...]] = {

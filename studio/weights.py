@@ -28,7 +28,7 @@ from adapters.layouts import (
     layout_for,
     moe_shapes,
 )
-from adapters.placement import Placement
+from adapters.placement import ExpertGrid, Placement
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANT_BLOCK, SCALE_BLOCK = 64, 256
@@ -150,8 +150,9 @@ class TensorClass(BaseModel):
         tensors, parameters: how many in the checkpoint.
         dtype: as held while training: the quantisation, or the computation's; "nf4, int8" for a mixture of experts'.
         bytes: held in memory, scales of quantised blocks included.
-        rank: LoRA rank, 0 for no adapter.
-        trainable_parameters: of the adapters on this class.
+        rank: LoRA rank, 0 for no adapter; the largest of the routed experts, and of a router that is trained in full
+            its number of experts.
+        trainable_parameters: of the adapters on this class, each routed expert's by its own rank.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -210,7 +211,9 @@ def tensor_classes(base: Base, held: HeldAs, placement: Placement) -> tuple[Tens
         TargetError: an expert of `held.int8_experts` does not exist.
     """
     _check_int8_experts(base, held)
-    ranks = placement.class_ranks()
+    ranks, trained = placement.class_ranks(), trainable_parameters(base, placement)
+    if placement.router_full:
+        ranks["router"] = base.experts
     groups: dict[TensorClassName, list[Tensor]] = {name: [] for name in TENSOR_CLASSES}
     for tensor in base.tensors:
         groups[tensor.class_name].append(tensor)
@@ -222,7 +225,7 @@ def tensor_classes(base: Base, held: HeldAs, placement: Placement) -> tuple[Tens
             dtype=_dtype(name, base, held),
             bytes=_class_bytes(name, tensors, base, held),
             rank=ranks.get(name, 0),
-            trainable_parameters=_trainable(name, tensors, base, placement),
+            trainable_parameters=trained.get(name, 0),
         )
         for name, tensors in groups.items()
         if tensors
@@ -267,10 +270,23 @@ def expert_bytes(base: Base, layer: MoeShape, held: HeldAs) -> int:
     )
 
 
-def _trainable(name: TensorClassName, tensors: Iterable[Tensor], base: Base, placement: Placement) -> int:
-    """LoRA parameters, rank · (in + out) of each matrix."""
-    if name == "routed_experts":
-        pairs = zip(base.moe, placement.routed, strict=False)  # no routed adapters: no ranks
-        return sum(sum(ranks) * (2 * layer.hidden + 3 * layer.width) for layer, ranks in pairs)
-    rank = placement.class_ranks().get(name, 0)
-    return sum(rank * sum(tensor.shape) for tensor in tensors if tensor.takes_lora)
+def trainable_parameters(base: Base, placement: Placement) -> dict[str, int]:
+    """Parameters of the adapters on each class that has any: rank · (in + out) of each matrix."""
+    counts = dict.fromkeys(TENSOR_CLASSES, 0)
+    ranks = placement.class_ranks()
+    for tensor in base.tensors:
+        if tensor.takes_lora and tensor.class_name != "routed_experts":
+            counts[tensor.class_name] += ranks.get(tensor.class_name, 0) * sum(tensor.shape)
+            if tensor.class_name == "router" and placement.router_full:
+                counts["router"] += tensor.parameters
+    counts["routed_experts"] = expert_grid(base).parameters(placement.routed)
+    return {name: count for name, count in counts.items() if count}
+
+
+def expert_grid(base: Base) -> ExpertGrid:
+    """The routed experts of a base, with what a rank of each costs: A and B of both projections."""
+    return ExpertGrid(
+        layers=tuple(layer.layer for layer in base.moe),
+        experts=base.experts,
+        costs=tuple(2 * layer.hidden + 3 * layer.width for layer in base.moe),
+    )

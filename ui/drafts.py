@@ -65,7 +65,8 @@ def check(text: str, source: Source, places: Places) -> Draft:
 
 def from_form(text: str, values: Mapping[str, FormValue]) -> str:
     """The text after an edit in the form; the same text where it is no YAML mapping (the form is locked then)."""
-    return fields.written(text, values) if _document(text) is not None else text
+    document = _document(text)
+    return fields.written(text, fields.let_go(fields.shown(document), values)) if document is not None else text
 
 
 def opened(source: Source, places: Places) -> str:

@@ -28,8 +28,19 @@ ESSENTIAL = {
     "model": ("base", "quantization"),
     "data": ("train", "eval"),
     "adapter": ("attention_rank", "shared_expert_rank", "routed_experts_rank"),
-    "placement": ("rule", "experts"),
-    "router": ("mode",),
+    "placement": (
+        "rule",
+        "p",
+        "fraction",
+        "scope",
+        "parameters",
+        "training_bytes",
+        "min_rank",
+        "rank_step",
+        "max_rank",
+        "experts",
+    ),
+    "router": ("mode", "rank", "distill_coef", "load_balance_coef", "z_loss_coef"),
     "training": ("epochs", "learning_rate", "batch_size"),
     "evaluation": ("examples", "generations"),
     "output": ("dir",),
@@ -48,7 +59,27 @@ TITLES = {
     "adapter.dense_mlp_rank": "Dense MLP rank",
     "placement.rule": "Which routed experts",
     "placement.experts": "Expert ids",
+    "placement.p": "Share p",
+    "placement.fraction": "Fraction of experts",
+    "placement.parameters": "Trainable parameters",
+    "placement.training_bytes": "Or bytes of memory",
+    "placement.min_rank": "Smallest rank",
+    "placement.rank_step": "Step between ranks",
+    "placement.max_rank": "Largest rank",
+    "placement.profile_tokens": "Tokens to profile",
     "router.mode": "Router training",
+    "router.rank": "Router rank",
+    "router.distill_coef": "Hold to the base",
+    "router.load_balance_coef": "Load-balance loss",
+    "router.z_loss_coef": "Z-loss",
+    "router.watch": "Watch the router",
+    "router.probe_examples": "Probe examples",
+    "router.warn_kl": "Warn: drift above",
+    "router.stop_kl": "Stop: drift above",
+    "router.warn_entropy": "Warn: entropy below",
+    "router.stop_entropy": "Stop: entropy below",
+    "router.warn_busiest": "Warn: busiest above",
+    "router.stop_busiest": "Stop: busiest above",
     "training.lr_scheduler": "Learning rate schedule",
     "training.max_grad_norm": "Largest gradient norm",
     "training.max_steps": "Steps, instead of epochs",
@@ -75,6 +106,7 @@ class Field:
         nullable: an empty text means null.
         is_text: the value is text and is not read as a number or list.
         is_list: a list is allowed, so that "0, 3" is read as one.
+        switch: the field that decides whether this one is read, "" where it always is. switched_on: its values that do.
     """
 
     path: str
@@ -85,6 +117,8 @@ class Field:
     nullable: bool
     is_text: bool
     is_list: bool
+    switch: str = ""
+    switched_on: tuple[Any, ...] = ()
 
     @property
     def section(self) -> str:
@@ -101,6 +135,10 @@ class Field:
     @property
     def essential(self) -> bool:
         return self.name in ESSENTIAL.get(self.section, ())
+
+    def is_read(self, values: Mapping[str, FormValue]) -> bool:
+        """Whether the recipe reads this field while the form has these values."""
+        return not self.switch or values.get(self.switch) in self.switched_on
 
 
 @dataclass(frozen=True)
@@ -137,6 +175,22 @@ def fields() -> tuple[Field, ...]:
 def shown(document: Mapping[str, Any]) -> dict[str, FormValue]:
     """What the form shows of the YAML mapping `document`, field by field; its defaults where it says nothing."""
     return {field.path: _shown(field, document) for field in fields()}
+
+
+def unread(values: Mapping[str, FormValue]) -> dict[str, str]:
+    """The fields that nothing reads with these values, each with the reason in words."""
+    return {
+        field.path: f"Not read while {field.switch} is {str(values.get(field.switch)).lower()}."
+        for field in fields()
+        if not field.is_read(values)
+    }
+
+
+def let_go(before: Mapping[str, FormValue], edits: Mapping[str, FormValue]) -> dict[str, FormValue]:
+    """`edits`, and the defaults of the fields that they switch off: a value that nothing reads is an error."""
+    defaults, mine = shown({}), [field for field in fields() if field.section in ("placement", "router")]
+    off = unread({**before, **edits}).keys() - unread(before).keys() - edits.keys()
+    return {**edits, **{field.path: defaults[field.path] for field in mine if field.path in off}}
 
 
 def written(text: str, values: Mapping[str, FormValue]) -> str:
@@ -210,15 +264,18 @@ def _field(path: str, schema: Schema, root: Schema) -> Field:
     options = [_resolved(option, root) for option in schema.get("anyOf", [schema])]
     types = {option.get("type") for option in options}
     choices = () if "anyOf" in schema else tuple(schema.get("enum", [schema["const"]] if "const" in schema else []))
+    switch, switched_on = next(iter(schema.get("x-read-when", {}).items()), ("", ()))
     return Field(
         path=path,
-        hint=str(schema.get("description", "")),
+        hint=" ".join(str(schema.get("description", "")).split()),
         kind="switch" if types == {"boolean"} else "choice" if choices else "text",
         default=schema.get("default", {} if "object" in types else None),
         choices=choices,
         nullable="null" in types,
         is_text=types <= {"string", "null"},
         is_list="array" in types,
+        switch=switch,
+        switched_on=tuple(switched_on),
     )
 
 

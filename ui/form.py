@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import gradio as gr
@@ -20,7 +21,8 @@ WIDE = {"model.base", "data.train", "data.eval", "output.dir", "trl"}
 
 Updates = dict[Any, Any]
 Shown = dict[str, Any]
-"""What the page shows now: the error of each place, and whether the form is locked."""
+"""What the page shows now: the error of each place, whether the form is locked, the fields that are left out, and
+why others are not read."""
 
 
 @dataclass
@@ -72,11 +74,22 @@ class Form:
         return found
 
 
-NOTHING_SHOWN: Shown = {"errors": {}, "locked": False}
+def shown_of(draft: Draft, before: Shown) -> Shown:
+    """What to show of the draft; a text that is no YAML locks the form and changes nothing else of it."""
+    errors = draft.by_place()
+    if draft.values is None:
+        return {**before, "errors": errors, "locked": True}
+    return {"errors": errors, "locked": False, **_unread(draft.values, errors)}
 
 
-def shown_of(draft: Draft) -> Shown:
-    return {"errors": draft.by_place(), "locked": draft.values is None}
+def _unread(values: Mapping[str, FormValue], errors: Mapping[str, str]) -> Shown:
+    """Fields that nothing reads: left out, and where they hold something, shown with the reason."""
+    reasons, defaults = fields.unread(values), fields.shown({})
+    hidden = [path for path in reasons if values[path] == defaults[path] and path not in errors]
+    return {"hidden": hidden, "idle": {path: words for path, words in reasons.items() if path not in hidden}}
+
+
+NOTHING_SHOWN: Shown = {"errors": {}, "locked": False, **_unread(fields.shown({}), {})}
 
 
 def build_form() -> Form:
@@ -103,19 +116,28 @@ def _build_section(form: Form, section: Section) -> None:
 
 
 def _build_fields(form: Form, entries: Sequence[Field]) -> None:
+    """Wide ones first; then rows of fields that come and go together."""
     wide = [entry for entry in entries if entry.path in WIDE]
     narrow = [entry for entry in entries if entry.path not in WIDE]
     for entry in wide:
         form.components[entry.path] = _component(entry)
-    columns = 3 if len(narrow) in (3, 5, 6) else 2
-    for start in range(0, len(narrow), columns):
+    for _, together in groupby(narrow, key=lambda entry: (entry.switch, entry.switched_on)):
+        _build_rows(form, list(together))
+
+
+def _build_rows(form: Form, entries: Sequence[Field]) -> None:
+    """Two or three a row; the odd one out stands first, so that those after it stay pairs."""
+    columns = 3 if len(entries) in (3, 5, 6) else 2
+    first = len(entries) % 2 if columns == 2 else 0
+    for start in range(first - columns if first else 0, len(entries), columns):
         with gr.Row(equal_height=True):
-            for entry in narrow[start : start + columns]:
+            for entry in entries[max(0, start) : start + columns]:
                 form.components[entry.path] = _component(entry)
 
 
 def _component(entry: Field) -> Any:
     common: dict[str, Any] = {"label": entry.title, "info": entry.hint, "elem_classes": [ALWAYS], "min_width": 120}
+    common["visible"] = entry.path not in NOTHING_SHOWN["hidden"]
     value: Any = fields.shown({})[entry.path]
     if entry.kind == "switch":
         return gr.Checkbox(value, interactive=True, **common)
@@ -127,9 +149,12 @@ def _component(entry: Field) -> Any:
 
 def _field_changes(entry: Field, before: Shown, after: Shown) -> dict[str, Any]:
     changes: dict[str, Any] = {}
-    error = after["errors"].get(entry.path)
-    if error != before["errors"].get(entry.path):
-        changes |= {"info": error or entry.hint, "elem_classes": [ALWAYS, "invalid"] if error else [ALWAYS]}
+    error, idle = after["errors"].get(entry.path), after["idle"].get(entry.path)
+    if (error, idle) != (before["errors"].get(entry.path), before["idle"].get(entry.path)):
+        tone = ["invalid"] if error else ["idle"] if idle else []
+        changes |= {"info": error or idle or entry.hint, "elem_classes": [ALWAYS, *tone]}
     if after["locked"] != before["locked"]:
         changes["interactive"] = not after["locked"]
+    if (hidden := entry.path in after["hidden"]) != (entry.path in before["hidden"]):
+        changes["visible"] = not hidden
     return changes

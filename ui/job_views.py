@@ -17,7 +17,7 @@ from studio.progress import PHASES, Rows, count_text, phase_counts, phases_over,
 from studio.quantities import as_bytes, as_count, as_duration, as_percent
 from ui.downloads import has_adapter
 from ui.html import Child, el, join
-from ui.views import figure, figures, note
+from ui.views import figure, figures, meter, note
 
 Row = dict[str, Any]
 
@@ -113,10 +113,8 @@ def _present(state: JobState, rows: Rows, waits_for: str | None) -> Markup | Non
     done, total = phase_counts(state, rows).get(state.phase, (0, 0))
     left = seconds_left(state, rows)
     title = PHASE_TITLES.get(state.phase, state.phase)
-    words = [title, count_text(state.phase, done, total) if total else "", f"{as_duration(left)} left" if left else ""]
-    share = min(1.0, done / total) if total else 0.0
-    bar = el("div", el("span", style=f"width:{100 * share:.1f}%"), cls="meter")
-    return el("div", bar, el("p", " · ".join(word for word in words if word), cls="meter-text"), role="status")
+    counted = count_text(state.phase, done, total) if total else ""
+    return meter(title, done, total, counted, f"{as_duration(left)} left" if left else "")
 
 
 def seconds_left(state: JobState, rows: Rows) -> float | None:

@@ -44,6 +44,14 @@ def note(tone: str, title: str, *body: Child) -> Markup:
     return el("div", el("strong", title), *body, cls=f"note {tone}", role=role)
 
 
+def meter(title: str, done: float, total: float, *words: str) -> Markup:
+    """A bar with its words below; total 0: not known yet."""
+    share = min(1.0, done / total) if total else 0.0
+    bar = el("div", el("span", style=f"width:{100 * share:.1f}%"), cls="meter")
+    text = " · ".join(word for word in (title, *words, f"{100 * share:.0f} %" if total and not words else "") if word)
+    return el("div", bar, el("p", text, cls="meter-text"), role="status")
+
+
 def error_note(title: str, error: StudioError) -> Markup:
     """An error in its own words; several problems as a list for each file."""
     if not isinstance(error, ProblemsError):

@@ -19,7 +19,6 @@ from transformers import (
     TrainingArguments,
 )
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from studio.data import Example
 from studio.errors import TrainingError
@@ -28,6 +27,7 @@ from studio.models import compute_dtype
 from studio.recipe import Recipe
 from studio.trainers.chunked_loss import use_small_tiles
 from studio.trainers.llama4 import repair_for_trl
+from studio.trainers.router import RouterTrainer, watch_router
 
 STEP_SECONDS = 0.5
 """How often the step in state.json is brought up to date; each time is a write that reaches the disk."""
@@ -42,8 +42,10 @@ def train(
         {"steps": optimizer steps done, "loss": mean training loss}.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; says at which step.
+        TrainingError: the loss became NaN or infinite, or the routing passed a limit of the recipe; says at which step.
+        TargetError: the recipe's section `router` asks for what this model cannot have.
     """
+    watch = watch_router(model, tokenizer, recipe, examples, job)
     use_small_tiles()
     repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
     trainer = _FiniteLossTrainer(
@@ -51,8 +53,9 @@ def train(
         args=_config(recipe, job),
         train_dataset=Dataset.from_list([example.as_row() for example in examples]),
         processing_class=tokenizer,
-        callbacks=[_Report(job)],
+        callbacks=[_Report(job), *([watch] if watch else [])],
     )
+    trainer.watch = watch
     outcome = trainer.train()
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
         raise TrainingError(f"the adapter holds NaN or infinity after step {outcome.global_step}; it was not written")
@@ -79,7 +82,7 @@ def _config(recipe: Recipe, job: Job) -> SFTConfig:
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "router_aux_loss_coef": 0.0,  # with a frozen router the load-balance loss would push on the adapters instead
+        "router_aux_loss_coef": 0.0,  # the studio's own losses on the routing are in studio/trainers/router.py
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -90,7 +93,7 @@ def _config(recipe: Recipe, job: Job) -> SFTConfig:
     return SFTConfig(**{**ours, **recipe.trl})
 
 
-class _FiniteLossTrainer(SFTTrainer):
+class _FiniteLossTrainer(RouterTrainer):
     """Stops at the first loss that is not finite: Trainer would log it as 0.0, go on and save a NaN adapter."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -40,7 +40,7 @@ class App:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "studio.cli", *options],
                 cwd=self.folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.folder / "cache")},
                 stdout=log,
                 stderr=log,
             )

@@ -36,6 +36,8 @@ def test_from_a_recipe_to_a_downloaded_adapter(app: App, context: BrowserContext
     edit_in_the_form(page)
     break_the_yaml_and_mend_it(page)
     make_it_tiny(page)
+    choose_experts_by_the_data(page)
+    profile_the_data(page)
     see_the_plan_and_start(page)
     address = page.url
     see_the_loss(page)
@@ -123,8 +125,50 @@ def make_it_tiny(page: Page) -> None:
     expect(page.get_by_text("This recipe is valid")).to_be_visible()
 
 
-def see_the_plan_and_start(page: Page) -> None:
+def choose_experts_by_the_data(page: Page) -> None:
+    """Another rule: its own fields come, and what only the old one read goes, from the form and from the YAML."""
+    expect(field(page, "Fraction of experts")).to_have_count(0)
+    field(page, "Which routed experts").click()
+    page.get_by_role("option", name="top_fraction", exact=True).click()
+    field(page, "Fraction of experts").fill("0.5")
+    expect(editor(page)).to_contain_text("fraction: 0.5")
+    expect(editor(page)).to_contain_text("experts: null")
+    expect(field(page, "Expert ids")).to_have_count(0)
+    page.get_by_role("button", name="More placement settings").click()
+    field(page, "Tokens to profile").fill("3000")
+    expect(editor(page)).to_contain_text("profile_tokens: 3000")
+    expect(page.get_by_text("This recipe is valid")).to_be_visible()
+
+
+def profile_the_data(page: Page) -> None:
+    """The rule needs a profile: the plan says so, the button makes one, and the plan comes with its pictures."""
     page.get_by_role("button", name="See the plan").click()
+    expect(page.get_by_text("This rule has to know where your data goes")).to_be_visible()
+    expect(page.get_by_role("button", name="Start training")).to_have_count(0)
+    page.get_by_role("button", name="Profile the data").click()
+    expect(page.get_by_text(re.compile(r"Loading the|Routing a sample"))).to_be_visible()
+    expect(page.get_by_role("group").filter(has_text="Adapted experts")).to_contain_text(
+        "32 of 64", timeout=1000 * JOB_SECONDS
+    )
+    expect(page.get_by_role("button", name="Profile the data")).to_have_count(0)
+    expect(page.get_by_role("region", name="Coverage").get_by_role("row", name=re.compile("tickets"))).to_contain_text(
+        re.compile(r"\d of 16.*%")
+    )
+    expect(page.get_by_text("LoRA rank of each expert")).to_be_visible()
+    expect(page.get_by_text(re.compile("^Use by the training tokens"))).to_be_visible()
+    point_at_an_expert(page)
+
+
+def point_at_an_expert(page: Page) -> None:
+    picture = page.get_by_test_id("plotly").first
+    picture.scroll_into_view_if_needed()
+    picture.hover()
+    expect(picture.locator(".hovertext")).to_have_text(
+        re.compile(r"layer \d, expert \d+.*% of the layer's tokens(rank 16|no adapter)")
+    )
+
+
+def see_the_plan_and_start(page: Page) -> None:
     row = page.get_by_role("row", name=re.compile("^Routed experts"))
     expect(row.get_by_role("cell", name="nf4")).to_be_visible()
     expect(page.get_by_role("img", name=re.compile("^Predicted peak memory: Libraries"))).to_be_visible()
@@ -141,6 +185,8 @@ def see_the_loss(page: Page) -> None:
     expect(page.get_by_text(re.compile(r"Train · \d+ / 32 steps"))).to_be_visible(timeout=1000 * JOB_SECONDS)
     expect(page.get_by_text(re.compile(r"^at step \d+$"))).to_be_visible(timeout=1000 * JOB_SECONDS)
     expect(page.get_by_label("Vega visualization")).to_be_visible()
+    expect(page.get_by_role("heading", name="The router while training")).to_be_visible()
+    expect(page.get_by_text(re.compile("^Drift from the base"))).to_be_visible()
 
 
 def see_the_result(page: Page, job: Job) -> None:
@@ -158,6 +204,9 @@ def see_the_result(page: Page, job: Job) -> None:
     loss = page.get_by_role("group").filter(has_text="Held-out loss")
     expect(loss).to_contain_text(f"{result['before']['loss']:.3f} → {result['after']['loss']:.3f}")
     expect(page.get_by_role("group").filter(has_text="Peak memory")).to_contain_text("predicted")
+    for title in ("Use by the training tokens", "Use after training minus before", "Size of the update"):
+        expect(page.get_by_text(re.compile(f"^{title}"))).to_be_visible()
+    assert {path.stem for path in (job.path / "pictures").iterdir()} >= {"use", "rank", "change", "delta", "router"}
 
 
 def download_the_adapter(page: Page, job: Job) -> None:
@@ -191,7 +240,7 @@ def be_asked_before_it_is_replaced(page: Page) -> None:
 def test_text_of_models_and_files_is_shown_and_never_run(app: App, context: BrowserContext) -> None:
     recipe = studio.load_recipe(RECIPES / "quickstart.yaml")
     output = recipe.output.model_copy(update={"dir": app.jobs_root / "evil"})
-    job, _lock = create_job(recipe.model_copy(update={"output": output}), studio.make_plan(recipe))
+    job, _lock = create_job(recipe.model_copy(update={"output": output}), studio.make_plan(recipe), {})
     answers = [{"prompt": EVIL, "reference": EVIL, "base": EVIL + "!", "tuned": EVIL}]
     job.write_result({"generations": answers, "files": {EVIL: EVIL}})
     job.log_metrics({"kind": "train", "step": 1, "loss": None, "tokens_per_second": 0})

@@ -142,6 +142,25 @@ def test_4_bit_training_moves_every_adapter_class(square: Tiny, tmp_path: Path, 
         assert any(part in n and not torch.equal(after[n], before[n]) for n in before), part
 
 
+def test_an_expert_of_rank_0_has_no_parameter_and_no_optimizer_state(
+    square: Tiny, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    """Unequal ranks, and a layer with none: what AdamW holds is two moments for each parameter of a real rank."""
+    ranks = ((0, 3, 0, 1, 0, 0), (0,) * EXPERTS)
+    model = attach(load_base(save(square, tmp_path)), Placement(routed=ranks)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == sum(map(sum, ranks)) * (2 * square.hidden + 3 * square.width)
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(2):  # B is zero at first, so A moves in the second step
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert sum(m.numel() for m in moments) == 2 * sum(p.numel() for p in trained)
+    assert all(not torch.equal(p, was) for p, was in zip(trained, before, strict=True) if p.numel())
+
+
 @pytest.mark.parametrize(
     ("placement", "message"),
     [

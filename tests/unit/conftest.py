@@ -48,7 +48,7 @@ class Jobs:
 
     def make(self, name: str = "job", overwrite: bool = False) -> Job:
         """A queued job without a worker: lost."""
-        job, lock = create_job(self.recipe(name), self.plan, overwrite=overwrite)
+        job, lock = create_job(self.recipe(name), self.plan, {}, overwrite=overwrite)
         os.close(lock)
         return job
 
@@ -60,7 +60,7 @@ class Jobs:
 
     def create(self, name: str = "job") -> tuple[Job, int]:
         """A queued job and its lock, for `launch`."""
-        return create_job(self.recipe(name), self.plan)
+        return create_job(self.recipe(name), self.plan, {})
 
     def launch(self, job: Job, lock: int, child: str, grace_seconds: float = 5.0, turn_seconds: float = 0.05) -> None:
         """Starts the worker of a job from `create`."""

@@ -27,7 +27,18 @@ from studio.quantities import as_bytes, as_count, as_duration, as_percent, spark
 from studio.terminal import clean, job_table, plan_view, result_view
 from tests.unit.conftest import SLEEPING, Jobs, wait_for, wait_for_end
 
-COMMANDS = (["validate"], ["plan"], ["shapes"], ["run"], ["merge"], ["cache"], ["schema"], ["ui"], ["jobs"])
+COMMANDS = (
+    ["validate"],
+    ["plan"],
+    ["shapes"],
+    ["run"],
+    ["merge"],
+    ["convert"],
+    ["cache"],
+    ["schema"],
+    ["ui"],
+    ["jobs"],
+)
 COMMANDS += (["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
 RESULT: dict[str, Any] = {
     "before": {"loss": 4.0, "exact_match": 0.0, "examples": 200},

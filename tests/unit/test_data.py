@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from studio.data import Example, Message, check_examples, read_all, read_example
 from studio.errors import DataError, Problem
 
 GOOD = '{"prompt": "2 + 2 =", "completion": "4"}'
-FOUR = Example((Message("user", "2 + 2 ="),), (Message("assistant", "4"),))
+FOUR = Example((Message("user", "2 + 2 ="),), (Message("assistant", "4"),), "rows")
 
 
 def problems_of(path: Path, *lines: str | bytes) -> list[Problem]:
@@ -34,6 +35,12 @@ def test_both_forms_become_the_same_examples(tmp_path: Path) -> None:
     path.write_text("\n".join([GOOD, turns(("user", "2 + 2 ="), ("assistant", "4")), "", json.dumps(listed), ""]))
     assert read_examples(path) == [FOUR, FOUR, FOUR]
     assert FOUR.as_row() == listed
+
+
+def test_a_row_may_name_its_source_and_has_the_files_name_without(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([GOOD, GOOD.replace("{", '{"source": "sums", '), GOOD.replace("{", '{"source": null, ')]))
+    assert [example.source for example in read_examples(path)] == ["rows", "sums", "rows"]
 
 
 def test_the_last_assistant_turn_is_the_completion(tmp_path: Path) -> None:
@@ -66,6 +73,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         ('{"prompt": "a", "completion": ""}', "completion", "is empty"),
         ('{"prompt": " \\n", "completion": "b"}', "prompt", "is only white space"),
         ('{"prompt": "a", "completion": 4}', "completion", "received the number 4"),
+        ('{"prompt": "a", "completion": "b", "source": 3}', "source", "is text, received the number 3"),
+        ('{"prompt": "a", "completion": "b", "source": " "}', "source", "is only white space"),
         ('{"prompt": "a", "completion": "\\ud800"}', "completion", "is not text"),
         ('{"prompt": [], "completion": "b"}', "prompt", "is an empty list"),
         ('{"messages": "a"}', "messages", "is a list of messages"),
@@ -136,7 +145,7 @@ def test_problems_of_both_files_come_in_one_error(tmp_path: Path) -> None:
     assert [problem.file for problem in caught.value.problems] == [str(train), str(held_out)]
     held_out.write_text(GOOD)
     train.write_text(GOOD)
-    assert read_all(train, None) == [[FOUR], []]
+    assert read_all(train, None) == [[replace(FOUR, source="train")], []]
 
 
 json_values = st.recursive(

@@ -24,6 +24,7 @@ LIGHT = (
     "studio.jobs",
     "studio.worker",
     "studio.plan",
+    "studio.placing",
     "studio.models",
     "studio.merging",
     "studio.terminal",
@@ -31,6 +32,7 @@ LIGHT = (
     "adapters",
     "adapters.errors",
     "adapters.layouts",
+    "adapters.placement",
     "adapters.workspace",
     "adapters.packed_cache",
 )

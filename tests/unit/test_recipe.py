@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from studio.errors import Problem, RecipeError
+from studio.placing import needs_profile
 from studio.plan import make_plan
 from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
 from studio.trl_options import REASONS, RECIPE_FIELDS, sft_options, trl_problem
+from tests.unit.test_placement import profile_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 NEEDED = "data: {train: train.jsonl}\noutput: {dir: runs/x}\n"
@@ -145,6 +147,12 @@ def test_yaml_of_a_recipe_reads_back_to_the_same_recipe(recipe: Recipe) -> None:
     assert recipe_to_yaml(parse_recipe(text)) == text
 
 
+def test_layer_numbers_stay_numbers_in_yaml_the_first_layer_too() -> None:
+    recipe = parse_recipe(NEEDED + "placement: {rule: manual, experts: {0: [1, 2], 12: [3]}}")
+    assert recipe.placement.experts == {0: (1, 2), 12: (3,)}
+    assert "    0:\n" in recipe_to_yaml(recipe) and parse_recipe(recipe_to_yaml(recipe)) == recipe
+
+
 # -------------------------------------------------------------------- what is refused, and how it is said
 
 
@@ -177,6 +185,35 @@ def test_yaml_of_a_recipe_reads_back_to_the_same_recipe(recipe: Recipe) -> None:
             3,
             "set at least one rank above 0",
         ),
+        ("placement:\n  rule: random\n", "placement.rule", 4, "allowed: all_experts | attention | shared | esft_gate"),
+        ("placement:\n  rule: esft_token\n  p: 0\n", "placement.p", 5, "a number, above 0, at most 1"),
+        ("placement:\n  rule: esft_gate\n  p: 1.01\n", "placement.p", 5, "a number, above 0, at most 1"),
+        ("placement:\n  p: 0.5\n", "placement", 3, "the rule is all_experts; p is read by esft_gate, esft_token"),
+        ("placement: {rule: budget, parameters: 9, scope: model}\n", "placement", 3, "scope is read by top_fraction"),
+        ("placement: {rule: manual, experts: [1], max_rank: 32}\n", "placement", 3, "max_rank is read by budget"),
+        ("placement: {training_bytes: 100}\n", "placement", 3, "training_bytes is read by budget"),
+        ("placement:\n  rule: budget\n", "placement", 3, "one of parameters and training_bytes"),
+        ("placement: {rule: budget, parameters: 1, training_bytes: 1}\n", "placement", 3, "and only one"),
+        ("placement: {rule: budget, parameters: 1, min_rank: 6}\n", "placement", 3, "multiples of rank_step"),
+        ("placement: {rule: budget, parameters: 1, min_rank: 128}\n", "placement", 3, "min_rank at most max_rank"),
+        ("placement:\n  rule: manual\n", "placement", 3, "needs experts"),
+        ("placement:\n  rule: manual\n  experts: []\n", "placement.experts", 5, "allowed: a list of expert ids"),
+        ("placement:\n  rule: manual\n  experts: [3, 1, 3]\n", "placement.experts", 5, "received 3 more than once"),
+        ("placement:\n  rule: manual\n  experts: {x: [1]}\n", "placement.experts", 5, "received layers x; allowed"),
+        ("placement:\n  rule: manual\n  experts: {1: [-1]}\n", "placement.experts", 5, "received [-1]"),
+        ("placement: {rule: attention}\nadapter: {attention_rank: 0}\n", "adapter", 4, "nothing would be trained"),
+        ("placement: {rule: shared}\nadapter: {dense_mlp_rank: 4}\n", "adapter", 4, "adapts no dense MLP"),
+        (
+            "placement: {rule: esft_token}\nadapter: {routed_experts_rank: 0}\n",
+            "adapter",
+            4,
+            "routed_experts_rank is 0, but placement.rule esft_token chooses experts",
+        ),
+        ("router:\n  load_balance_coef: 0.01\n", "router", 3, "set router.mode to lora or full"),
+        ("router: {z_loss_coef: 1, distill_coef: 1}\n", "router", 3, "distill_coef, z_loss_coef is set but the router"),
+        ("router: {mode: full, rank: 4}\n", "router", 3, "rank is read by lora"),
+        ("router: {watch: false, stop_kl: 1}\n", "router", 3, "stop_kl is set but watch is false"),
+        ("router:\n  warn_busiest: 2\n", "router.warn_busiest", 4, "at most 1"),
         ("training: {epochs: 1, max_steps: 5}\n", "training", 3, "give either epochs or max_steps"),
         ("training: {epochs: null}\n", "training", 3, "give either epochs or max_steps"),
         ("trl:\n  learning_rate: 1e-4\n", "trl.learning_rate", 4, "set training.learning_rate"),
@@ -287,7 +324,8 @@ def test_every_owned_trl_option_points_to_a_field_of_the_recipe() -> None:
 def test_shipped_recipes_are_complete_and_can_be_planned(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.output.dir.name == path.stem
-    assert make_plan(recipe).trainable_parameters > 0
+    profile = profile_of() if needs_profile(recipe) else None
+    assert make_plan(recipe, profile=profile).trainable_parameters > 0
 
 
 def test_recipes_ship() -> None:

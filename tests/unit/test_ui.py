@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from studio import JobError, StudioError, parse_recipe
 from studio.jobs import JobState
 from ui import drafts, fields
+from ui.form import NOTHING_SHOWN, shown_of
 from ui.guard import LocalOnly
 from ui.html import el
 from ui.job_views import loss_points, seconds_left
@@ -45,7 +46,7 @@ def test_the_form_has_every_field_of_the_schema_and_every_hint() -> None:
     recipe = parse_recipe("data: {train: a.jsonl}\noutput: {dir: runs/a}").model_dump()
     expected = {f"{s}.{k}" for s, values in recipe.items() if s != "trl" for k in values} | {"trl"}
     assert {field.path for field in fields.fields()} == expected
-    assert all(field.hint for field in fields.fields())
+    assert all(field.hint and "\n" not in field.hint for field in fields.fields())
 
 
 def test_the_tables_of_titles_and_essential_fields_name_fields_that_exist() -> None:
@@ -110,6 +111,53 @@ def test_what_is_typed_in_the_form_comes_back_from_the_yaml(rank: int, rate: flo
     }
     shown = fields.shown(fields.load(fields.written(text, edits)))
     assert {path: shown[path] for path in edits} == edits
+
+
+# -------------------------------------------------------------------- fields that a rule does not read
+
+
+def rule_of(text: str) -> dict[str, object]:
+    return dict(fields.load(text)["placement"])
+
+
+def test_the_form_leaves_out_what_the_rule_does_not_read(text: str, places: Places) -> None:
+    for rule, read in {
+        "all_experts": set(),
+        "top_fraction": {"fraction", "scope"},
+        "esft_token": {"p"},
+        "budget": {"parameters", "training_bytes", "min_rank", "rank_step", "max_rank"},
+        "manual": {"experts"},
+    }.items():
+        draft = drafts.check(drafts.from_form(text, {"placement.rule": rule}), QUICKSTART, places)
+        hidden = {path.partition(".")[2] for path in shown_of(draft, NOTHING_SHOWN)["hidden"] if "placement" in path}
+        assert {"p", "fraction", "scope", "parameters", "experts", "max_rank"} - read <= hidden and not hidden & read
+
+
+def test_another_rule_lets_go_of_what_only_the_old_one_read(text: str, places: Places) -> None:
+    budget = drafts.from_form(text, {"placement.rule": "budget", "placement.parameters": "9000"})
+    budget = drafts.from_form(budget, {"placement.max_rank": "32"})
+    assert rule_of(budget)["parameters"] == 9000
+    draft = drafts.check(drafts.from_form(budget, {"placement.rule": "top_fraction"}), QUICKSTART, places)
+    assert draft.recipe is not None, draft.problems
+    assert (rule_of(draft.text)["parameters"], rule_of(draft.text)["max_rank"]) == (None, 64)
+    kept = drafts.from_form(budget, {"training.epochs": "7"})
+    assert rule_of(kept)["parameters"] == 9000
+
+
+def test_a_value_that_nothing_reads_stays_in_sight_with_the_reason(text: str, places: Places) -> None:
+    typed = text.replace("parameters: null", "parameters: 9000", 1)
+    shown = shown_of(drafts.check(typed, QUICKSTART, places), NOTHING_SHOWN)
+    assert "placement.parameters" not in shown["hidden"]
+    assert shown["idle"]["placement.parameters"] == "Not read while placement.rule is all_experts."
+    assert "Parameters is given" in shown["errors"]["placement"]
+
+
+def test_a_text_that_is_no_yaml_changes_nothing_of_what_is_left_out(text: str, places: Places) -> None:
+    before = shown_of(
+        drafts.check(drafts.from_form(text, {"placement.rule": "manual"}), QUICKSTART, places), NOTHING_SHOWN
+    )
+    broken = shown_of(drafts.check(text + "\n  [oops", QUICKSTART, places), before)
+    assert broken["locked"] and broken["hidden"] == before["hidden"] and broken["idle"] == before["idle"]
 
 
 # -------------------------------------------------------------------- what is wrong, and where

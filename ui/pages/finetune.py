@@ -5,6 +5,7 @@ The YAML text is the one truth. Every edit leads to a new Draft, and `_follow` t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,16 @@ import gradio as gr
 from markupsafe import Markup
 
 import studio
-from studio import OutputExistsError, StudioError
+from studio import OutputExistsError, Plan, ProfileError, Recipe, StudioError
 from ui import drafts, fields
 from ui.drafts import Draft
 from ui.form import NOTHING_SHOWN, Form, Shown, build_form, shown_of
 from ui.html import el, join
 from ui.look import show
 from ui.places import Places, Source
-from ui.views import error_note, note, page_head, plan_view
+from ui.profiling import profile_in_child
+from ui.routing_panel import RoutingPanel, build_routing_panel
+from ui.views import error_note, meter, note, page_head, plan_view
 
 TITLE = "Fine-tune"
 PATH = ""
@@ -31,6 +34,11 @@ FORGET_QUESTION = (
     "() => { if (location.search.includes('recipe=')) history.replaceState(null, '', location.pathname); }"
 )
 """Once opened, so that a reload shows the edits and not the recipe again."""
+
+NOT_YET = "This recipe cannot be trained yet"
+NEEDS_PROFILE = "This rule has to know where your data goes"
+PROFILE_NEEDED = "Profiling sends a sample of your training data through the base once, without training."
+PROFILE_OFFERED = "Profile the data to see which experts it uses, and how much of it this placement covers."
 
 Updates = dict[Any, Any]
 
@@ -47,6 +55,11 @@ class Page:
     verdict: Any
     panel: Any
     plan: Any
+    profile_box: Any
+    profile_text: Any
+    profile: Any
+    profiled: Any
+    routing: RoutingPanel
     exists: Any
     exists_text: Any
     rename: Any
@@ -71,8 +84,8 @@ class Page:
     @property
     def outputs(self) -> list[Any]:
         """Everything that a handler may change."""
-        own = [value for name, value in vars(self).items() if name not in ("places", "form")]
-        return [*own, *self.form.outputs]
+        own = [value for name, value in vars(self).items() if name not in ("places", "form", "routing")]
+        return [*own, *self.form.outputs, *self.routing.outputs]
 
     # ---------------------------------------------------------------- editing
 
@@ -142,7 +155,7 @@ class Page:
     ) -> Updates:
         """What the page shows of this text."""
         draft = drafts.check(text, Source.parse(origin), self.places)
-        after = shown_of(draft)
+        after = shown_of(draft, shown)
         return {
             **self.form.updates(draft, self.form.values(given), shown, after),
             self.seen: draft.values or self.form.values(given),
@@ -165,7 +178,7 @@ class Page:
             self.panel: gr.update(elem_classes=["card", "plan-panel"] + ([] if ready else ["stale"])),
         }
 
-    # ---------------------------------------------------------------- plan and start
+    # ---------------------------------------------------------------- plan and profile
 
     def on_plan(self, origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
         """The plan of the text, or why there can be none."""
@@ -174,13 +187,67 @@ class Page:
             return self._follow(origin, text, shown, planned, *given)
         panel = {self.panel: gr.update(visible=True, elem_classes=["card", "plan-panel"])}
         try:
-            view = plan_view(studio.make_plan(draft.recipe))
+            plan = studio.make_plan(draft.recipe)
         except StudioError as error:
-            view = error_note("This recipe cannot be trained yet", error)
             told = el("p", "This recipe cannot be trained yet: see the plan.", cls="bad")
             follow = self._follow(origin, text, shown, "", *given)
-            return {**follow, **panel, self.plan: view, self.planned: "", self.status: told}
-        return {**self._follow(origin, text, shown, text, *given), **panel, self.plan: view, self.planned: text}
+            return {**follow, **panel, **self._no_plan(error), self.planned: "", self.status: told}
+        follow = self._follow(origin, text, shown, text, *given)
+        return {**follow, **panel, self.plan: plan_view(plan), self.planned: text, **self._routing(draft.recipe, plan)}
+
+    def _no_plan(self, error: StudioError) -> Updates:
+        """Why there is none; where a profile is all that is missing, the way to make it."""
+        hidden = self.routing.updates(None, None)
+        if not isinstance(error, ProfileError):
+            return {**hidden, self.plan: error_note(NOT_YET, error), self.profile_box: gr.update(visible=False)}
+        words = el("p", str(error), cls="words")
+        return {**hidden, self.plan: note("warning", NEEDS_PROFILE, words), **self._offer(PROFILE_NEEDED)}
+
+    def _routing(self, recipe: Recipe, plan: Plan) -> Updates:
+        """Where the data goes, if that has been looked at, and the ranks of the plan."""
+        try:
+            profile = studio.find_profile(recipe) if plan.experts else None
+        except StudioError as error:
+            return {**self.routing.updates(studio.plan_routing(plan, None), plan), **self._offer(str(error))}
+        pictures = self.routing.updates(studio.plan_routing(plan, profile), plan)
+        if profile is None and plan.experts:
+            return {**pictures, **self._offer(PROFILE_OFFERED)}
+        return {**pictures, self.profile_box: gr.update(visible=False)}
+
+    def _offer(self, words: str) -> Updates:
+        text = el("p", words, cls="quiet-text")
+        return {
+            self.profile_box: gr.update(visible=True),
+            self.profile_text: text,
+            self.profile: gr.update(visible=True),
+        }
+
+    def on_profile(self, origin: str, text: str) -> Iterator[Updates]:
+        """Routes a sample of the data through the base, with its progress; `profiled` says whether it is made."""
+        recipe = drafts.check(text, Source.parse(origin), self.places).recipe
+        if recipe is None:
+            yield {self.profiled: False}
+            return
+        yield {
+            self.profile_text: meter("Loading the libraries", 0, 0),
+            self.profile: gr.update(visible=False),
+            self.profiled: False,
+        }
+        try:
+            yield from ({self.profile_text: view} for view in _changes(profile_in_child(recipe)))
+        except StudioError as error:
+            yield {
+                self.profile_text: error_note("The data could not be profiled", error),
+                self.profile: gr.update(visible=True),
+            }
+            return
+        yield {self.profile_text: meter("Done", 1, 1), self.profiled: True}
+
+    def on_profiled(self, profiled: bool, origin: str, text: str, shown: Shown, planned: str, *given: Any) -> Updates:
+        """The plan of what the editor holds now, with the profile that has just been made."""
+        return self.on_plan(origin, text, shown, planned, *given) if profiled else {self.profiled: False}
+
+    # ---------------------------------------------------------------- start
 
     def on_start(self, origin: str, text: str, overwrite: bool = False) -> Updates:
         """Starts the job; its name goes into `started`, from where the browser opens its page."""
@@ -243,6 +310,10 @@ def build(places: Places) -> None:
     page.undo.click(page.on_undo, [page.replaced, *page.state], outputs, **quiet)
     page.see_plan.click(page.on_plan, page.state, outputs, **quiet).then(None, js=TO_PLAN, **private)
 
+    profiling: dict[str, Any] = {"concurrency_id": "profiling", "concurrency_limit": 1, **quiet}
+    made = page.profile.click(page.on_profile, [page.origin, page.text], outputs, **profiling)
+    made.then(page.on_profiled, [page.profiled, *page.state], outputs, **quiet)
+
     start: dict[str, Any] = {"inputs": [page.origin, page.text], "outputs": outputs, **quiet}
     follow: dict[str, Any] = {"fn": None, "inputs": page.started, "js": TO_JOB, **private}
     page.start.click(page.on_start, **start).then(**follow)
@@ -277,6 +348,10 @@ def _layout(places: Places) -> Page:
     with gr.Column(visible=False, elem_classes=["card", "plan-panel"]) as panel:
         show(el("h2", "Plan"))
         plan = show()
+        routing = build_routing_panel(kinds=("use", "rank"))
+        with gr.Row(visible=False, elem_classes="profile", equal_height=True) as profile_box:
+            profile_text = show(elem_classes="profile-text")
+            profile = gr.Button("Profile the data", scale=0, min_width=170)
     with gr.Column(elem_classes="foot"):
         with gr.Column(visible=False, elem_classes="exists") as exists:
             exists_text = show()
@@ -297,6 +372,11 @@ def _layout(places: Places) -> Page:
         verdict=verdict,
         panel=panel,
         plan=plan,
+        profile_box=profile_box,
+        profile_text=profile_text,
+        profile=profile,
+        profiled=gr.State(False),
+        routing=routing,
         exists=exists,
         exists_text=exists_text,
         rename=rename,
@@ -313,6 +393,15 @@ def _layout(places: Places) -> Page:
         kept=gr.BrowserState(None, storage_key="moe-studio-draft", secret="moe-studio"),
         started=gr.Textbox(visible="hidden", label="Started job"),
     )
+
+
+def _changes(steps: Iterator[tuple[str, int, int]]) -> Iterator[Markup]:
+    """The progress as pictures, one for each whole per cent."""
+    last = None
+    for stage, done, total in steps:
+        if (now := (stage, 100 * done // max(1, total))) != last:
+            last = now
+            yield meter(stage, done, total)
 
 
 # -------------------------------------------------------------------- what a draft looks like

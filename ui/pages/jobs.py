@@ -6,19 +6,25 @@ One timer looks at the files; what has not changed is not sent again. A job that
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 from markupsafe import Markup
 
+import studio
 from studio import Job, JobError, JobState, StudioError
-from studio.progress import waiting_for
+from studio.progress import router_rows, waiting_for
 from ui import job_views
+from ui.heatmaps import as_plot, router_figure
 from ui.html import el
 from ui.look import show
 from ui.places import Places, Source
+from ui.routing_panel import RoutingPanel, build_routing_panel
+from ui.routing_views import warnings_view
 from ui.views import error_note, plan_view
 
 TITLE = "Jobs"
@@ -26,6 +32,9 @@ PATH = "jobs"
 
 LOOK_SECONDS = 1.0
 LOG_LINES = 200
+
+ROUTING_FILES = ("profile.safetensors", "profile_after.safetensors", "placement.json", "delta_norms.json")
+"""What the pictures of a job are drawn from, as it comes."""
 
 Updates = dict[Any, Any]
 Seen = dict[str, Any]
@@ -40,6 +49,10 @@ class Page:
     head: Any
     figures: Any
     curve: Any
+    warnings: Any
+    router_box: Any
+    router: Any
+    routing: RoutingPanel
     result: Any
     cancel: Any
     sure: Any
@@ -56,7 +69,8 @@ class Page:
 
     @property
     def outputs(self) -> list[Any]:
-        return [value for name, value in vars(self).items() if name not in ("places", "timer", "yes", "no")]
+        others = ("places", "timer", "yes", "no", "routing")
+        return [*(value for name, value in vars(self).items() if name not in others), *self.routing.outputs]
 
     def on_load(self, request: gr.Request) -> Updates:
         """The job that the address names, else the newest."""
@@ -86,6 +100,9 @@ class Page:
                 "head": job_views.head(job, state, rows, waits_for),
                 "figures": job_views.live_figures(state, rows, result),
                 "curve": (state.total_steps, job_views.loss_points(rows)),
+                "warnings": warnings_view(rows),
+                "router": (state.total_steps, router_rows(rows)),
+                "routing": (job.path, _stamps(job)),
                 "result": job_views.result_view(job, result) if result and state.status == "succeeded" else None,
                 "cancel": not state.ended,
                 "log": job_views.log_view(job.log_tail(LOG_LINES)),
@@ -96,20 +113,27 @@ class Page:
             }
         except StudioError as error:
             head = el("section", el("h1", "This job cannot be shown"), el("p", str(error)), cls="card")
-            return {"head": head, "figures": None, "curve": (0, []), "result": None, "cancel": False, "details": False}
+            nothing = {"figures": None, "warnings": None, "result": None, "routing": None}
+            return {"head": head, **nothing, "curve": (0, []), "router": (0, []), "cancel": False, "details": False}
 
     def _updates(self, changed: Seen) -> Updates:
         found: Updates = {}
         for key in ("jobs", "head", "log", "plan", "recipe"):
             if key in changed:
                 found[getattr(self, key)] = changed[key]
-        for key in ("figures", "result"):
+        for key in ("figures", "warnings", "result"):
             if key in changed:
                 found[getattr(self, key)] = gr.update(value=changed[key] or "", visible=changed[key] is not None)
         if "curve" in changed:
             total, pairs = changed["curve"]
             points = pd.DataFrame(pairs, columns=["step", "loss"])
             found[self.curve] = gr.update(value=points, x_lim=[0, total], visible=len(points) > 1)
+        if "router" in changed:
+            total, rows = changed["router"]
+            found[self.router_box] = gr.update(visible=bool(rows))
+            found[self.router] = as_plot(router_figure(rows, total)) if rows else None
+        if "routing" in changed:
+            found |= self._routing(changed["routing"])
         if "cancel" in changed:
             found[self.cancel] = gr.update(visible=changed["cancel"])
             found[self.sure] = gr.update(visible=False)
@@ -118,6 +142,15 @@ class Page:
         if "details" in changed:
             found[self.details] = gr.update(visible=changed["details"])
         return found
+
+    def _routing(self, seen: tuple[Path, Any] | None) -> Updates:
+        """The pictures of a job's routing, as far as its files go."""
+        if seen is None:
+            return self.routing.updates(None, None)
+        path, plan = seen[0], None
+        with suppress(JobError):  # an unreadable plan is said where the plan is shown
+            plan = studio.open_job(path).plan()
+        return self.routing.updates(studio.job_routing(path), plan)
 
     def on_cancel(self, name: str, seen: Seen) -> Updates:
         """Ends the job and shows it ended."""
@@ -169,6 +202,11 @@ def _layout(places: Places) -> Page:
                 buttons=[],
                 elem_classes="card curve",
             )
+            warnings = show(visible=False)
+            with gr.Column(visible=False, elem_classes="card") as router_box:
+                show(el("h2", "The router while training"))
+                router = gr.Plot(show_label=False, container=False, elem_classes="picture")
+            routing = build_routing_panel("Experts")
             result = show(visible=False)
             with gr.Column(visible=False) as details:
                 with gr.Accordion("Log", open=False, elem_classes="more") as log_box:
@@ -183,6 +221,10 @@ def _layout(places: Places) -> Page:
         head=head,
         figures=figures,
         curve=curve,
+        warnings=warnings,
+        router_box=router_box,
+        router=router,
+        routing=routing,
         result=result,
         cancel=cancel,
         sure=sure,
@@ -210,6 +252,12 @@ def _state(job: Job) -> JobState | None:
 def _ended(listed: list[tuple[Job, JobState]], name: str) -> tuple[str, float] | None:
     """Which run of the job of that name has ended: its files change no more. None while it lives."""
     return next(((name, state.created_at) for job, state in listed if job.name == name and state.ended), None)
+
+
+def _stamps(job: Job) -> list[float | None]:
+    """When each file that pictures are drawn from was written; None for one that is not there."""
+    paths = [job.path / name for name in ROUTING_FILES]
+    return [path.stat().st_mtime if path.is_file() else None for path in paths]
 
 
 def _plan(job: Job) -> Markup:

@@ -1,0 +1,34 @@
+"""How far training moved each routed expert: the Frobenius norm of its adapter's product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapters.layouts import LAYER
+from adapters.lora import ExpertLora
+from adapters.routed import PROJECTIONS
+
+
+def expert_delta_norms(model: nn.Module, adapter_name: str = "default") -> dict[str, list[Any]]:
+    """‖scale · B A‖ of each expert (Frobenius): {"layers": [numbers], "gate_up_proj": [[by expert] by layer],
+    "down_proj": the same}; 0 for an expert without an adapter.
+
+    No product is formed: ‖B A‖² is the sum over (Bᵀ B) ∘ (A Aᵀ), rank by rank.
+    """
+    layers = {int(LAYER.findall(f"{name}.")[-1]): m for name, m in model.named_modules() if isinstance(m, ExpertLora)}
+    norms = {name: [_norms(layer, name, adapter_name) for layer in layers.values()] for name in PROJECTIONS}
+    return {"layers": list(layers), **norms}
+
+
+def _norms(layer: ExpertLora, projection: str, adapter_name: str) -> list[float]:
+    ranks, scale = layer.ranks[adapter_name], layer.scaling[adapter_name]
+    flat_a, flat_b = (factor.detach().double() for factor in layer.factors(adapter_name, projection))
+    pairs = zip(flat_a.split(list(ranks)), flat_b.split(list(ranks)), strict=True)
+    return [scale * _norm(a, b) for a, b in pairs]
+
+
+def _norm(a: Tensor, b: Tensor) -> float:
+    """‖bᵀ a‖ of a (r, in) and b (r, out)."""
+    return float(((a @ a.t()) * (b @ b.t())).sum().clamp(min=0).sqrt())

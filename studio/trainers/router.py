@@ -1,0 +1,317 @@
+"""Training with the routers in view: losses on the routing, what it does meanwhile, and rules that warn or stop.
+
+    watch_router(model, tokenizer, recipe, examples, job) ─▶ RouterWatch | None
+    RouterTrainer    TRL's trainer; adds the recipe's losses to TRL's and shows each forward pass to the watch
+    RouterWatch      one row a logging step in metrics.jsonl, then the rules
+
+A row, lists by MoE layer, over the tokens since the last row (padding aside):
+    {"kind": "router", "step": n, "tokens": n, "layers": [decoder layer numbers],
+     "load_entropy": [of the experts' load over log E: 1 is even use, log K / log E is K experts for all],
+     "busiest": [share of the tokens that the busiest expert got], "dead": [experts without a token],
+     "kl": [KL(base || now) in nats a token, of the routing on the probe set],
+     and the mean of each loss that is on: "load_balance_loss", "z_loss", "distill_loss"}
+The probe set is the same few examples each time; the base's routing of them is taken once, before the first step. Its
+drift is that of the model after step n; the counts are of the forward passes that led there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.trainer.sft_trainer import SFTTrainer
+
+from adapters.layouts import ExpertLayout, layout_for
+from adapters.lora import expert_count
+from adapters.router_losses import Scoring, distillation_loss, load_balance_loss, routing_kl, z_loss
+from adapters.router_profile import relative_entropy
+from adapters.routing import Routing, watch_routing
+from studio.data import Example, read_examples
+from studio.errors import TargetError, TrainingError
+from studio.evaluation import decoder_and_head, encode
+from studio.jobs import Job
+from studio.recipe import Recipe, RouterSettings
+
+PROBE_TOKENS = 2048
+"""Most tokens of the probe set, and most positions of one of its forward passes: it runs at every logging step."""
+
+Batch = tuple[Tensor, Tensor]
+"""(ids, mask), both (rows, length) int64, padded on the right."""
+
+LOSSES: dict[str, Callable[[Sequence[Routing], Tensor, Scoring], Tensor]] = {
+    "load_balance": load_balance_loss,
+    "z_loss": lambda seen, kept, _: z_loss(seen, kept),
+    "distill": distillation_loss,
+}
+"""`router.<name>_coef` → the loss that it weighs."""
+
+RULES: dict[str, tuple[str, Callable[..., float], str]] = {
+    "kl": ("kl", max, "the routing of the probe set is {:.3g} nats (KL) from the base's, above"),
+    "entropy": ("load_entropy", min, "the relative load entropy of the experts is {:.3g}, below"),
+    "busiest": ("busiest", max, "the busiest expert got {:.3g} of the tokens, above"),
+}
+"""`router.warn_<name>` and `router.stop_<name>` → the row's key, its worst value over the layers, and what is said."""
+
+
+def watch_router(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, examples: Sequence[Example], job: Job
+) -> RouterWatch | None:
+    """What the recipe's section `router` asks for of this model; None where that is nothing.
+
+    Args:
+        examples: of the training file; the probe set is taken from them where the recipe has no held-out file.
+
+    Raises:
+        TargetError: it asks for something that this model cannot have.
+    """
+    settings, layout = recipe.router, layout_for(model.config.model_type)
+    coefs = {name: found for name in LOSSES if (found := getattr(settings, _coef(name)))}
+    _check(settings, coefs, layout, model)
+    if not layout.has_experts or not (settings.watch or coefs):
+        return None
+    probe: list[Batch] = []
+    if settings.watch:
+        rows = read_examples(recipe.data.eval) if recipe.data.eval else examples
+        encoded = (encode(tokenizer, row, recipe.data.max_length_tokens)[0] for row in rows[: settings.probe_examples])
+        probe = probe_batches(encoded, int(tokenizer.pad_token_id), model.device)
+    return RouterWatch(model, layout, settings, coefs, probe, job)
+
+
+def _coef(name: str) -> str:
+    return f"{name}_coef"
+
+
+def _check(settings: RouterSettings, coefs: dict[str, float], layout: ExpertLayout, model: PeftModel) -> None:
+    limits = [f"{kind}_{name}" for name in RULES for kind in ("warn", "stop")]
+    given = {name: limit for name in limits if (limit := getattr(settings, name)) is not None}
+    asked = [*(["mode"] if settings.mode != "frozen" else []), *map(_coef, coefs), *given]
+    if not layout.has_experts and asked:
+        raise TargetError(
+            f"router.{', router.'.join(asked)} is set, but this {layout.model_type} model has no routed experts; "
+            "leave the section router out"
+        )
+    for name in ("warn_entropy", "stop_entropy"):
+        least = _least_entropy(layout, model)
+        if name in given and given[name] <= least:
+            raise TargetError(
+                f"router.{name} is {given[name]:g}, which is never reached: with the experts that each token of this "
+                f"model takes, the relative load entropy is {least:.3g} at least; allowed: above {least:.3g}"
+            )
+
+
+def _least_entropy(layout: ExpertLayout, model: PeftModel) -> float:
+    """log K / log E: the same K experts for every token."""
+    experts, top_k = expert_count(model, layout), layout.experts_per_token(model.config.to_dict())
+    return math.log(top_k) / math.log(experts) if experts > 1 else 1.0
+
+
+def probe_batches(encoded: Any, pad_id: int, device: torch.device) -> list[Batch]:
+    """The rows of token ids in order, as long as they fill `PROBE_TOKENS`, as padded batches of similar lengths."""
+    rows: list[list[int]] = []
+    for row in encoded:
+        rows.append(row[: PROBE_TOKENS - sum(map(len, rows))])
+    batches: list[list[list[int]]] = []
+    for row in sorted((row for row in rows if row), key=len):
+        if batches and (len(batches[-1]) + 1) * len(row) <= PROBE_TOKENS:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [_padded(batch, pad_id, device) for batch in batches]
+
+
+def _padded(rows: list[list[int]], pad_id: int, device: torch.device) -> Batch:
+    longest = max(map(len, rows))
+    ids = [row + [pad_id] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+class RouterWatch(TrainerCallback):
+    """Sums of the routing since the last row; one row a logging step.
+
+    Args:
+        coefs: weight of each loss of `LOSSES` that is on.
+        probe: the probe set, empty where nothing is watched.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        layout: ExpertLayout,
+        settings: RouterSettings,
+        coefs: dict[str, float],
+        probe: list[Batch],
+        job: Job,
+    ):
+        self.model, self.layout, self.settings, self.coefs, self.probe, self.job = (
+            model, layout, settings, coefs, probe, job
+        )  # fmt: skip
+        self.base: list[list[Tensor]] = []
+        self.warned: set[str] = set()
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self.layers: list[int] = []
+        self.counts: list[Tensor] = []
+        self.tokens: Tensor | int = 0
+        self.passes = 0
+        self.sums: dict[str, Tensor | float] = dict.fromkeys(self.coefs, 0.0)
+
+    def routing(self) -> AbstractContextManager[list[Routing]]:
+        """Watches one forward pass."""
+        return watch_routing(self.model, self.layout, base="distill" in self.coefs)
+
+    def take(self, seen: Sequence[Routing], mask: Tensor | None) -> Tensor | float:
+        """Counts one forward pass; returns what it adds to the loss.
+
+        Args:
+            seen: what `routing` saw. mask: (rows, length), 0 for padding; None: there is none.
+
+        Raises:
+            TrainingError: a loss is on and could not reach the routers.
+        """
+        seen = seen[: len({routing.layer for routing in seen})]  # with label smoothing TRL runs the model twice
+        kept = torch.ones_like(seen[0].logits[:, 0], dtype=torch.bool) if mask is None else mask.flatten().bool()
+        self._count(seen, kept)
+        if self.coefs and not all(routing.logits.requires_grad for routing in seen):
+            raise TrainingError(
+                "the losses on the routing have no gradient: gradient checkpointing runs with use_reentrant; leave "
+                "use_reentrant out of trl.gradient_checkpointing_kwargs, or set it to false"
+            )
+        losses = {name: LOSSES[name](seen, kept, self.layout.scoring) for name in self.coefs}
+        for name, loss in losses.items():
+            self.sums[name] += loss.detach()
+        return sum((self.coefs[name] * loss for name, loss in losses.items()), start=0.0)
+
+    def _count(self, seen: Sequence[Routing], kept: Tensor) -> None:
+        """On the device, without waiting for it."""
+        if not self.counts:
+            self.layers = [routing.layer for routing in seen]
+            self.counts = [torch.zeros(r.logits.shape[1], dtype=torch.long, device=r.logits.device) for r in seen]
+        for counts, routing in zip(self.counts, seen, strict=True):
+            counts.scatter_add_(0, routing.experts.flatten(), kept.long().repeat_interleave(routing.experts.shape[1]))
+        self.tokens = self.tokens + kept.sum()
+        self.passes += 1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        with self.model.disable_adapter() if self.probe else nullcontext():
+            self.base = [[logits.cpu() for logits in layers] for layers in self._probe_logits()]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.settings.watch or not logs or "loss" not in logs or not self.passes:
+            return
+        row = self._row(state.global_step)
+        self._begin_window()
+        self.job.log_metrics(row)
+        self._apply_rules(row)
+
+    def _row(self, step: int) -> dict[str, Any]:
+        counts, tokens = torch.stack(self.counts).double().cpu(), int(self.tokens)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        return {
+            "kind": "router",
+            "step": step,
+            "tokens": tokens,
+            "layers": self.layers,
+            "load_entropy": _rounded(relative_entropy(share.numpy())),
+            "busiest": _rounded(counts.amax(1) / max(1, tokens)),
+            "dead": (counts == 0).sum(1).tolist(),
+            "kl": self._drift(),
+            **{_loss_key(name): round(float(total) / self.passes, 6) for name, total in self.sums.items()},
+        }
+
+    def _drift(self) -> list[float]:
+        """Mean over the probe set's tokens of KL(base || now), by layer."""
+        sums, tokens = torch.zeros(len(self.layers), dtype=torch.float64), 0
+        for base, now in zip(self.base, self._probe_logits(), strict=True):
+            tokens += len(now[0])
+            for number, logits in enumerate(now):
+                sums[number] += routing_kl(base[number].to(logits.device), logits, self.layout.scoring).sum().cpu()
+        return _rounded(sums / tokens)
+
+    def _probe_logits(self) -> list[list[Tensor]]:
+        """(T, E) router logits of the tokens of each batch, layer by layer, in evaluation mode."""
+        decoder, _ = decoder_and_head(self.model)
+        training, found = self.model.training, []
+        self.model.eval()
+        with torch.no_grad():
+            for ids, mask in self.probe:
+                with watch_routing(self.model, self.layout) as seen:
+                    decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+                found.append([routing.logits[mask.flatten().bool()] for routing in seen])
+        self.model.train(training)
+        return found
+
+    def _apply_rules(self, row: dict[str, Any]) -> None:
+        """Raises TrainingError for what is past a stop limit; else writes a warning, once until the value is back."""
+        if problem := self._past("stop", row):
+            raise TrainingError(
+                f"at step {row['step']}, {'; '.join(problem.values())}. Training stopped and no adapter was written. A "
+                "lower learning rate, router.distill_coef above 0 or router.mode frozen keep the routing nearer to the "
+                "base's"
+            )
+        problem = self._past("warn", row)
+        for name in problem.keys() - self.warned:
+            self.job.log_metrics({"kind": "warning", "step": row["step"], "message": problem[name]})
+        self.warned = set(problem)
+
+    def _past(self, kind: str, row: dict[str, Any]) -> dict[str, str]:
+        """What is past a limit, by the rule's name: the worst layer of each."""
+        found = {}
+        for name, (key, worst_of, text) in RULES.items():
+            limit, worst = getattr(self.settings, f"{kind}_{name}"), worst_of(row[key])
+            if limit is not None and worst != limit and worst_of(worst, limit) == worst:
+                layer = row["layers"][row[key].index(worst)]
+                said = f"{text.format(worst)} router.{kind}_{name} ({limit:g})"
+                found[name] = f"layer {layer}: {said}"
+        return found
+
+
+def _rounded(values: Any) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def _loss_key(name: str) -> str:
+    return f"{name.removesuffix('_loss')}_loss"
+
+
+class RouterTrainer(SFTTrainer):
+    """TRL's loss and the recipe's losses on the routing."""
+
+    watch: RouterWatch | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if self.watch is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.watch.routing() as seen:  # left before the backward pass, which may run the layers again
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # with the items of the whole batch given, nobody divides by the accumulation steps: as TRL does for its own
+        parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + self.watch.take(seen, inputs.get("attention_mask")) / parts
