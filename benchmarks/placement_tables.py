@@ -164,7 +164,10 @@ def table_rows(results: Results) -> list[tuple[str, ...]]:
 
 def arm_row(results: Results, arm: str) -> tuple[str, ...]:
     runs = list(results.by_arm[arm].values())
-    against = [results.paired(arm, other, results.target, relative_difference) for other in (ALL, RANDOM)]
+    against = [
+        results.paired(arm, other, results.target, relative_difference) if arm != other else None
+        for other in (ALL, RANDOM)
+    ]
     gain = results.gain(arm)
     counts = runs[0]["parameters"]
     covered = [statistics.fmean(run["coverage"]) for run in runs if run["coverage"]]
@@ -174,7 +177,7 @@ def arm_row(results: Results, arm: str) -> tuple[str, ...]:
         results.of(arm, results.target).text(),
         f"{100 * gain.mean:.1f} % ± {100 * gain.half:.1f}" if gain and arm != ALL else "-",
         results.of(arm, results.forgetting).text(sign="+"),
-        *(found.percent() if found and found.half + abs(found.mean) else "-" for found in against),
+        *(found.percent() if found else "-" for found in against),
         f"{counts['routed']:,} / {counts['all']:,}",
         f"{4 * counts['all'] / 1e3:,.0f} kB",
         f"{runs[0]['optimizer_bytes'] / 1e3:,.0f} kB",
