@@ -30,7 +30,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from placement_larger import STEPS as PRETRAINING_STEPS
 from placement_larger import TARGET_DOMAIN, larger_model
 from placement_runs import ALL, ALL_DOMAINS, ARMS, ASKED_FOR, TOP, Task, described, measure_base, profile_of, run
 from placement_speed import measure_speed, speed_text
-from placement_tables import MOST_SEEDS, Results, concentration, order, show
+from placement_tables import MOST_SEEDS, Results, claims, concentration, order, show
 from rich.console import Console
 
 from studio.base import EMBEDDED_DIR
@@ -67,7 +67,10 @@ def main() -> None:
     console = Console(width=200)
     for task in tasks:
         entry = found["tasks"][task.name]
-        show(console, task.name, entry, Results(entry["base"], in_order(entry["runs"])))
+        results = Results(entry["base"], in_order(entry["runs"]))
+        show(console, task.name, entry, results)
+        entry["claims"] = [asdict(claim) for claim in claims(results)]
+    write(options.json, found)
 
 
 def parsed() -> argparse.Namespace:

@@ -184,7 +184,7 @@ def placement_of(task: Task, arm: str, profile: RouterProfile, seed: int) -> Pla
 
 def profile_of(task: Task) -> RouterProfile:
     """The profile of the target's training rows; one kept from before is taken if base and data are the same."""
-    path = Path(task.folder) / f"{task.name}.profile.safetensors"
+    path = Path(task.folder) / f"{task.name}-{task.profile_tokens}.profile.safetensors"
     tokenizer = AutoTokenizer.from_pretrained(task.directory)
     rows = profiled_rows(task, tokenizer)
     base = hashlib.sha256((task.directory / "model.safetensors").read_bytes()).hexdigest()
