@@ -198,7 +198,8 @@ def show(console: Console, name: str, task: Mapping[str, Any], results: Results)
         table.add_row(*row)
     console.print(table)
     console.print(concentration_text(task["concentration"]), highlight=False)
-    console.print(covered_text(results), highlight=False)
+    if text := covered_text(results):
+        console.print(text, highlight=False)
     for claim in claims(results):
         console.print(f"  {claim.text}: {claim.verdict.upper()}: {claim.numbers}", highlight=False)
 
