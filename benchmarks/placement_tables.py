@@ -222,7 +222,7 @@ def covered_text(results: Results) -> str:
     """Whether what the chosen quarter covers of the target's tokens goes with its loss, over arms and seeds."""
     runs = [run for arm in QUARTERS for run in results.by_arm.get(arm, {}).values()]
     pairs = [(statistics.fmean(run["coverage"]), results.target(run)) for run in runs]
-    if len(pairs) < 3 or len(set(pairs)) < 3:
+    if len({covered for covered, _ in pairs}) < 3:
         return ""
     r = statistics.correlation(*zip(*pairs, strict=True))
     return f"  over the {len(pairs)} runs with a quarter of the experts, coverage and target loss correlate: {r:+.2f}"
