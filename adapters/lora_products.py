@@ -60,55 +60,63 @@ class Each:
     """One adapter's factors for a group, and products for each of its experts on its own.
 
     Attributes:
-        a: (R, in), b: (R, out), of all experts. ranks: of the group's experts.
+        a: (R, in), b: (R, out), of all experts.
+        counts: pairs of each expert of the group. rows: its part of the factors.
+        rank: of each expert where all have the same, else None.
     """
 
     a: Tensor
     b: Tensor
-    group: Group
-    spec: LoraRanks
-    ranks: tuple[int, ...]
+    counts: tuple[int, ...]
+    rows: tuple[slice, ...]
+    rank: int | None
 
     @classmethod
-    def of(cls, lora: Lora, group: Group, dtype: torch.dtype) -> Each | None:
+    def of(cls, lora: Lora, group: Group) -> Each | None:
         """None where no expert of the group has a rank."""
-        ranks = tuple(lora.spec.ranks[expert] for expert in group.experts)
-        return cls(lora.a.to(dtype), lora.b.to(dtype), group, lora.spec, ranks) if any(ranks) else None
+        ranks = {lora.spec.ranks[expert] for expert in group.experts}
+        rows = tuple(lora.spec.rows(expert) for expert in group.experts)
+        return cls(lora.a, lora.b, group.counts, rows, min(ranks) if len(ranks) == 1 else None) if any(ranks) else None
 
     def narrow(self, x: Tensor, factor: Tensor) -> Tensor:
         """x (P, ·) times each expert's factor, transposed → (P, r), r the largest rank; smaller ones filled with 0."""
-        if len(self.ranks) == 1:
-            return _narrow(x, self._rows(factor)[0])
-        same = min(self.ranks) == max(self.ranks)
-        hidden = (x.new_empty if same else x.new_zeros)(x.shape[0], max(self.ranks))
-        for rows, own, values in zip(self._split(x), self._split(hidden), self._rows(factor), strict=True):
-            torch.mm(rows, values.t(), out=own if same else own[:, : len(values)])
+        factors = self._factors(factor, x.dtype)
+        if len(factors) == 1:
+            return _narrow(x, factors[0])
+        widest = self.rank or max(rows.stop - rows.start for rows in self.rows)
+        hidden = (x.new_empty if self.rank else x.new_zeros)(x.shape[0], widest)
+        for rows, own, values in zip(x.split(self.counts), self._split(hidden), factors, strict=True):
+            torch.mm(rows, values.t(), out=own)
         return hidden
 
     def add_wide(self, y: Tensor, hidden: Tensor, factor: Tensor, scale: float) -> None:
         """y (P, ·) += scale · hidden @ factor, expert by expert."""
-        for rows, own, values in zip(self._split(y), self._split(hidden), self._rows(factor), strict=True):
-            rows.addmm_(own[:, : len(values)], values, alpha=scale)
+        factors = self._factors(factor, y.dtype)
+        for rows, own, values in zip(y.split(self.counts), self._split(hidden), factors, strict=True):
+            rows.addmm_(own, values, alpha=scale)
 
     def add_outer(self, gradient: Tensor, hidden: Tensor, x: Tensor) -> None:
         """The group's rows of a factor's gradient (R, ·) += hiddenᵀ x, expert by expert."""
-        for rows, own, into in zip(self._split(x), self._split(hidden), self._rows(gradient), strict=True):
-            left = own[:, : len(into)].t()
-            if into.dtype == rows.dtype:
-                into.addmm_(left, rows)
+        for place, rows, own in zip(self.rows, x.split(self.counts), self._split(hidden), strict=True):
+            if gradient.dtype == x.dtype:
+                gradient[place].addmm_(own.t(), rows)
             else:
-                into += left @ rows
+                gradient[place] += own.t() @ rows
 
-    def _split(self, pairs: Tensor) -> tuple[Tensor, ...]:
-        return pairs.split(self.group.counts)
+    def _factors(self, factor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return [factor[place].to(dtype) for place in self.rows]
 
-    def _rows(self, factor: Tensor) -> list[Tensor]:
-        return [factor[self.spec.rows(expert)] for expert in self.group.experts]
+    def _split(self, hidden: Tensor) -> list[Tensor]:
+        """The pairs of each expert, as many columns as it has ranks."""
+        parts = hidden.split(self.counts)
+        if self.rank:
+            return list(parts)
+        return [part[:, : place.stop - place.start] for part, place in zip(parts, self.rows, strict=True)]
 
 
 def _narrow(x: Tensor, factor: Tensor) -> Tensor:
     """x @ factorᵀ; thin products are quicker on the default BLAS while they are small."""
-    return linear(x, factor) if x.numel() * len(factor) >= ONEDNN_VALUES else x @ factor.t()
+    return linear(x, factor) if x.numel() * factor.shape[0] >= ONEDNN_VALUES else x @ factor.t()
 
 
 @dataclass(frozen=True)
@@ -169,4 +177,4 @@ def _padded(factor: Tensor, spec: LoraRanks, group: Group, rank: int, dtype: tor
 
 def factors_of(lora: Lora, group: Group, dtype: torch.dtype, grouped: bool) -> Each | Grouped | None:
     """The factors of a group in `dtype`; None where none of its experts has a rank."""
-    return (Grouped if grouped else Each).of(lora, group, dtype)
+    return Grouped.of(lora, group, dtype) if grouped else Each.of(lora, group)

@@ -128,7 +128,7 @@ def _norm(heatmap: Heatmap) -> Normalize:
 
 def _label_axes(axes: Axes, heatmap: Heatmap) -> None:
     layers, experts = heatmap.values.shape
-    shown = sorted({round(row) for row in np.linspace(0, layers - 1, min(layers, 16))})
+    shown = range(0, layers, -(-layers // 16))
     axes.set_yticks(shown, [str(heatmap.layers[row]) for row in shown])
     axes.set_xticks(range(0, experts, max(1, -(-experts // 32))))
     axes.set_xlabel("expert", fontsize=9, color=QUIET)

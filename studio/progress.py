@@ -110,9 +110,5 @@ def router_rows(rows: Rows) -> list[dict[str, Any]]:
 
 
 def warnings(rows: Rows) -> list[str]:
-    """What the rules of the recipe warned of so far, each message once, with the step at which it first came."""
-    first: dict[str, Any] = {}
-    for row in rows:
-        if row.get("kind") == "warning" and row.get("message"):
-            first.setdefault(str(row["message"]), row.get("step"))
-    return [f"step {step:,}: {message}" if step is not None else message for message, step in first.items()]
+    """What the rules of the recipe warned of so far, each message once."""
+    return list(dict.fromkeys(str(row["message"]) for row in rows if row.get("kind") == "warning" and "message" in row))

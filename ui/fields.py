@@ -267,7 +267,7 @@ def _field(path: str, schema: Schema, root: Schema) -> Field:
     switch, switched_on = next(iter(schema.get("x-read-when", {}).items()), ("", ()))
     return Field(
         path=path,
-        hint=str(schema.get("description", "")),
+        hint=" ".join(str(schema.get("description", "")).split()),
         kind="switch" if types == {"boolean"} else "choice" if choices else "text",
         default=schema.get("default", {} if "object" in types else None),
         choices=choices,

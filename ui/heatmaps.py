@@ -41,6 +41,9 @@ COLOURS = {
 DEPTHS = ((43, 169, 157), (59, 130, 200), (139, 92, 214), (208, 90, 160))
 UNADAPTED = ("rank", "delta")
 MOST_STEPS = 400
+MOST_LABELS = 12
+MOST_NAMED = 16
+"""Layers up to which each stands in the legend; more of them are told apart by a colour bar."""
 
 
 def heatmap_figure(heatmap: Heatmap) -> go.Figure:
@@ -75,8 +78,7 @@ def heatmap_figure(heatmap: Heatmap) -> go.Figure:
 def _label_axes(figure: go.Figure, heatmap: Heatmap) -> None:
     """Decoder layer numbers down, from the first at the top; as many of them as can be read."""
     layers, experts = heatmap.values.shape
-    labels = min(layers, 12)
-    shown = sorted({round(i * (layers - 1) / max(1, labels - 1)) for i in range(labels)})
+    shown = list(range(0, layers, -(-layers // MOST_LABELS)))
     names = [str(heatmap.layers[row]) for row in shown]
     axis = {"showgrid": False, "zeroline": False, "ticks": "", "fixedrange": True}
     figure.update_xaxes(title=_small("expert"), dtick=_stride(experts), tickangle=0, **axis)
@@ -94,11 +96,13 @@ def router_figure(rows: Rows, total_steps: int | None = None) -> go.Figure:
     figure = make_subplots(2, 2, shared_xaxes=True, subplot_titles=titles, **spacing)
     found = _thinned(router_rows(rows))
     for place, measure in enumerate(ROUTER_MEASURES):
-        for line in _layer_lines(found, measure):
+        for line in _layer_lines(found, measure, named=place == 0):
             figure.add_trace(line, row=place // 2 + 1, col=place % 2 + 1)
+    if found and len(found[-1]["layers"]) > MOST_NAMED:
+        figure.add_trace(_depth_bar(found[-1]["layers"]), row=1, col=1)
     margin = {"l": 48, "r": 12, "t": 34, "b": 40}
     figure.update_layout(template="none", font=FONT, margin=margin, height=430, hovermode="closest", **CLEAR)
-    figure.update_layout(hoverlabel={"font": FONT})
+    figure.update_layout(hoverlabel={"font": FONT}, legend={"orientation": "h", "y": -0.14, "x": 0})
     figure.update_annotations(font={"size": 12.5}, xanchor="left", yshift=4)
     for place, title in enumerate(figure.layout.annotations):
         title.x = figure.layout[f"xaxis{place + 1 if place else ''}"].domain[0]
@@ -111,21 +115,37 @@ def router_figure(rows: Rows, total_steps: int | None = None) -> go.Figure:
     return figure
 
 
-def _layer_lines(found: list[dict[str, Any]], measure: str) -> list[go.Scatter]:
-    """One line for each layer; rows that lack the measure, as those without a probe set, are passed over."""
+def _layer_lines(found: list[dict[str, Any]], measure: str, named: bool) -> list[go.Scatter]:
+    """One line for each layer; rows that lack the measure, as those without a probe set, are passed over.
+
+    Args:
+        named: the layers of these lines stand in the legend, if they are not too many; a click there hides a layer.
+    """
     rows = [row for row in found if row.get(measure)]
     layers = rows[-1]["layers"] if rows else []
+    few = len(layers) <= MOST_NAMED
     return [
         go.Scatter(
             x=[row["step"] for row in rows],
             y=[row[measure][index] for row in rows],
             mode="lines" if len(rows) > 1 else "markers",
-            line={"color": depth_colour(index / max(1, len(layers) - 1)), "width": 1.6 if len(layers) <= 16 else 0.9},
+            line={"color": depth_colour(index / max(1, len(layers) - 1)), "width": 1.6 if few else 0.9},
             hovertemplate=f"layer {layer}, step %{{x}}: %{{y:.4~g}}<extra></extra>",
-            showlegend=False,
+            name=f"layer {layer}",
+            legendgroup=str(layer),
+            showlegend=named and few,
         )
         for index, layer in enumerate(layers)
     ]
+
+
+def _depth_bar(layers: list[int]) -> go.Scatter:
+    """No line, only the colour bar of the layers."""
+    scale = [[i / (len(DEPTHS) - 1), f"rgb{colour}"] for i, colour in enumerate(DEPTHS)]
+    bar = {"thickness": 12, "outlinewidth": 0, "nticks": 8, "title": {"text": "layer", "font": {"size": 12}}}
+    ends = {"color": [layers[0]], "cmin": layers[0], "cmax": layers[-1]}
+    marker = {**ends, "colorscale": scale, "showscale": True, "colorbar": bar}
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
 def as_plot(figure: go.Figure) -> PlotData:

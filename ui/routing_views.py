@@ -93,5 +93,5 @@ def warnings_view(rows: Rows) -> Markup | None:
         return None
     hidden = len(found) - MOST_WARNINGS
     more = el("p", f"and {hidden:,} earlier ones, in metrics.jsonl") if hidden > 0 else None
-    items = [el("li", words) for words in found[-MOST_WARNINGS:]]
+    items = [el("li", words[:1].upper() + words[1:]) for words in found[-MOST_WARNINGS:]]
     return note("warning", "The router passed a limit of the recipe", el("ul", *items), more)
