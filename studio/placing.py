@@ -5,13 +5,15 @@ plan_placement(recipe, base, profile) ─▶ Placement
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, ProfileError, TargetError
+from adapters.layouts import ExpertLayout
 from adapters.placement import LINEAR, PLACEMENTS, TRAINING_BYTES, Placement, Ranks
-from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe
+from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe, RouterSettings
 from studio.weights import Base, expert_grid, trainable_parameters
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
 
     Raises:
         TargetError: a class with a rank that no tensor of the model belongs to, a layer or an expert that does not
-            exist, a budget that is too small.
+            exist, a budget that is too small, something in the section router that this model cannot have.
         ProfileError: the rule needs a profile and there is none, or it is of another model.
     """
     adapter, router, joins = recipe.adapter, recipe.router, PLACEMENTS[recipe.placement.rule].joins
@@ -47,7 +49,36 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
         router_full=router.mode == "full",
     )
     _check_classes(placement, base)
+    check_router(router, base.layout, base.experts, base.top_k)
     return placement
+
+
+def check_router(router: RouterSettings, layout: ExpertLayout, experts: int, top_k: int) -> None:
+    """Refuses losses and rules on the routing that could do nothing on this model.
+
+    Args:
+        experts: routed experts of a layer, 0 for a dense model. top_k: of a token.
+
+    Raises:
+        TargetError
+    """
+    asked = {
+        name: value
+        for name, value in router.model_dump().items()
+        if (value and name.endswith("_coef")) or (value is not None and name.startswith(("warn_", "stop_")))
+    }
+    if asked and not experts:
+        raise TargetError(
+            f"router.{', router.'.join(asked)} is set, but this {layout.model_type} model has no routed experts; "
+            "leave it out"
+        )
+    least = math.log(top_k) / math.log(experts) if experts > 1 else 1.0  # the same top_k experts for every token
+    for name in ("warn_entropy", "stop_entropy"):
+        if name in asked and asked[name] <= least:
+            raise TargetError(
+                f"router.{name} is {asked[name]:g}, which is never reached: each token goes to {top_k} of {experts} "
+                f"experts, so the relative load entropy is {least:.3g} at least; allowed: above {least:.3g}"
+            )
 
 
 def coverage(placement: Placement, profile: RouterProfile) -> dict[str, float]:

@@ -16,7 +16,6 @@ drift is that of the model after step n; the counts are of the forward passes th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -39,9 +38,10 @@ from adapters.router_losses import Scoring, distillation_loss, load_balance_loss
 from adapters.router_profile import relative_entropy
 from adapters.routing import Routing, watch_routing
 from studio.data import Example, read_examples
-from studio.errors import TargetError, TrainingError
+from studio.errors import TrainingError
 from studio.evaluation import decoder_and_head, encode
 from studio.jobs import Job
+from studio.placing import check_router
 from studio.recipe import Recipe, RouterSettings
 
 PROBE_TOKENS = 2048
@@ -77,8 +77,8 @@ def watch_router(
         TargetError: it asks for something that this model cannot have.
     """
     settings, layout = recipe.router, layout_for(model.config.model_type)
-    coefs = {name: found for name in LOSSES if (found := getattr(settings, _coef(name)))}
-    _check(settings, coefs, layout, model)
+    check_router(settings, layout, expert_count(model, layout), layout.experts_per_token(model.config.to_dict()))
+    coefs = {name: found for name in LOSSES if (found := getattr(settings, f"{name}_coef"))}
     if not layout.has_experts or not (settings.watch or coefs):
         return None
     probe: list[Batch] = []
@@ -87,34 +87,6 @@ def watch_router(
         encoded = (encode(tokenizer, row, recipe.data.max_length_tokens)[0] for row in rows[: settings.probe_examples])
         probe = probe_batches(encoded, int(tokenizer.pad_token_id), model.device)
     return RouterWatch(model, layout, settings, coefs, probe, job)
-
-
-def _coef(name: str) -> str:
-    return f"{name}_coef"
-
-
-def _check(settings: RouterSettings, coefs: dict[str, float], layout: ExpertLayout, model: PeftModel) -> None:
-    limits = [f"{kind}_{name}" for name in RULES for kind in ("warn", "stop")]
-    given = {name: limit for name in limits if (limit := getattr(settings, name)) is not None}
-    asked = [*(["mode"] if settings.mode != "frozen" else []), *map(_coef, coefs), *given]
-    if not layout.has_experts and asked:
-        raise TargetError(
-            f"router.{', router.'.join(asked)} is set, but this {layout.model_type} model has no routed experts; "
-            "leave the section router out"
-        )
-    for name in ("warn_entropy", "stop_entropy"):
-        least = _least_entropy(layout, model)
-        if name in given and given[name] <= least:
-            raise TargetError(
-                f"router.{name} is {given[name]:g}, which is never reached: with the experts that each token of this "
-                f"model takes, the relative load entropy is {least:.3g} at least; allowed: above {least:.3g}"
-            )
-
-
-def _least_entropy(layout: ExpertLayout, model: PeftModel) -> float:
-    """log K / log E: the same K experts for every token."""
-    experts, top_k = expert_count(model, layout), layout.experts_per_token(model.config.to_dict())
-    return math.log(top_k) / math.log(experts) if experts > 1 else 1.0
 
 
 def probe_batches(encoded: Any, pad_id: int, device: torch.device) -> list[Batch]:

@@ -222,9 +222,13 @@ def test_a_warning_is_written_once_until_the_value_is_back(base: Path, tmp_path:
     assert warning["step"] == over[0] and "router.warn_kl (0.001)" in warning["message"]
 
 
-def test_what_a_model_cannot_have_is_an_error(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"stop_entropy is 0\.5, which is never reached.* above 0\.5"):
-        Run(base, EXAMPLES, tmp_path, router={"stop_entropy": 0.5}).train()  # log 2 / log 4
+def test_a_rule_that_could_never_fire_fails_the_plan(base: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"model": {"base": str(base)}, "adapter": {"shared_expert_rank": 0}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **sections, router={"stop_entropy": 0.5})
+    run = studio("plan", recipe, "--json")
+    said = " ".join((run.stdout + run.stderr).split())
+    assert run.returncode == 1 and "router.stop_entropy is 0.5, which is never reached" in said  # log 2 / log 4
+    assert "each token goes to 2 of 4 experts" in said and "allowed: above 0.5" in said
 
 
 def test_a_dense_model_is_not_watched_and_what_asks_for_its_routing_is_refused(tmp_path: Path) -> None:
