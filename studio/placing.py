@@ -40,6 +40,8 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
             exist, a budget that is too small, something in the section router that this model cannot have.
         ProfileError: the rule needs a profile and there is none, or it is of another model.
     """
+    if profile is not None:
+        _check_profile(profile, base)
     adapter, router, joins = recipe.adapter, recipe.router, PLACEMENTS[recipe.placement.rule].joins
     placement = Placement(
         **{name: getattr(adapter, f"{name}_rank") for name in joins},
@@ -160,12 +162,22 @@ def _routed(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Ranks:
             f"placement.rule {name} chooses routed experts, but this {base.layout.model_type} model has none; "
             "allowed: attention, or all_experts with adapter.routed_experts_rank 0"
         )
-    scores = [_scores(name, rule.score, base, profile)] if rule.score else []
+    scores = [_scores(recipe, rule.score, base, profile)] if rule.score else []
     settings = _settings(recipe)
     return rule.choose(expert_grid(base), *scores, **{key: settings[key] for key in rule.settings})
 
 
-def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) -> list[list[float]]:
+def _check_profile(profile: RouterProfile, base: Base) -> None:
+    layers, grid = tuple(profile.layers), expert_grid(base)
+    if (layers, profile.experts) != (grid.layers, grid.experts):
+        raise ProfileError(
+            f"the router profile is of another model: {profile.experts} experts in layers {list(layers)}, but "
+            f"{base.name} has {grid.experts} in {list(grid.layers)}; make one with `studio profile RECIPE`"
+        )
+
+
+def _scores(recipe: Recipe, score: str, base: Base, profile: RouterProfile | None) -> list[list[float]]:
+    name = recipe.placement.rule
     if profile is None and base.directory is None:
         others = ", ".join(rule for rule, entry in PLACEMENTS.items() if entry.score is None)
         raise ProfileError(
@@ -173,15 +185,12 @@ def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) ->
             f"router profile; these rules need none: {others}"
         )
     if profile is None:
+        from studio.profile import others_kept
+
         raise ProfileError(
             f"placement.rule {name} chooses by where the data goes, and there is no router profile of this base and "
             "this data; make it with `studio profile RECIPE`, or add --profile to `studio plan` and `studio run`"
-        )
-    layers, grid = tuple(profile.layers), expert_grid(base)
-    if (layers, profile.experts) != (grid.layers, grid.experts):
-        raise ProfileError(
-            f"the router profile is of another model: {profile.experts} experts in layers {list(layers)}, but "
-            f"{base.name} has {grid.experts} in {list(grid.layers)}; make one with `studio profile RECIPE`"
+            + others_kept(recipe)
         )
     table: list[list[float]] = (profile.share() if score == "share" else profile.gate_share()).tolist()
     return table
