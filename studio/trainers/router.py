@@ -77,7 +77,7 @@ def watch_router(
         TargetError: it asks for something that this model cannot have.
     """
     settings, layout = recipe.router, layout_for(model.config.model_type)
-    check_router(settings, layout, expert_count(model, layout), layout.experts_per_token(model.config.to_dict()))
+    check_router(settings, layout, expert_count(model, layout), model.config.to_dict())
     coefs = {name: found for name in LOSSES if (found := getattr(settings, f"{name}_coef"))}
     if not layout.has_experts or not (settings.watch or coefs):
         return None
