@@ -6,6 +6,7 @@ plan_placement(recipe, base, profile) ─▶ Placement
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +52,15 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
         router_full=router.mode == "full",
     )
     _check_classes(placement, base)
-    check_router(router, base.layout, base.experts, base.top_k)
+    check_router(router, base.layout, base.experts, base.config)
     return placement
 
 
-def check_router(router: RouterSettings, layout: ExpertLayout, experts: int, top_k: int) -> None:
+def check_router(router: RouterSettings, layout: ExpertLayout, experts: int, config: Mapping[str, Any]) -> None:
     """Refuses losses and rules on the routing that could do nothing on this model.
 
     Args:
-        experts: routed experts of a layer, 0 for a dense model. top_k: of a token.
+        experts: routed experts of a layer, 0 for a dense model. config: of the language model.
 
     Raises:
         TargetError
@@ -74,13 +75,29 @@ def check_router(router: RouterSettings, layout: ExpertLayout, experts: int, top
             f"router.{', router.'.join(asked)} is set, but this {layout.model_type} model has no routed experts; "
             "leave it out"
         )
-    least = math.log(top_k) / math.log(experts) if experts > 1 else 1.0  # the same top_k experts for every token
     for name in ("warn_entropy", "stop_entropy"):
-        if name in asked and asked[name] <= least:
-            raise TargetError(
-                f"router.{name} is {asked[name]:g}, which is never reached: each token goes to {top_k} of {experts} "
-                f"experts, so the relative load entropy is {least:.3g} at least; allowed: above {least:.3g}"
-            )
+        if name in asked:
+            _check_entropy(f"router.{name}", asked[name], experts, layout.top_k, config.get(layout.top_k))
+
+
+def _check_entropy(name: str, limit: float, experts: int, key: str, top_k: Any) -> None:
+    """The entropy is least where the same experts get every token; by the layer with the fewest of them."""
+    fewest = min(top_k, default=0) if isinstance(top_k, list) else top_k
+    if type(fewest) is not int or fewest < 1:
+        raise TargetError(
+            f"{name} is set, but config.json: {key} is {top_k!r}; expected the experts of a token, from 1"
+        )
+    if fewest >= experts:
+        raise TargetError(
+            f"{name} is set, but cannot work on this model: each token goes to {fewest} of {experts} experts, so the "
+            "load is always even; leave it out"
+        )
+    least = math.log(fewest) / math.log(experts)
+    if limit <= least:
+        raise TargetError(
+            f"{name} is {limit:g}, which is never reached: each token goes to {fewest} of {experts} experts, so the "
+            f"relative load entropy is {least:.3g} at least; allowed: above {least:.3g}"
+        )
 
 
 def coverage(placement: Placement, profile: RouterProfile) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     watch_router(model, tokenizer, recipe, examples, job) ─▶ RouterWatch | None
     RouterTrainer    TRL's trainer; adds the recipe's losses to TRL's and shows each forward pass to the watch
-    RouterWatch      one row a logging step in metrics.jsonl, then the rules
+    RouterWatch      one row a logging step in metrics.jsonl, and one for the steps after the last; then the rules
 
 A row, lists by MoE layer, over the tokens since the last row (padding aside):
     {"kind": "router", "step": n, "tokens": n, "layers": [decoder layer numbers],
@@ -16,6 +16,7 @@ drift is that of the model after step n; the counts are of the forward passes th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -57,12 +58,12 @@ LOSSES: dict[str, Callable[[Sequence[Routing], Tensor, Scoring], Tensor]] = {
 }
 """`router.<name>_coef` → the loss that it weighs."""
 
-RULES: dict[str, tuple[str, Callable[..., float], str]] = {
-    "kl": ("kl", max, "the routing of the probe set is {:.3g} nats (KL) from the base's, above"),
-    "entropy": ("load_entropy", min, "the relative load entropy of the experts is {:.3g}, below"),
-    "busiest": ("busiest", max, "the busiest expert got {:.3g} of the tokens, above"),
+RULES: dict[str, tuple[str, int, str]] = {
+    "kl": ("kl", 1, "the routing of the probe set is {:.3g} nats (KL) from the base's, above"),
+    "entropy": ("load_entropy", -1, "the relative load entropy of the experts is {:.3g}, below"),
+    "busiest": ("busiest", 1, "the busiest expert got {:.3g} of the tokens, above"),
 }
-"""`router.warn_<name>` and `router.stop_<name>` → the row's key, its worst value over the layers, and what is said."""
+"""`router.warn_<name>` and `router.stop_<name>` → the row's key, 1 for a most and -1 for a least, and what is said."""
 
 
 def watch_router(
@@ -77,7 +78,7 @@ def watch_router(
         TargetError: it asks for something that this model cannot have.
     """
     settings, layout = recipe.router, layout_for(model.config.model_type)
-    check_router(settings, layout, expert_count(model, layout), layout.experts_per_token(model.config.to_dict()))
+    check_router(settings, layout, expert_count(model, layout), model.config.to_dict())
     coefs = {name: found for name in LOSSES if (found := getattr(settings, f"{name}_coef"))}
     if not layout.has_experts or not (settings.watch or coefs):
         return None
@@ -111,7 +112,7 @@ def _padded(rows: list[list[int]], pad_id: int, device: torch.device) -> Batch:
 
 
 class RouterWatch(TrainerCallback):
-    """Sums of the routing since the last row; one row a logging step.
+    """Sums of the routing since the last row; one row a logging step, and one at the end.
 
     Args:
         coefs: weight of each loss of `LOSSES` that is on.
@@ -131,7 +132,8 @@ class RouterWatch(TrainerCallback):
             model, layout, settings, coefs, probe, job
         )  # fmt: skip
         self.base: list[list[Tensor]] = []
-        self.warned: set[str] = set()
+        self.warned: set[tuple[str, int]] = set()
+        """(rule, position of the layer) that the last row was past."""
         self._begin_window()
 
     def _begin_window(self) -> None:
@@ -191,9 +193,19 @@ class RouterWatch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.settings.watch or not logs or "loss" not in logs or not self.passes:
+        if logs and "loss" in logs:
+            self._report(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The steps after the last logging step: Trainer logs no loss of theirs."""
+        self._report(state.global_step)
+
+    def _report(self, step: int) -> None:
+        if not self.settings.watch or not self.passes:
             return
-        row = self._row(state.global_step)
+        row = self._row(step)
         self._begin_window()
         self.job.log_metrics(row)
         self._apply_rules(row)
@@ -236,28 +248,41 @@ class RouterWatch(TrainerCallback):
         return found
 
     def _apply_rules(self, row: dict[str, Any]) -> None:
-        """Raises TrainingError for what is past a stop limit; else writes a warning, once until the value is back."""
-        if problem := self._past("stop", row):
+        """Raises TrainingError for what is past a stop limit; else warns, once of a layer until its value is back."""
+        if past := self._past("stop", row):
+            said = "; ".join(self._said("stop", name, layers, row) for name, layers in past.items())
             raise TrainingError(
-                f"at step {row['step']}, {'; '.join(problem.values())}. Training stopped and no adapter was written. A "
+                f"at step {row['step']}, {said}. Training stopped and no adapter was written. A "
                 "lower learning rate, router.distill_coef above 0 or router.mode frozen keep the routing nearer to the "
                 "base's"
             )
-        problem = self._past("warn", row)
-        for name in problem.keys() - self.warned:
-            self.job.log_metrics({"kind": "warning", "step": row["step"], "message": problem[name]})
-        self.warned = set(problem)
+        past = self._past("warn", row)
+        for name, layers in past.items():
+            if new := [layer for layer in layers if (name, layer) not in self.warned]:
+                message = f"at step {row['step']}, {self._said('warn', name, new, row)}"
+                self.job.log_metrics({"kind": "warning", "step": row["step"], "message": message})
+        self.warned = {(name, layer) for name, layers in past.items() for layer in layers}
 
-    def _past(self, kind: str, row: dict[str, Any]) -> dict[str, str]:
-        """What is past a limit, by the rule's name: the worst layer of each."""
+    def _past(self, kind: str, row: dict[str, Any]) -> dict[str, list[int]]:
+        """The rule's name → positions of the layers that are past its limit, the worst first; NaN is past any limit."""
         found = {}
-        for name, (key, worst_of, text) in RULES.items():
-            limit, worst = getattr(self.settings, f"{kind}_{name}"), worst_of(row[key])
-            if limit is not None and worst != limit and worst_of(worst, limit) == worst:
-                layer = row["layers"][row[key].index(worst)]
-                said = f"{text.format(worst)} router.{kind}_{name} ({limit:g})"
-                found[name] = f"layer {layer}: {said}"
-        return found
+        for name, (key, sign, _) in RULES.items():
+            if (limit := getattr(self.settings, f"{kind}_{name}")) is not None:
+                badness = [sign * value if math.isfinite(value) else math.inf for value in row[key]]
+                order = sorted(range(len(badness)), key=badness.__getitem__, reverse=True)
+                found[name] = [layer for layer in order if badness[layer] > sign * limit]
+        return {name: layers for name, layers in found.items() if layers}
+
+    def _said(self, kind: str, name: str, layers: list[int], row: dict[str, Any]) -> str:
+        """The worst of `layers`, which are positions, with its value and the limit; then the numbers of the others."""
+        key, _, text = RULES[name]
+        worst, *others = (row["layers"][layer] for layer in layers)
+        limit = f"router.{kind}_{name} ({getattr(self.settings, f'{kind}_{name}'):g})"
+        said = f"layer {worst}: {text.format(row[key][layers[0]])} {limit}"
+        if not others:
+            return said
+        are = f"are layers {', '.join(map(str, others))}" if others[1:] else f"is layer {others[0]}"
+        return f"{said}, and so {are}"
 
 
 def _rounded(values: Any) -> list[float]:
