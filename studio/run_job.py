@@ -7,6 +7,7 @@ Everything it says goes into the job directory; the terminal and the browser rea
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 import traceback
@@ -39,6 +40,8 @@ def main() -> int:
 
 
 def _fail(job: Job, error: Exception) -> None:
+    with _not_worth_the_job():
+        _draw(job)
     job.update(status="failed", error={"type": type(error).__name__, "message": str(error)})
 
 
@@ -138,24 +141,28 @@ def _profiler(job: Job, model: Any, tokenizer: Any, recipe: Any, examples: list[
 
 @contextmanager
 def _not_worth_the_job() -> Iterator[None]:
-    """The adapter is saved: what goes wrong with its pictures is written to the log, and the job succeeds."""
+    """What goes wrong with pictures is written to the log, and the job goes on: a saved adapter counts for more."""
     try:
         yield
     except Exception:
         traceback.print_exc()
-        print("the pictures of this job could not be made; its adapter is whole", file=sys.stderr)
+        print("the pictures of this job could not be made", file=sys.stderr)
 
 
 def _picture(job: Job, model: Any) -> None:
     """How far each expert moved, and the pictures of the job."""
     from adapters.deltas import expert_delta_norms
     from studio.job_files import to_json, write_atomic
-    from studio.pictures import write_job_pictures
 
     norms = expert_delta_norms(model)
     if norms["layers"]:
         write_atomic(job.path / "delta_norms.json", to_json(norms))
-    write_job_pictures(job.path)
+    _draw(job)
+
+
+def _draw(job: Job) -> None:
+    """The pictures that the files of the job allow; by a process of its own, whose memory is not the training's."""
+    subprocess.run([sys.executable, "-m", "studio.pictures", str(job.path)], check=True, stdin=subprocess.DEVNULL)
 
 
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
