@@ -83,8 +83,11 @@ def _form(name: str) -> str:
 
 
 def _check_output(adapter: Path, out: Path, overwrite: bool) -> None:
-    if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
+    inside, source = out.resolve(), adapter.resolve()
+    if inside in (source, *source.parents):
         raise OutputExistsError(f"{out} holds the adapter that is being read; choose another output")
+    if source in inside.parents:
+        raise OutputExistsError(f"{out} is inside the adapter that is being read; choose another output")
     if overwrite and os.path.lexists(out) and (out.is_symlink() or not (out / CONFIG).is_file()):
         raise OutputExistsError(f"{out} is no adapter directory ({CONFIG}); it is never overwritten")
 

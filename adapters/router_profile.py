@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.numpy import save
 from adapters.errors import ProfileError
 
 VERSION = 1
+ARRAYS = ("tokens", "routed", "gate", "together")
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -39,7 +41,8 @@ class RouterProfile:
         shared_experts: how many experts of a layer see every token and are counted nowhere here.
         sources: names of the data sources. tokens: (S,) of the sample.
         routed: (S, L, E), tokens routed to each expert. gate: (S, L, E), sum of their routing weights.
-        together: (L, E, E), tokens that chose both experts; the diagonal is `routed` over all sources.
+        together: (L, E, E), tokens that chose both experts; the diagonal is `routed` over all sources. None where pairs
+            were not counted.
     """
 
     base: str
@@ -53,7 +56,7 @@ class RouterProfile:
     tokens: Ints
     routed: Ints
     gate: Floats
-    together: Ints
+    together: Ints | None = None
 
     @property
     def experts(self) -> int:
@@ -84,15 +87,34 @@ class RouterProfile:
         return relative_entropy(self.share(source))
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but co-activation, as plain numbers: shares and mean gates by source and over all."""
-        arrays = ("tokens", "routed", "gate", "together")
-        facts = {name: value for name, value in vars(self).items() if name not in arrays}
+        """Plain numbers: shares and mean gates by source and over all, and the pairs most often chosen together."""
+        facts: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in ARRAYS}
         facts["tokens"] = dict(zip(self.sources, self.tokens.tolist(), strict=True))
         facts["load_entropy"] = self.load_entropy().tolist()
-        every = {"all": None, **{source: source for source in self.sources}}
-        facts["share"] = {name: self.share(source).tolist() for name, source in every.items()}
-        facts["mean_gate"] = {name: self.mean_gate(source).tolist() for name, source in every.items()}
+        facts["share"], facts["mean_gate"] = self.share().tolist(), self.mean_gate().tolist()
+        facts["by_source"] = {
+            source: {"share": self.share(source).tolist(), "mean_gate": self.mean_gate(source).tolist()}
+            for source in self.sources
+        }
+        facts["pairs"] = self.pairs()
         return facts
+
+    def pairs(self, most: int = 5) -> list[list[tuple[int, int, float]]]:
+        """Of each layer the pairs of experts most often chosen together, with the share of tokens that chose both.
+
+        [] for top-1 routing, and where pairs were not counted.
+        """
+        if self.together is None or self.top_k < 2:
+            return []
+        tokens = max(1, int(self.tokens.sum()))
+        upper = np.triu(self.together, 1).reshape(len(self.layers), -1)
+        first = np.argsort(-upper, axis=1, kind="stable")[:, :most]
+        found: list[list[tuple[int, int, float]]] = []
+        for row, chosen in zip(upper, first.tolist(), strict=True):
+            found.append(
+                [(place // self.experts, place % self.experts, float(row[place]) / tokens) for place in chosen]
+            )
+        return found
 
     def _of(self, sums: Any, source: str | None) -> Any:
         if source is None:
@@ -103,16 +125,23 @@ class RouterProfile:
 
     def save(self, path: Path) -> None:
         """Writes the profile beside `path` and renames it: whole or not at all."""
-        arrays = {name: getattr(self, name) for name in ("tokens", "routed", "gate", "together")}
-        facts = {name: value for name, value in vars(self).items() if name not in arrays}
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        facts = {name: value for name, value in vars(self).items() if name not in ARRAYS}
+        if "together" in arrays:
+            arrays["together"] = arrays["together"].astype(np.int32)  # most of the file; the sample has fewer tokens
         metadata = {"router_profile": json.dumps({"version": VERSION, **facts})}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        with temporary.open("wb") as file:
-            file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # two may save at once
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def load_profile(path: Path) -> RouterProfile:

@@ -110,42 +110,52 @@ class Counts:
 
     Attributes:
         routed: (S, L, E) int64, tokens routed to each expert. gate: (S, L, E) float64, their routing weights.
-        together: (L, E, E) int64, tokens that chose both experts; the diagonal is `routed` over all sources.
+        together: (L, E, E) int64, tokens that chose both experts; the diagonal is `routed` over all sources. None where
+            pairs were not asked for.
         tokens: (S,) int64.
     """
 
     routed: Tensor
     gate: Tensor
-    together: Tensor
+    together: Tensor | None
     tokens: Tensor
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Counts(*(None if a is None else a + b for a, b in both))  # type: ignore[arg-type]
 
 
-def count_routing(seen: Sequence[Routing], kept: Tensor, sources: Tensor, source_count: int = 1) -> Counts:
+def count_routing(
+    seen: Sequence[Routing], kept: Tensor, sources: Tensor, source_count: int = 1, pairs: bool = True
+) -> Counts:
     """Sums of one forward pass.
 
     Args:
         seen: one a MoE layer.
         kept: (T,) bool, False for padding.
         sources: (T,) int64, the data source of each token, below `source_count`.
+        pairs: count which experts are chosen together, too.
     """
     own = sources[kept]
     layers = [_layer_counts(routing, kept, own, source_count) for routing in seen]
-    routed, gate, together = (torch.stack(parts) for parts in zip(*layers, strict=True))
-    tokens = torch.bincount(own, minlength=source_count)
-    return Counts(routed.transpose(0, 1).cpu(), gate.transpose(0, 1).cpu(), together.cpu(), tokens.cpu())
+    routed, gate = (torch.stack(parts).transpose(0, 1).cpu() for parts in zip(*layers, strict=True))
+    together = torch.stack([_together(routing, kept) for routing in seen]).cpu() if pairs else None
+    return Counts(routed, gate, together, torch.bincount(own, minlength=source_count).cpu())
 
 
-def _layer_counts(routing: Routing, kept: Tensor, sources: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, E) tokens, (S, E) weights, (E, E) tokens together."""
+def _layer_counts(routing: Routing, kept: Tensor, sources: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(S, E) tokens, (S, E) weights."""
     experts, weights = routing.experts[kept].detach(), routing.weights[kept].detach().double()
-    total, top_k = routing.logits.shape[1], experts.shape[1]
+    total = routing.logits.shape[1]
     place = (sources.unsqueeze(1) * total + experts).flatten()
     routed = torch.bincount(place, minlength=count * total).view(count, total)
-    gate = torch.bincount(place, weights.flatten(), minlength=count * total).view(count, total)
-    if top_k == 1:
-        return routed, gate, routed.sum(0).diag()
+    return routed, torch.bincount(place, weights.flatten(), minlength=count * total).view(count, total)
+
+
+def _together(routing: Routing, kept: Tensor) -> Tensor:
+    """(E, E) tokens that chose both experts."""
+    experts, total = routing.experts[kept].detach(), routing.logits.shape[1]
+    if experts.shape[1] == 1:
+        return torch.bincount(experts.flatten(), minlength=total).diag()
     chosen = torch.zeros(len(experts), total, device=experts.device).scatter_(1, experts, 1.0)
-    return routed, gate, (chosen.t() @ chosen).round().long()
+    return (chosen.t() @ chosen).round().long()

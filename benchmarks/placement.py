@@ -1,8 +1,8 @@
 """Does it matter which experts get LoRA? Arms that place the same LoRA elsewhere, trained on two MoE models.
 
-    python benchmarks/placement.py --folder FOLDER [--quick] [--model embedded|larger] [--seeds 5] [--arms WORDS]
+    python benchmarks/placement.py [--folder FOLDER] [--quick] [--model embedded|larger] [--seeds 5] [--arms WORDS]
                                    [--steps 64] [--with-attention] [--json FILE [--resume]] [--workers 2]
-    python benchmarks/placement.py --folder FOLDER --speed [--rounds 30]
+    python benchmarks/placement.py [--folder FOLDER] --speed [--rounds 30]
 
 Models: the embedded base, fine-tuned on the quickstart's tickets; and a Qwen3-MoE with 32 experts, 4 a token, which is
 pretrained first (7 minutes, kept in FOLDER; benchmarks/placement_larger.py) and fine-tuned on code, a domain all but
@@ -75,11 +75,14 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the larger model and the profiles are kept")
+    kept = Path("runs/placement")
+    parser.add_argument("--folder", type=Path, default=kept, help=f"keeps the larger model and the profiles: {kept}")
     parser.add_argument("--quick", action="store_true", help="two arms, two seeds, few steps: shows that it runs")
     parser.add_argument("--model", choices=("embedded", "larger"), help="one of the two models alone")
     parser.add_argument("--seeds", type=int, help="default 5, with --quick 2")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=", ".join(map(repr, ARMS)))
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=", ".join(map(repr, ARMS)).replace("%", "%%")
+    )
     parser.add_argument("--steps", type=int, help="training steps instead of 64")
     parser.add_argument("--with-attention", action="store_true", help="attention gets LoRA too, in every arm")
     parser.add_argument("--json", type=Path, help="everything measured, written after every run")

@@ -110,6 +110,8 @@ def plan(
     from studio.terminal import plan_view
 
     wanted = studio.load_recipe(recipe)
+    if make_profile and shape:
+        raise StudioError("--profile and --shape cannot be combined: a published shape has no weights to profile")
     if make_profile:
         profile_where_missing(wanted, as_json)
     planned = studio.make_plan(wanted, shape)

@@ -4,8 +4,8 @@ A row is one of
     {"messages": [{"role": "user", "content": "…"}, …, {"role": "assistant", "content": "…"}]}
     {"prompt": "…" or [messages], "completion": "…" or [messages]}
 and becomes an Example, the conversational prompt-completion form that TRL reads. A row may name its data source with
-"source": "…"; without it, that is the file's name. A file is checked to its end: its first 20 problems are reported
-together, and nothing is started.
+"source": "…", up to 60 characters; without it, that is the file's name. A file is checked to its end: its first 20
+problems are reported together, and nothing is started.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 from studio.recipe_text import describe
 
 ROLES = ("system", "user", "assistant")
+
+LONGEST_SOURCE = 60
+RESERVED_SOURCES = ("all", "all sources")
+"""What tables and pictures call all sources together."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,14 @@ def _example(line: bytes, file_name: str) -> Example:
     """The row's example; its source is `file_name` where the row names none."""
     row = _json_object(line)
     example = _from_row(row)
-    source = row.get("source")
-    if source is not None and (message := _content_problem(source)):
-        raise RowProblems(("source", message))
-    return replace(example, source=source or file_name)
+    return replace(example, source=_source(row.get("source"), file_name))
+
+
+def _source(named: Any, file_name: str) -> str:
+    """The name of a row's data source. Data sets use the key for other things too: what is no text is passed over."""
+    name = named.strip() if isinstance(named, str) and named.isprintable() else ""
+    name = (name or file_name)[:LONGEST_SOURCE]
+    return f"{name} (source)" if name in RESERVED_SOURCES else name
 
 
 def _from_row(row: dict[str, Any]) -> Example:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,10 +20,12 @@ from studio.progress import (
     losses,
     phase_counts,
     phases_over,
+    router_rows,
     training_lines,
     waiting_for,
 )
 from studio.quantities import sparkline
+from studio.terminal import warning_text
 
 LOOK_SECONDS = 0.25
 
@@ -51,8 +54,42 @@ def wait(job: Job) -> JobState:
     return state
 
 
+def router_line(rows: Rows) -> str:
+    """The largest KL and the lowest load entropy of the newest row of the router, each with its layer."""
+    row: dict[str, Any] = next(reversed(router_rows(rows)), {})
+    parts = (
+        _worst(row, "kl", 1, "largest KL", "{:.3g} nats"),
+        _worst(row, "load_entropy", -1, "lowest load entropy", "{:.3f}"),
+    )
+    return " · ".join(part for part in parts if part)
+
+
+def _worst(row: dict[str, Any], key: str, sign: int, name: str, text: str) -> str:
+    """A null in a row stands for a number that is not finite, which is the worst."""
+    values = row.get(key)
+    if not values:
+        return ""
+    position = max(range(len(values)), key=lambda i: math.inf if values[i] is None else sign * values[i])
+    value = "not finite" if values[position] is None else text.format(values[position])
+    return f"{name} {value} (layer {row['layers'][position]})"
+
+
+class WarningPrinter:
+    """Prints each row with a warning once."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._printed = 0
+
+    def show(self, rows: Rows) -> None:
+        found = [row for row in rows if row.get("kind") == "warning" and "message" in row]
+        for row in found[self._printed :]:
+            self._console.print(warning_text(str(row["message"])), soft_wrap=True)
+        self._printed = len(found)
+
+
 class LiveView:
-    """One bar per phase, and the course of the loss under them, redrawn in place."""
+    """One bar per phase, and the course of the loss and the router under them, redrawn in place; warnings above."""
 
     def __init__(self, console: Console):
         self._progress = Progress(
@@ -65,6 +102,7 @@ class LiveView:
         )
         self._tasks: dict[str, TaskID] = {}
         self._line = Text("starting")
+        self._warnings = WarningPrinter(console)
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._render)
 
     def __enter__(self) -> Self:
@@ -78,10 +116,13 @@ class LiveView:
         if state.status == "queued":
             self._line = Text(f"queued, waits for {waits_for}" if waits_for else "starting", style="yellow")
             return
+        self._warnings.show(rows)
         over = phases_over(state)
         for phase, (done, total) in phase_counts(state, rows).items():
             self._show_phase(phase, done, total, over=phase in over)
-        self._line = Text.assemble("  ", loss_line(rows), "\n  ", (sparkline(losses(rows)), "cyan"))
+        router = router_line(rows)
+        lines = f"{loss_line(rows)}\n  router: {router}" if router else loss_line(rows)
+        self._line = Text.assemble("  ", lines, "\n  ", (sparkline(losses(rows)), "cyan"))
 
     def _show_phase(self, phase: str, done: int, total: int, over: bool) -> None:
         if phase not in self._tasks:
@@ -114,11 +155,12 @@ class EndsIn(TimeRemainingColumn):
 
 
 class PlainView:
-    """A line for each phase that begins and for every twentieth part of the training; no control codes."""
+    """A line for each phase that begins, each twentieth part of the training and each warning; no control codes."""
 
     def __init__(self, console: Console):
         self._console = console
         self._said: set[str] = set()
+        self._warnings = WarningPrinter(console)
 
     def __enter__(self) -> Self:
         return self
@@ -133,6 +175,7 @@ class PlainView:
             self._say(phase)
         for line in training_lines(state, rows):
             self._say(line)
+        self._warnings.show(rows)
 
     def _say(self, line: str) -> None:
         if line not in self._said:

@@ -1,7 +1,8 @@
 """Jobs: one directory each, one process tree each, and no state but what is on disk.
 
     JOB/recipe.yaml  plan.json  placement.json  state.json  metrics.jsonl  log.txt  result.json  lock
-        profile.safetensors  profile_after.safetensors  delta_norms.json  pictures/  checkpoints/  adapter/
+        placement_profile.safetensors  profile.safetensors  profile_after.safetensors  delta_norms.json  pictures/
+        checkpoints/  adapter/
 
     submit(recipe) ──▶ worker (detached) ──▶ accelerate launch ──▶ studio.run_job
                        queued ──▶ running ──▶ succeeded | failed | cancelled
@@ -32,6 +33,7 @@ from studio import job_files as files
 from studio.errors import JobError, OutputExistsError
 
 if TYPE_CHECKING:
+    from adapters.router_profile import RouterProfile
     from studio.plan import Plan
     from studio.recipe import Recipe
 
@@ -240,7 +242,7 @@ def submit(recipe: Recipe, *, overwrite: bool = False) -> Job:
     profile = find_profile(recipe) if base.moe else None
     plan = make_plan(recipe, profile=profile)
     record = placement_record(recipe, base, plan_placement(recipe, base, profile), profile)
-    job, lock = create_job(recipe, plan, record, overwrite=overwrite)
+    job, lock = create_job(recipe, plan, record, profile=profile, overwrite=overwrite)
     start_worker(job, lock)
     return job
 
@@ -290,11 +292,19 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise OutputExistsError(f"{path} is a job that has not ended; cancel it first: studio jobs cancel {path}")
 
 
-def create_job(recipe: Recipe, plan: Plan, placement: dict[str, Any], *, overwrite: bool = False) -> tuple[Job, int]:
+def create_job(
+    recipe: Recipe,
+    plan: Plan,
+    placement: dict[str, Any],
+    *,
+    profile: RouterProfile | None = None,
+    overwrite: bool = False,
+) -> tuple[Job, int]:
     """A complete queued job at `recipe.output.dir` and the descriptor that holds its lock.
 
     Args:
         placement: `studio.placing.placement_record` of the recipe; the training process attaches what it says.
+        profile: what that was chosen by, kept beside it.
 
     Built beside and renamed, so that no half-made job is ever seen; a job that is replaced is renamed aside first and
     deleted last.
@@ -305,6 +315,8 @@ def create_job(recipe: Recipe, plan: Plan, placement: dict[str, Any], *, overwri
     lock: int | None = None
     try:
         lock = _fill(staging, recipe, plan, placement)
+        if profile is not None:
+            profile.save(staging / "placement_profile.safetensors")
         _put_in_place(staging, target, aside, overwrite)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)

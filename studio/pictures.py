@@ -7,6 +7,7 @@ Dimension legend: L MoE layers, E experts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,7 @@ def _written(figure: Figure, path: Path) -> Path:
     figure.savefig(beside, format="png", facecolor="white")
     beside.replace(path)
     return path
+
+
+if __name__ == "__main__":
+    write_job_pictures(sys.argv[1])

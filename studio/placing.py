@@ -5,13 +5,16 @@ plan_placement(recipe, base, profile) ─▶ Placement
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, ProfileError, TargetError
+from adapters.layouts import ExpertLayout
 from adapters.placement import LINEAR, PLACEMENTS, TRAINING_BYTES, Placement, Ranks
-from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe
+from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe, RouterSettings
 from studio.weights import Base, expert_grid, trainable_parameters
 
 if TYPE_CHECKING:
@@ -35,9 +38,11 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
 
     Raises:
         TargetError: a class with a rank that no tensor of the model belongs to, a layer or an expert that does not
-            exist, a budget that is too small.
+            exist, a budget that is too small, something in the section router that this model cannot have.
         ProfileError: the rule needs a profile and there is none, or it is of another model.
     """
+    if profile is not None:
+        _check_profile(profile, base)
     adapter, router, joins = recipe.adapter, recipe.router, PLACEMENTS[recipe.placement.rule].joins
     placement = Placement(
         **{name: getattr(adapter, f"{name}_rank") for name in joins},
@@ -47,7 +52,52 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
         router_full=router.mode == "full",
     )
     _check_classes(placement, base)
+    check_router(router, base.layout, base.experts, base.config)
     return placement
+
+
+def check_router(router: RouterSettings, layout: ExpertLayout, experts: int, config: Mapping[str, Any]) -> None:
+    """Refuses losses and rules on the routing that could do nothing on this model.
+
+    Args:
+        experts: routed experts of a layer, 0 for a dense model. config: of the language model.
+
+    Raises:
+        TargetError
+    """
+    asked = {
+        name: value
+        for name, value in router.model_dump().items()
+        if (value and name.endswith("_coef")) or (value is not None and name.startswith(("warn_", "stop_")))
+    }
+    if asked and not experts:
+        raise TargetError(
+            f"router.{', router.'.join(asked)} is set, but this {layout.model_type} model has no routed experts; "
+            "leave it out"
+        )
+    for name in ("warn_entropy", "stop_entropy"):
+        if name in asked:
+            _check_entropy(f"router.{name}", asked[name], experts, layout.top_k, config.get(layout.top_k))
+
+
+def _check_entropy(name: str, limit: float, experts: int, key: str, top_k: Any) -> None:
+    """The entropy is least where the same experts get every token; by the layer with the fewest of them."""
+    fewest = min(top_k, default=0) if isinstance(top_k, list) else top_k
+    if type(fewest) is not int or fewest < 1:
+        raise TargetError(
+            f"{name} is set, but config.json: {key} is {top_k!r}; expected the experts of a token, from 1"
+        )
+    if fewest >= experts:
+        raise TargetError(
+            f"{name} is set, but cannot work on this model: each token goes to {fewest} of {experts} experts, so the "
+            "load is always even; leave it out"
+        )
+    least = math.log(fewest) / math.log(experts)
+    if limit <= least:
+        raise TargetError(
+            f"{name} is {limit:g}, which is never reached: each token goes to {fewest} of {experts} experts, so the "
+            f"relative load entropy is {least:.3g} at least; allowed: above {least:.3g}"
+        )
 
 
 def coverage(placement: Placement, profile: RouterProfile) -> dict[str, float]:
@@ -129,12 +179,22 @@ def _routed(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Ranks:
             f"placement.rule {name} chooses routed experts, but this {base.layout.model_type} model has none; "
             "allowed: attention, or all_experts with adapter.routed_experts_rank 0"
         )
-    scores = [_scores(name, rule.score, base, profile)] if rule.score else []
+    scores = [_scores(recipe, rule.score, base, profile)] if rule.score else []
     settings = _settings(recipe)
     return rule.choose(expert_grid(base), *scores, **{key: settings[key] for key in rule.settings})
 
 
-def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) -> list[list[float]]:
+def _check_profile(profile: RouterProfile, base: Base) -> None:
+    layers, grid = tuple(profile.layers), expert_grid(base)
+    if (layers, profile.experts) != (grid.layers, grid.experts):
+        raise ProfileError(
+            f"the router profile is of another model: {profile.experts} experts in layers {list(layers)}, but "
+            f"{base.name} has {grid.experts} in {list(grid.layers)}; make one with `studio profile RECIPE`"
+        )
+
+
+def _scores(recipe: Recipe, score: str, base: Base, profile: RouterProfile | None) -> list[list[float]]:
+    name = recipe.placement.rule
     if profile is None and base.directory is None:
         others = ", ".join(rule for rule, entry in PLACEMENTS.items() if entry.score is None)
         raise ProfileError(
@@ -142,15 +202,12 @@ def _scores(name: str, score: str, base: Base, profile: RouterProfile | None) ->
             f"router profile; these rules need none: {others}"
         )
     if profile is None:
+        from studio.profile import others_kept
+
         raise ProfileError(
             f"placement.rule {name} chooses by where the data goes, and there is no router profile of this base and "
             "this data; make it with `studio profile RECIPE`, or add --profile to `studio plan` and `studio run`"
-        )
-    layers, grid = tuple(profile.layers), expert_grid(base)
-    if (layers, profile.experts) != (grid.layers, grid.experts):
-        raise ProfileError(
-            f"the router profile is of another model: {profile.experts} experts in layers {list(layers)}, but "
-            f"{base.name} has {grid.experts} in {list(grid.layers)}; make one with `studio profile RECIPE`"
+            + others_kept(recipe)
         )
     table: list[list[float]] = (profile.share() if score == "share" else profile.gate_share()).tolist()
     return table

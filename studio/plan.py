@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.errors import CheckpointError, ProfileError, StudioError
+from adapters.errors import CheckpointError, StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, read_examples
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
-from studio.placing import coverage, needs_profile, plan_placement
+from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
 from studio.shapes import published_shape
@@ -115,11 +115,13 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
-    if profile is None and shape is None and base.moe:
-        profile = _kept_profile(recipe)
+    train = read_examples(recipe.data.train)
+    if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
+        from studio.profile import find_profile
+
+        profile = find_profile(recipe)
     placement = plan_placement(recipe, base, profile)
     classes = tensor_classes(base, _held_as(recipe), placement)
-    train = read_examples(recipe.data.train)
     held_out = read_examples(recipe.data.eval) if recipe.data.eval else []
     lengths = _lengths_tokens(_tokenizer_of(recipe, base), train)
     trainable = sum(entry.trainable_parameters for entry in classes)
@@ -150,18 +152,6 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         warnings=_warnings(recipe, base, memory, at_hand),
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
-
-
-def _kept_profile(recipe: Recipe) -> RouterProfile | None:
-    """The profile that was made before, also for a rule that does not need it: it says what the rule covers."""
-    from studio.profile import find_profile
-
-    try:
-        return find_profile(recipe)
-    except ProfileError:
-        if needs_profile(recipe):
-            raise
-        return None
 
 
 def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:

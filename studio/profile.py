@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.checkpoint import TensorInfo, read_index
 from adapters.packed_cache import default_cache_dir
-from studio.errors import TargetError
+from studio.errors import DataError, Problem, ProfileError, TargetError
 from studio.models import compute_dtype, resolve_base
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ SAMPLE_SEED = 0
 """Of the order in which examples are drawn: the sample does not change with the training's seed."""
 
 SAMPLED_BYTES = 4096
-"""Read from the start and from the end of each tensor for a base's fingerprint: retrained weights differ everywhere."""
+"""Read from the middle of each matrix, and of each expert's in a stack, for a base's fingerprint. Training or merging
+changes values all over a matrix."""
 
 Progress = Callable[[int, int], None]
 
@@ -48,27 +50,47 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
     base = recipe_base(recipe)
     if not base.moe:
         raise TargetError(f"{base.name} has no routed experts, so there is no routing to profile")
+    wanted, bound = recipe.placement.profile_tokens, fingerprints(recipe)
     examples = read_examples(recipe.data.train)
     model, tokenizer = load_recipe_base(recipe, loading)
-    sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, recipe.placement.profile_tokens)
+    sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, wanted)
     counted = profile_routing(model, sample, tokenizer.pad_token_id, progress)
-    profile = counted.bound_to(*fingerprints(recipe), SAMPLE_SEED, recipe.placement.profile_tokens, shared_count(base))
+    if fingerprints(recipe) != bound:
+        raise ProfileError("the base or the data changed while they were being profiled; profile them again")
+    profile = counted.bound_to(*bound, SAMPLE_SEED, wanted, shared_count(base))
     profile.save(profile_path(recipe))
     return profile
 
 
 def find_profile(recipe: Recipe) -> RouterProfile | None:
-    """The profile of this base and these data that was made before; None where there is none.
+    """The profile of this base and these data that was made before; None where there is none that can be read.
 
     Raises:
-        ProfileError: there is one, and it cannot be read.
+        DataError: the training data cannot be read.
     """
     from adapters.router_profile import load_profile
 
     if not any(_kept_in().glob("*.safetensors")):  # spares the fingerprints, which take as long as the rest of a plan
         return None
-    path = profile_path(recipe)
-    return load_profile(path) if path.is_file() else None
+    try:
+        return load_profile(profile_path(recipe))
+    except ProfileError:  # none, torn, or of another version: to be made anew
+        return None
+
+
+def others_kept(recipe: Recipe) -> str:
+    """What the profiles that were made before have in common with this recipe, in words; "" where they have nothing."""
+    from adapters.router_profile import load_profile
+
+    base, data = fingerprints(recipe)
+    for path in sorted(_kept_in().glob("*.safetensors")):
+        with suppress(ProfileError):
+            other = load_profile(path)
+            if other.base == base:
+                return "; there is one of this base, made from other data, another sample size or another cut"
+            if other.data == data:
+                return "; there is one of these data, made on another base or in another quantisation"
+    return ""
 
 
 def profile_path(recipe: Recipe) -> Path:
@@ -85,14 +107,23 @@ def fingerprints(recipe: Recipe) -> tuple[str, str]:
     """Of the base as it is held, and of the data with everything that decides which tokens are drawn from them."""
     held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
     base = _sha256(base_fingerprint(resolve_base(recipe.model.base)).encode(), json.dumps(held).encode())
-    sample = [SAMPLE_SEED, recipe.placement.profile_tokens, recipe.data.max_length_tokens]
-    with recipe.data.train.open("rb") as file:
-        data = hashlib.file_digest(file, "sha256").hexdigest()
-    return base, _sha256(data.encode(), json.dumps(sample).encode())
+    return base, sample_fingerprint(recipe, recipe.placement.profile_tokens)
+
+
+def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
+    """Of the training data and of everything that decides which tokens are drawn from them, and under which names."""
+    path = recipe.data.train
+    facts = [SAMPLE_SEED, tokens, recipe.data.max_length_tokens, path.stem]
+    try:
+        with path.open("rb") as file:
+            data = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
+    return _sha256(data.encode(), json.dumps(facts).encode())
 
 
 def base_fingerprint(directory: Path) -> str:
-    """Identifies a base model without reading it whole: its small files, and the ends of each of its tensors."""
+    """Identifies a base model without reading it whole: its small files, and samples of each of its tensors."""
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     small = [path.read_bytes() if (path := directory / name).is_file() else b"" for name in names]
     index = sorted(read_index(directory).items(), key=lambda item: (str(item[1].file), item[1].start))
@@ -107,10 +138,12 @@ def _samples(index: list[tuple[str, TensorInfo]]) -> Iterator[bytes]:
                 if descriptor >= 0:
                     os.close(descriptor)
                 open_file, descriptor = info.file, os.open(info.file, os.O_RDONLY)
-            length = min(SAMPLED_BYTES, info.size_bytes)
             yield f"{name} {info.dtype} {info.shape}".encode()
-            yield os.pread(descriptor, length, info.start)
-            yield os.pread(descriptor, length, info.start + info.size_bytes - length)
+            parts = info.shape[0] if len(info.shape) > 2 else 1  # every expert of a stack
+            size = info.size_bytes // max(1, parts)
+            length = min(SAMPLED_BYTES, size)
+            for part in range(parts):
+                yield os.pread(descriptor, length, info.start + part * size + (size - length) // 2)
     finally:
         if descriptor >= 0:
             os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,10 @@ from studio.profile import SAMPLE_SEED
 
 BATCH_TOKENS = 4096
 """Padded tokens of one forward pass."""
+
+MOST_SOURCES = 32
+OTHER_SOURCES = "(other sources)"
+"""Some data sets name a source in every row; so many sources are told apart, and the rest are one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Counted:
 
     def bound_to(self, base: str, data: str, seed: int, wanted_tokens: int, shared_experts: int) -> RouterProfile:
         """The profile, bound to the fingerprints of base and data."""
-        arrays = {name: tensor.numpy() for name, tensor in vars(self.counts).items()}
+        arrays = {name: tensor.numpy() for name, tensor in vars(self.counts).items() if tensor is not None}
         of_model = (self.layers, self.top_k, shared_experts, self.sources)
         return RouterProfile(base, data, seed, wanted_tokens, *of_model, **arrays)
 
@@ -59,18 +64,26 @@ def draw_sample(
     """
     order = list(range(len(examples)))
     random.Random(SAMPLE_SEED).shuffle(order)
-    names = sorted({example.source for example in examples})
     rows: list[tuple[int, ...]] = []
-    numbers: list[int] = []
+    named: list[str] = []
     left = wanted_tokens
     for place in order:
         if left <= 0:
             break
         ids = encode(tokenizer, examples[place], max_length_tokens)[0][:left]
         rows.append(tuple(ids))
-        numbers.append(names.index(examples[place].source))
+        named.append(examples[place].source)
         left -= len(ids)
-    return Sample(tuple(rows), tuple(numbers), tuple(names))
+    return Sample(tuple(rows), *_numbered(named))
+
+
+def _numbered(named: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The number of each row's source, and the names by number: the most frequent ones, all others as one."""
+    frequent = [name for name, _ in Counter(named).most_common(MOST_SOURCES + 1)]
+    kept = sorted(frequent if len(frequent) <= MOST_SOURCES else frequent[: MOST_SOURCES - 1])
+    sources = kept if len(frequent) <= MOST_SOURCES else [*kept, OTHER_SOURCES]
+    numbers = {name: number for number, name in enumerate(kept)}
+    return tuple(numbers.get(name, len(kept)) for name in named), tuple(sources)
 
 
 def profile_routing(
@@ -79,6 +92,7 @@ def profile_routing(
     pad_id: int,
     progress: Callable[[int, int], None] | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    pairs: bool = True,
 ) -> Counted:
     """Sums over every token of the sample, in evaluation mode and without gradients; the output head is not run.
 
@@ -86,6 +100,7 @@ def profile_routing(
         model: as it stands, adapters on or off.
         progress: called with (tokens done, tokens in all).
         batch_tokens: padded tokens of one forward pass, where one row has no more.
+        pairs: count which experts are chosen together, too.
     """
     inner: Any = model
     inner = inner.get_base_model() if hasattr(model, "get_base_model") else inner
@@ -99,7 +114,7 @@ def profile_routing(
             seen.clear()
             inner.model(input_ids=ids, attention_mask=kept.long(), use_cache=False)
             sources = torch.tensor(numbers, device=ids.device).unsqueeze(1).expand_as(ids).flatten()
-            found = count_routing(seen, kept.flatten(), sources, len(sample.sources))
+            found = count_routing(seen, kept.flatten(), sources, len(sample.sources), pairs)
             counts = found if counts is None else counts + found
             done += sum(map(len, rows))
             if progress:

@@ -7,6 +7,7 @@ Everything it says goes into the job directory; the terminal and the browser rea
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 import traceback
@@ -39,6 +40,8 @@ def main() -> int:
 
 
 def _fail(job: Job, error: Exception) -> None:
+    with _not_worth_the_job():
+        _draw(job)
     job.update(status="failed", error={"type": type(error).__name__, "message": str(error)})
 
 
@@ -77,21 +80,17 @@ def run(job: Job) -> None:
         job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
         return found
 
-    routes = recipe.router.watch and bool(job.plan().moe_layers)
-
-    def profile(file: str, phase: str) -> None:
-        if routes:
-            with clock.phase(phase, file):
-                _profile(model, tokenizer, recipe, train_examples).save(job.path / f"{file}.safetensors")
-
-    profile("profile", "evaluating base")
+    profile = _profiler(job, model, tokenizer, recipe, train_examples)
+    with clock.phase("evaluating base", "profile"):
+        profile("profile", tuned=False)
     before = measure("before", "evaluating base")
     with clock.phase("training", "train"):
         trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_examples, job)
     after = measure("after", "evaluating tuned")
-    profile("profile_after", "evaluating tuned")
     with clock.phase("saving", "save"):
         saved = _save(job, model, placement, recipe)
+    with clock.phase("saving", "pictures"), _not_worth_the_job():
+        profile("profile_after", tuned=True)
         _picture(job, model)
     job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
     job.update(status="succeeded", phase="done", step=trained["steps"])
@@ -117,29 +116,53 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     return model, tokenizer, placement, recipe
 
 
-def _profile(model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> Any:
-    """The routing of a small sample by the model as it stands: the same sample before and after the training."""
+def _profiler(job: Job, model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> Callable[..., None]:
+    """Writes where the model as it stands sends a small sample, the same one each time; nothing where unwatched."""
     from studio.plan import recipe_base
-    from studio.profile import SAMPLE_SEED, fingerprints, shared_count
+    from studio.profile import SAMPLE_SEED, fingerprints, sample_fingerprint, shared_count
     from studio.profiling import BATCH_TOKENS, draw_sample, profile_routing
 
+    shapes = recipe_base(recipe)
+    if not (recipe.router.watch and shapes.moe):
+        return lambda name, tuned: None
     sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, WATCHED_TOKENS)
+    base, data, shared = fingerprints(recipe)[0], sample_fingerprint(recipe, WATCHED_TOKENS), shared_count(shapes)
     as_in_training = min(BATCH_TOKENS, recipe.training.batch_size * recipe.data.max_length_tokens)
-    counted = profile_routing(model, sample, tokenizer.pad_token_id, batch_tokens=as_in_training)
-    shared = shared_count(recipe_base(recipe))
-    return counted.bound_to(*fingerprints(recipe), SAMPLE_SEED, WATCHED_TOKENS, shared)
+
+    def write(name: str, tuned: bool) -> None:
+        counted = profile_routing(model, sample, tokenizer.pad_token_id, batch_tokens=as_in_training, pairs=False)
+        bound = counted.bound_to(
+            f"{base} and this job's adapter" if tuned else base, data, SAMPLE_SEED, WATCHED_TOKENS, shared
+        )
+        bound.save(job.path / f"{name}.safetensors")
+
+    return write
+
+
+@contextmanager
+def _not_worth_the_job() -> Iterator[None]:
+    """What goes wrong with pictures is written to the log, and the job goes on: a saved adapter counts for more."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        print("the pictures of this job could not be made", file=sys.stderr)
 
 
 def _picture(job: Job, model: Any) -> None:
     """How far each expert moved, and the pictures of the job."""
     from adapters.deltas import expert_delta_norms
     from studio.job_files import to_json, write_atomic
-    from studio.pictures import write_job_pictures
 
     norms = expert_delta_norms(model)
     if norms["layers"]:
         write_atomic(job.path / "delta_norms.json", to_json(norms))
-    write_job_pictures(job.path)
+    _draw(job)
+
+
+def _draw(job: Job) -> None:
+    """The pictures that the files of the job allow; by a process of its own, whose memory is not the training's."""
+    subprocess.run([sys.executable, "-m", "studio.pictures", str(job.path)], check=True, stdin=subprocess.DEVNULL)
 
 
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
@@ -189,6 +212,7 @@ def _result(
             "adapter": str(job.path / "adapter"),
             "metrics": str(job.path / "metrics.jsonl"),
             "log": str(job.path / "log.txt"),
+            "pictures": str(job.path / "pictures"),
         },
     }
 

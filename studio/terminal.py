@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from studio.progress import ran_for, steps
+from studio.progress import ran_for, steps, warnings
 from studio.quantities import SPARKS, as_bytes, as_count, as_duration, as_percent, sparkline
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ STATUS_STYLES = {
     "lost": "red",
 }
 MEMORY_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace", "logits", "runtime")
+MOST_WARNINGS = 10
+"""Shown at the end of a run; all of them are in its metrics.jsonl."""
 
 EXPERT_PATHS = {"fast": "keeps the experts' activations", "lean": "computes the experts again in the backward"}
 
@@ -53,6 +55,10 @@ EXPERT_PATHS = {"fast": "keeps the experts' activations", "lean": "computes the 
 def clean(text: str) -> str:
     """`text` with its control characters made visible, so that no escape sequence reaches the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+def warning_text(words: str) -> Text:
+    return Text.assemble(("warning: ", "bold yellow"), clean(words))
 
 
 # -------------------------------------------------------------------- plan
@@ -70,8 +76,8 @@ def plan_view(plan: Plan) -> RenderableType:
     )
     lines = [("Model", model), ("", parameters), ("Data", steps), *_placement_lines(plan)]
     head = [Text.assemble((f"{name:<8}", "bold"), words) for name, words in lines]
-    warnings = [Text.assemble(("warning: ", "bold yellow"), clean(words)) for words in plan.warnings]
-    return Group(*head, "", _class_table(plan), "", _memory_table(plan), *([""] if warnings else []), *warnings)
+    said = [warning_text(words) for words in plan.warnings]
+    return Group(*head, "", _class_table(plan), "", _memory_table(plan), *([""] if said else []), *said)
 
 
 def _class_table(plan: Plan) -> Table:
@@ -197,14 +203,23 @@ def shape_table(rows: Sequence[tuple[str, str, Base]]) -> RenderableType:
 
 
 def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
-    """The finished run: before and after, generations side by side, memory, time, and where the files lie."""
+    """The finished run: before and after, generations side by side, memory, time, where the files lie, warnings."""
     parts: list[RenderableType] = []
     if result.get("generations"):
         parts += [*_generations(result["generations"]), ""]
     if result.get("before") and result.get("after"):
         parts += [_comparison(result["before"], result["after"]), ""]
     parts.append(_facts(job, result))
-    return Group(*parts)
+    return Group(*parts, *_warning_lines(job))
+
+
+def _warning_lines(job: Job) -> list[Text]:
+    """The newest warnings of the run, and how many came before them."""
+    found = warnings(job.metrics())
+    hidden = len(found) - MOST_WARNINGS
+    earlier = [Text(clean(f"{hidden:,} earlier ones in {job.path / 'metrics.jsonl'}"), "dim")] if hidden > 0 else []
+    lines = [*(warning_text(words) for words in found[-MOST_WARNINGS:]), *earlier]
+    return [Text(), *lines] if lines else []
 
 
 def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
@@ -251,7 +266,9 @@ def _facts(job: Job, result: dict[str, Any]) -> Table:
     if seconds := result.get("seconds"):
         shares = ", ".join(f"{k.replace('_', ' ')} {as_duration(v)}" for k, v in seconds.items() if k != "total")
         facts.add_row("Time", f"{as_duration(seconds['total'])} ({shares}), {result.get('steps', 0):,} steps")
-    places = result.get("files") or {"job": job.path}
+    places = dict(result.get("files") or {"job": job.path})
+    if (job.path / "pictures").is_dir():
+        places["pictures"] = job.path / "pictures"
     for name, place in places.items():
         facts.add_row(name.replace("_", " ").capitalize(), Text(clean(str(place))))
     facts.add_row("Next", Text(clean(f"studio merge {shlex.quote(str(job.path))} --out merged/{job.name}")))
@@ -329,7 +346,7 @@ def job_table(rows: Sequence[tuple[Job, JobState]], now: float | None = None) ->
 
 
 def job_view(job: Job, state: JobState, losses: Sequence[float]) -> RenderableType:
-    """One job: where it stands, its loss so far, and what it failed of."""
+    """One job: where it stands, its loss so far, what it failed of, and what was warned of."""
     view = Table(box=None, show_header=False, pad_edge=False)
     view.add_column(style="bold", no_wrap=True)
     view.add_column(overflow="fold")
@@ -345,7 +362,7 @@ def job_view(job: Job, state: JobState, losses: Sequence[float]) -> RenderableTy
     if state.error:
         view.add_row("Error", Text(clean(f"{state.error.type}: {state.error.message}"), style="red"))
         view.add_row("Log", Text(clean(str(job.path / "log.txt"))))
-    return view
+    return Group(view, *_warning_lines(job))
 
 
 def _minute(seconds: float) -> str:

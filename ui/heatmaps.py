@@ -9,7 +9,7 @@ Dimension legend: L MoE layers, E experts.
 from __future__ import annotations
 
 import json
-from html import escape
+from html import escape as escape_html
 from typing import Any
 
 import plotly.graph_objects as go
@@ -63,8 +63,8 @@ def heatmap_figure(heatmap: Heatmap) -> go.Figure:
         colorbar=_bar(heatmap),
         **_range(heatmap),
     )
-    below = {"text": escape(heatmap.unit), "font": {"size": 12}}
-    title = {"text": escape(heatmap.title), "subtitle": below, "x": 0, "xref": "paper", "font": {"size": 14}}
+    below = {"text": _escaped(heatmap.unit), "font": {"size": 12}}
+    title = {"text": _escaped(heatmap.title), "subtitle": below, "x": 0, "xref": "paper", "font": {"size": 14}}
     margin, height = {"l": 46, "r": 8, "t": 54, "b": 40}, round(min(560, max(210, 124 + 26 * layers)))
     figure = go.Figure(cells)
     figure.update_layout(template="none", font=FONT, title=title, margin=margin, height=height, **CLEAR)
@@ -73,6 +73,11 @@ def heatmap_figure(heatmap: Heatmap) -> go.Figure:
         figure.update_layout(plot_bgcolor=NOTHING)
     _label_axes(figure, heatmap)
     return figure
+
+
+def _escaped(text: str) -> str:
+    """No tag of plotly's; quotes stay, for plotly would show &quot; as it stands."""
+    return escape_html(text, quote=False)
 
 
 def _label_axes(figure: go.Figure, heatmap: Heatmap) -> None:

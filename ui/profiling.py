@@ -6,6 +6,7 @@ profile_in_child(recipe) ─▶ (stage, done, total) …      ends when the prof
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
@@ -61,3 +62,6 @@ def _make(text: str, pipe: Connection) -> None:
         pipe.send(("done",))
     except StudioError as error:
         pipe.send(("failed", str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))

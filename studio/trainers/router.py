@@ -2,7 +2,7 @@
 
     watch_router(model, tokenizer, recipe, examples, job) ─▶ RouterWatch | None
     RouterTrainer    TRL's trainer; adds the recipe's losses to TRL's and shows each forward pass to the watch
-    RouterWatch      one row a logging step in metrics.jsonl, then the rules
+    RouterWatch      one row a logging step in metrics.jsonl, and one for the steps after the last; then the rules
 
 A row, lists by MoE layer, over the tokens since the last row (padding aside):
     {"kind": "router", "step": n, "tokens": n, "layers": [decoder layer numbers],
@@ -39,9 +39,10 @@ from adapters.router_losses import Scoring, distillation_loss, load_balance_loss
 from adapters.router_profile import relative_entropy
 from adapters.routing import Routing, watch_routing
 from studio.data import Example, read_examples
-from studio.errors import TargetError, TrainingError
+from studio.errors import TrainingError
 from studio.evaluation import decoder_and_head, encode
 from studio.jobs import Job
+from studio.placing import check_router
 from studio.recipe import Recipe, RouterSettings
 
 PROBE_TOKENS = 2048
@@ -57,12 +58,12 @@ LOSSES: dict[str, Callable[[Sequence[Routing], Tensor, Scoring], Tensor]] = {
 }
 """`router.<name>_coef` → the loss that it weighs."""
 
-RULES: dict[str, tuple[str, Callable[..., float], str]] = {
-    "kl": ("kl", max, "the routing of the probe set is {:.3g} nats (KL) from the base's, above"),
-    "entropy": ("load_entropy", min, "the relative load entropy of the experts is {:.3g}, below"),
-    "busiest": ("busiest", max, "the busiest expert got {:.3g} of the tokens, above"),
+RULES: dict[str, tuple[str, int, str]] = {
+    "kl": ("kl", 1, "the routing of the probe set is {:.3g} nats (KL) from the base's, above"),
+    "entropy": ("load_entropy", -1, "the relative load entropy of the experts is {:.3g}, below"),
+    "busiest": ("busiest", 1, "the busiest expert got {:.3g} of the tokens, above"),
 }
-"""`router.warn_<name>` and `router.stop_<name>` → the row's key, its worst value over the layers, and what is said."""
+"""`router.warn_<name>` and `router.stop_<name>` → the row's key, 1 for a most and -1 for a least, and what is said."""
 
 
 def watch_router(
@@ -77,8 +78,8 @@ def watch_router(
         TargetError: it asks for something that this model cannot have.
     """
     settings, layout = recipe.router, layout_for(model.config.model_type)
-    coefs = {name: found for name in LOSSES if (found := getattr(settings, _coef(name)))}
-    _check(settings, coefs, layout, model)
+    check_router(settings, layout, expert_count(model, layout), model.config.to_dict())
+    coefs = {name: found for name in LOSSES if (found := getattr(settings, f"{name}_coef"))}
     if not layout.has_experts or not (settings.watch or coefs):
         return None
     probe: list[Batch] = []
@@ -87,34 +88,6 @@ def watch_router(
         encoded = (encode(tokenizer, row, recipe.data.max_length_tokens)[0] for row in rows[: settings.probe_examples])
         probe = probe_batches(encoded, int(tokenizer.pad_token_id), model.device)
     return RouterWatch(model, layout, settings, coefs, probe, job)
-
-
-def _coef(name: str) -> str:
-    return f"{name}_coef"
-
-
-def _check(settings: RouterSettings, coefs: dict[str, float], layout: ExpertLayout, model: PeftModel) -> None:
-    limits = [f"{kind}_{name}" for name in RULES for kind in ("warn", "stop")]
-    given = {name: limit for name in limits if (limit := getattr(settings, name)) is not None}
-    asked = [*(["mode"] if settings.mode != "frozen" else []), *map(_coef, coefs), *given]
-    if not layout.has_experts and asked:
-        raise TargetError(
-            f"router.{', router.'.join(asked)} is set, but this {layout.model_type} model has no routed experts; "
-            "leave the section router out"
-        )
-    for name in ("warn_entropy", "stop_entropy"):
-        least = _least_entropy(layout, model)
-        if name in given and given[name] <= least:
-            raise TargetError(
-                f"router.{name} is {given[name]:g}, which is never reached: with the experts that each token of this "
-                f"model takes, the relative load entropy is {least:.3g} at least; allowed: above {least:.3g}"
-            )
-
-
-def _least_entropy(layout: ExpertLayout, model: PeftModel) -> float:
-    """log K / log E: the same K experts for every token."""
-    experts, top_k = expert_count(model, layout), layout.experts_per_token(model.config.to_dict())
-    return math.log(top_k) / math.log(experts) if experts > 1 else 1.0
 
 
 def probe_batches(encoded: Any, pad_id: int, device: torch.device) -> list[Batch]:
@@ -139,7 +112,7 @@ def _padded(rows: list[list[int]], pad_id: int, device: torch.device) -> Batch:
 
 
 class RouterWatch(TrainerCallback):
-    """Sums of the routing since the last row; one row a logging step.
+    """Sums of the routing since the last row; one row a logging step, and one at the end.
 
     Args:
         coefs: weight of each loss of `LOSSES` that is on.
@@ -159,7 +132,8 @@ class RouterWatch(TrainerCallback):
             model, layout, settings, coefs, probe, job
         )  # fmt: skip
         self.base: list[list[Tensor]] = []
-        self.warned: set[str] = set()
+        self.warned: set[tuple[str, int]] = set()
+        """(rule, position of the layer) that the last row was past."""
         self._begin_window()
 
     def _begin_window(self) -> None:
@@ -219,9 +193,19 @@ class RouterWatch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.settings.watch or not logs or "loss" not in logs or not self.passes:
+        if logs and "loss" in logs:
+            self._report(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The steps after the last logging step: Trainer logs no loss of theirs."""
+        self._report(state.global_step)
+
+    def _report(self, step: int) -> None:
+        if not self.settings.watch or not self.passes:
             return
-        row = self._row(state.global_step)
+        row = self._row(step)
         self._begin_window()
         self.job.log_metrics(row)
         self._apply_rules(row)
@@ -264,28 +248,41 @@ class RouterWatch(TrainerCallback):
         return found
 
     def _apply_rules(self, row: dict[str, Any]) -> None:
-        """Raises TrainingError for what is past a stop limit; else writes a warning, once until the value is back."""
-        if problem := self._past("stop", row):
+        """Raises TrainingError for what is past a stop limit; else warns, once of a layer until its value is back."""
+        if past := self._past("stop", row):
+            said = "; ".join(self._said("stop", name, layers, row) for name, layers in past.items())
             raise TrainingError(
-                f"at step {row['step']}, {'; '.join(problem.values())}. Training stopped and no adapter was written. A "
+                f"at step {row['step']}, {said}. Training stopped and no adapter was written. A "
                 "lower learning rate, router.distill_coef above 0 or router.mode frozen keep the routing nearer to the "
                 "base's"
             )
-        problem = self._past("warn", row)
-        for name in problem.keys() - self.warned:
-            self.job.log_metrics({"kind": "warning", "step": row["step"], "message": problem[name]})
-        self.warned = set(problem)
+        past = self._past("warn", row)
+        for name, layers in past.items():
+            if new := [layer for layer in layers if (name, layer) not in self.warned]:
+                message = f"at step {row['step']}, {self._said('warn', name, new, row)}"
+                self.job.log_metrics({"kind": "warning", "step": row["step"], "message": message})
+        self.warned = {(name, layer) for name, layers in past.items() for layer in layers}
 
-    def _past(self, kind: str, row: dict[str, Any]) -> dict[str, str]:
-        """What is past a limit, by the rule's name: the worst layer of each."""
+    def _past(self, kind: str, row: dict[str, Any]) -> dict[str, list[int]]:
+        """The rule's name → positions of the layers that are past its limit, the worst first; NaN is past any limit."""
         found = {}
-        for name, (key, worst_of, text) in RULES.items():
-            limit, worst = getattr(self.settings, f"{kind}_{name}"), worst_of(row[key])
-            if limit is not None and worst != limit and worst_of(worst, limit) == worst:
-                layer = row["layers"][row[key].index(worst)]
-                said = f"{text.format(worst)} router.{kind}_{name} ({limit:g})"
-                found[name] = f"layer {layer}: {said}"
-        return found
+        for name, (key, sign, _) in RULES.items():
+            if (limit := getattr(self.settings, f"{kind}_{name}")) is not None:
+                badness = [sign * value if math.isfinite(value) else math.inf for value in row[key]]
+                order = sorted(range(len(badness)), key=badness.__getitem__, reverse=True)
+                found[name] = [layer for layer in order if badness[layer] > sign * limit]
+        return {name: layers for name, layers in found.items() if layers}
+
+    def _said(self, kind: str, name: str, layers: list[int], row: dict[str, Any]) -> str:
+        """The worst of `layers`, which are positions, with its value and the limit; then the numbers of the others."""
+        key, _, text = RULES[name]
+        worst, *others = (row["layers"][layer] for layer in layers)
+        limit = f"router.{kind}_{name} ({getattr(self.settings, f'{kind}_{name}'):g})"
+        said = f"layer {worst}: {text.format(row[key][layers[0]])} {limit}"
+        if not others:
+            return said
+        are = f"are layers {', '.join(map(str, others))}" if others[1:] else f"is layer {others[0]}"
+        return f"{said}, and so {are}"
 
 
 def _rounded(values: Any) -> list[float]:

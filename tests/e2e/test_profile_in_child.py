@@ -41,6 +41,12 @@ def test_what_the_studio_refuses_comes_back_in_its_words(tmp_path: Path) -> None
         list(profile_in_child(recipe(tmp_path / "bad.jsonl", tmp_path)))
 
 
+def test_an_error_that_is_none_of_ours_comes_back_with_its_type(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")  # a file, where the folder of the profiles is to be made
+    with pytest.raises(StudioError, match=r"^(NotADirectory|FileExists)Error: .*cache"):
+        list(profile_in_child(recipe(DATA, tmp_path)))
+
+
 def test_a_killed_process_is_an_error_and_a_closed_one_is_gone(tmp_path: Path) -> None:
     steps = profile_in_child(recipe(DATA, tmp_path))
     next(steps)

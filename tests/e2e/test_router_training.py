@@ -222,9 +222,82 @@ def test_a_warning_is_written_once_until_the_value_is_back(base: Path, tmp_path:
     assert warning["step"] == over[0] and "router.warn_kl (0.001)" in warning["message"]
 
 
-def test_what_a_model_cannot_have_is_an_error(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"stop_entropy is 0\.5, which is never reached.* above 0\.5"):
-        Run(base, EXAMPLES, tmp_path, router={"stop_entropy": 0.5}).train()  # log 2 / log 4
+@pytest.mark.parametrize("steps", [7, 6])
+def test_the_steps_after_the_last_log_have_a_row_too(base: Path, tmp_path: Path, steps: int) -> None:
+    run = Run(base, EXAMPLES, tmp_path, training={"max_steps": steps, "logging_steps": 3}).train()
+    rows = run.job.of("router")
+    assert [row["step"] for row in rows] == ([1, 3, 6, 7] if steps == 7 else [1, 3, 6])
+    assert sum(row["tokens"] for row in rows) == steps * rows[0]["tokens"]  # every batch holds every example
+
+
+def test_a_limit_that_is_passed_after_the_last_log_stops_the_job(base: Path, tmp_path: Path) -> None:
+    """The first row is of the base's routing: the warm-up's first step has a learning rate of 0."""
+    training = {"max_steps": 4, "logging_steps": 10, "learning_rate": 0.02}
+    run = Run(base, EXAMPLES, tmp_path, router={"stop_kl": 1e-4}, training=training)
+    with pytest.raises(TrainingError, match=r"at step 4, layer .* router\.stop_kl"):
+        run.train()
+    assert [row["step"] for row in run.job.of("router")] == [1, 4]
+
+
+def watch_of(tmp_path: Path, **router: float) -> tuple[RouterWatch, Recorder]:
+    """A watch for its rules alone."""
+    job, none = Recorder(tmp_path), cast(Any, None)
+    return RouterWatch(none, none, RouterSettings.model_validate(router), {}, [], cast(Job, job)), job
+
+
+def router_row(step: int, **values: list[float]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "layers": [1, 3, 5],
+        "kl": [0.0] * 3,
+        "load_entropy": [1.0] * 3,
+        "busiest": [0.1] * 3,
+    } | values
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("values", "worst"), [([0.0, NAN, 9.0], 3), ([NAN, NAN, NAN], 1), ([0.0, INFINITY, 0.0], 3)])
+@pytest.mark.parametrize(("rule", "key"), [("kl", "kl"), ("entropy", "load_entropy"), ("busiest", "busiest")])
+def test_a_value_that_is_not_finite_is_past_every_limit(
+    tmp_path: Path, rule: str, key: str, values: list[float], worst: int
+) -> None:
+    row = router_row(4, **{key: values})
+    watch, job = watch_of(tmp_path, **{f"warn_{rule}": 0.5})
+    watch._apply_rules(row)
+    (warning,) = job.of("warning")
+    assert f"layer {worst}: " in warning["message"] and f"router.warn_{rule} (0.5)" in warning["message"]
+    with pytest.raises(TrainingError, match=rf"layer {worst}: .* router\.stop_{rule} \(0\.5\)"):
+        watch_of(tmp_path, **{f"stop_{rule}": 0.5})[0]._apply_rules(row)
+    watch, job = watch_of(tmp_path)
+    watch._apply_rules(row)  # no rule: no limit
+    assert not job.rows
+
+
+def test_each_layer_is_warned_of_when_it_goes_over(tmp_path: Path) -> None:
+    watch, job = watch_of(tmp_path, warn_kl=0.1, warn_entropy=0.5)
+    steps = ([0.0, 0.2, 0.0], [0.3, 0.2, 0.0], [0.3, 0.0, 0.1], [0.2, 0.3, 0.4])
+    for step, drift in enumerate(steps, 1):
+        watch._apply_rules(router_row(step, kl=drift))
+    said = [(row["step"], row["message"].split(", above")[0]) for row in job.of("warning")]
+    moved = "the routing of the probe set is {} nats (KL) from the base's"
+    assert said == [
+        (1, f"at step 1, layer 3: {moved.format(0.2)}"),
+        (2, f"at step 2, layer 1: {moved.format(0.3)}"),
+        (4, f"at step 4, layer 5: {moved.format(0.4)}"),
+    ]
+    assert job.of("warning")[0]["message"].endswith("above router.warn_kl (0.1)")
+    assert job.of("warning")[2]["message"].endswith("router.warn_kl (0.1), and so is layer 3")
+
+
+def test_a_rule_that_could_never_fire_fails_the_plan(base: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"model": {"base": str(base)}, "adapter": {"shared_expert_rank": 0}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **sections, router={"stop_entropy": 0.5})
+    run = studio("plan", recipe, "--json")
+    said = " ".join((run.stdout + run.stderr).split())
+    assert run.returncode == 1 and "router.stop_entropy is 0.5, which is never reached" in said  # log 2 / log 4
+    assert "each token goes to 2 of 4 experts" in said and "allowed: above 0.5" in said
 
 
 def test_a_dense_model_is_not_watched_and_what_asks_for_its_routing_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import studio
-from adapters.errors import TargetError
+from adapters.errors import ProfileError, TargetError
 from adapters.router_profile import load_profile
 from adapters.routing import watch_routing
 from studio.base import EMBEDDED_DIR
@@ -182,3 +182,78 @@ def test_delta_norms_equal_those_of_the_products() -> None:
             expected = [float(factors.delta(expert).norm()) for expert in range(6)]
             assert found == pytest.approx(expected, rel=1e-5)
     assert norms["down_proj"][0][1] == 0.0
+
+
+def test_many_sources_become_the_most_frequent_and_the_rest() -> None:
+    from studio.profiling import MOST_SOURCES, OTHER_SOURCES, _numbered
+
+    named = [f"s{i:03}" for i in range(50) for _ in range(100 - i)]
+    numbers, sources = _numbered(named)
+    assert len(sources) == MOST_SOURCES
+    assert sources[:-1] == tuple(f"s{i:03}" for i in range(MOST_SOURCES - 1))
+    for name, number in zip(named, numbers, strict=True):
+        assert sources[number] == (name if name in sources else OTHER_SOURCES)
+    few = _numbered(["b", "a", "b"])
+    assert few == ((1, 0, 1), ("a", "b"))
+
+
+def test_one_expert_of_a_stack_changes_the_fingerprint(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED_DIR, base)
+    before, file = base_fingerprint(base), next(base.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("gate_up_proj"))
+    tensors[name][3] += 0.01
+    save_file(tensors, file, {"format": "pt"})
+    assert base_fingerprint(base) != before
+
+
+def test_data_that_change_meanwhile_leave_no_profile(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(data)
+
+    def changed(done: int, total: int) -> None:
+        data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
+
+    with pytest.raises(ProfileError, match="changed while they were being profiled"):
+        studio.make_profile(recipe, changed)
+    assert studio.find_profile(recipe) is None
+
+
+def test_a_renamed_file_is_another_source(data: Path) -> None:
+    recipe = recipe_of(data)
+    renamed = data.rename(data.with_name("other.jsonl"))
+    assert profile_path(recipe_of(renamed)) != profile_path(recipe_of(renamed.rename(data)))
+    assert profile_path(recipe) == profile_path(recipe_of(data))
+
+
+def test_a_torn_profile_is_made_again(data: Path) -> None:
+    recipe = recipe_of(data, tokens=300)
+    studio.make_profile(recipe)
+    profile_path(recipe).write_bytes(b"torn")
+    assert studio.find_profile(recipe) is None
+    studio.make_profile(recipe)
+    assert studio.find_profile(recipe) is not None
+
+
+def test_profiles_saved_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tests.unit.test_placement import profile_of
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(profile_of().save, tmp_path / "p.safetensors") for _ in range(64)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+    assert load_profile(tmp_path / "p.safetensors").tokens.tolist() == [1120, 1120]
+
+
+def test_pairs_are_those_chosen_together_most_often() -> None:
+    import dataclasses
+
+    from tests.unit.test_placement import profile_of
+
+    profile = dataclasses.replace(profile_of((0, 1), 4), top_k=2)
+    profile.together[1, 2, 3] = profile.together[1, 3, 2] = 560  # type: ignore[index]
+    profile.together[1, 0, 3] = profile.together[1, 3, 0] = 224  # type: ignore[index]
+    assert profile.pairs(2)[1] == [(2, 3, 0.25), (0, 3, 0.1)]
+    assert profile_of().pairs() == []  # top-1

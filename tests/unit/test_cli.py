@@ -24,7 +24,7 @@ from studio.models import packed_cache
 from studio.plan import Plan
 from studio.progress import phase_counts
 from studio.quantities import as_bytes, as_count, as_duration, as_percent, sparkline
-from studio.terminal import clean, job_table, plan_view, result_view
+from studio.terminal import clean, job_table, job_view, plan_view, result_view
 from tests.unit.conftest import SLEEPING, Jobs, wait_for, wait_for_end
 
 COMMANDS = (
@@ -420,3 +420,59 @@ def test_views_take_rows_as_they_come(view: type[LiveView] | type[PlainView]) ->
     with view(console) as shown_view:
         for state in states:
             shown_view.show(state, rows, waits_for="other")
+
+
+def warning(step: int) -> dict[str, Any]:
+    return {"kind": "warning", "step": step, "message": f"at step {step}, layer 1: too busy\x1b[31m"}
+
+
+@pytest.mark.parametrize("view", [LiveView, PlainView])
+def test_each_warning_is_printed_once_as_it_comes(view: type[LiveView] | type[PlainView]) -> None:
+    console = Console(width=110, record=True, file=open(os.devnull, "w"), force_terminal=view is LiveView)  # noqa: SIM115
+    state = JobState(created_at=0.0, status="running", phase="training", step=1, total_steps=9)
+    rows: list[dict[str, Any]] = []
+    with view(console) as shown_view:
+        shown_view.show(state, rows, None)
+        for step in (2, 3):
+            rows.append(warning(step))
+            shown_view.show(state, rows, None)
+            shown_view.show(state, rows, None)
+            seen = console.export_text(clear=False)
+            assert [seen.count(f"warning: at step {n}, layer 1: too busy") for n in (2, 3)] == [1, int(step == 3)]
+    assert "\x1b[31m" not in console.export_text(clear=False)
+
+
+def test_the_live_line_shows_the_worst_layers_of_the_router() -> None:
+    console = Console(width=110, record=True, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+    state = JobState(created_at=0.0, status="running", phase="training", step=1, total_steps=9)
+    row = {"kind": "router", "step": 3, "layers": [1, 3, 5], "kl": [0.01, 0.25, 0.1], "load_entropy": [0.9, 0.8, 0.412]}
+    with LiveView(console) as view:
+        for rows in ([], [{**row, "kl": [], "load_entropy": [0.9, 0.8, 0.7]}], [row, {**row, "kl": [0.1, 0.3, None]}]):
+            view.show(state, rows, None)
+            console.print(view._render())
+    text = console.export_text()
+    assert "lowest load entropy 0.700 (layer 5)" in text and "lowest load entropy 0.412 (layer 5)" in text
+    assert "largest KL not finite (layer 5)" in text and text.count("largest KL") < text.count("lowest load entropy")
+    with LiveView(console) as view:
+        view.show(state, [row], None)
+        console.print(view._render())
+    assert "largest KL 0.25 nats (layer 3) · lowest load entropy 0.412 (layer 5)" in console.export_text()
+
+
+def test_the_warnings_stand_at_the_end_of_a_job(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    state = JobState(created_at=0.0, status="failed", phase="training", step=9, total_steps=9)
+    views = (lambda: shown(job_view(job, state, [])), lambda: shown(result_view(job, RESULT)))
+    assert not any("Warning" in view() for view in views)
+    for step in range(1, 15):
+        job.log_metrics(warning(step))
+    for view in views:
+        said = view()
+        assert [n for n in range(1, 15) if f"at step {n}, layer 1: too busy" in said] == list(range(5, 15))
+        assert "4 earlier ones" in said and "metrics.jsonl" in said and "\x1b" not in said
+
+
+def test_a_result_says_where_the_pictures_are(tmp_path: Path) -> None:
+    assert "Pictures" not in shown(result_view(Job(tmp_path), RESULT), width=300)
+    (tmp_path / "pictures").mkdir()
+    assert re.search(rf"Pictures +{tmp_path}/pictures", shown(result_view(Job(tmp_path), RESULT), width=300))

@@ -37,6 +37,25 @@ def test_both_forms_become_the_same_examples(tmp_path: Path) -> None:
     assert FOUR.as_row() == listed
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("3", "rows"),
+        ('" "', "rows"),
+        ('{"url": 1}', "rows"),
+        ('"a\\u0000"', "rows"),
+        ('"all"', "all (source)"),
+        (json.dumps("ü" * 70), "ü" * 60),
+    ],
+)
+def test_other_uses_of_the_key_are_passed_over_and_no_source_is_called_as_all_are(
+    tmp_path: Path, source: str, name: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD.replace("{", f'{{"source": {source}, '))
+    assert [example.source for example in read_examples(path)] == [name]
+
+
 def test_a_row_may_name_its_source_and_has_the_files_name_without(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([GOOD, GOOD.replace("{", '{"source": "sums", '), GOOD.replace("{", '{"source": null, ')]))
@@ -73,8 +92,6 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         ('{"prompt": "a", "completion": ""}', "completion", "is empty"),
         ('{"prompt": " \\n", "completion": "b"}', "prompt", "is only white space"),
         ('{"prompt": "a", "completion": 4}', "completion", "received the number 4"),
-        ('{"prompt": "a", "completion": "b", "source": 3}', "source", "is text, received the number 3"),
-        ('{"prompt": "a", "completion": "b", "source": " "}', "source", "is only white space"),
         ('{"prompt": "a", "completion": "\\ud800"}', "completion", "is not text"),
         ('{"prompt": [], "completion": "b"}', "prompt", "is an empty list"),
         ('{"messages": "a"}', "messages", "is a list of messages"),

@@ -194,6 +194,13 @@ def test_names_of_sources_are_shown_and_never_run() -> None:
     assert "<img" not in title and "&lt;img" in title
 
 
+def test_quotes_in_names_of_sources_are_shown_as_they_are() -> None:
+    """plotly decodes &lt; &gt; and &amp;, and shows &quot; as these six characters."""
+    view = RoutingView(LAYERS, make_profile(sources=('Ann\'s "best" & <b>', "b")), ranks=np.array(RANKS, float))
+    title = heatmap_figure(view.heatmaps('Ann\'s "best" & <b>')[0]).layout.title.text
+    assert 'Ann\'s "best" &amp; &lt;b&gt;' in title
+
+
 def test_coverage_says_the_number_beside_its_bar(job: Path) -> None:
     shown = str(coverage_view(view_of(job).coverage()))
     assert "33.3 %" in shown and "width:33.3%" in shown and "1.0 of 4" in shown

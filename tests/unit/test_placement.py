@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise, product
 from math import log1p
 from pathlib import Path
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from adapters.errors import AdapterFileError, ProfileError, TargetError
 from adapters.placement import PLACEMENTS, TRAINING_BYTES, ExpertGrid, Placement, budget, esft, manual, top_fraction
 from adapters.router_profile import RouterProfile
-from studio import Recipe, make_plan
+from studio import DataError, Recipe, find_profile, make_plan
 from studio.placing import coverage, placement_record, plan_placement, read_placement
 from studio.plan import recipe_base
-from studio.profile import profile_path
+from studio.profile import fingerprints, profile_path
 from studio.recipe import PlacementSettings
 
 TICKETS = Path(__file__).parents[2] / "recipes" / "data" / "tickets-train.jsonl"
@@ -286,10 +287,32 @@ def test_the_plan_finds_the_profile_of_this_data_and_of_no_other(
     other = {"data": {"train": TICKETS.with_name("tickets-eval.jsonl")}, "placement": {"rule": "esft_token"}}
     with pytest.raises(ProfileError, match="no router profile of this base and this data"):
         make_plan(recipe(**other))
+    replace(profile_of(), base=fingerprints(wanted)[0]).save(profile_path(wanted))
+    with pytest.raises(ProfileError, match="there is one of this base, made from other data"):
+        make_plan(recipe(**other))
+    replace(profile_of(), data=fingerprints(wanted)[1]).save(profile_path(wanted))
+    with pytest.raises(ProfileError, match="there is one of these data, made on another base"):
+        make_plan(recipe(model={"quantization": "fp4"}, placement={"rule": "esft_token"}))
     profile_path(wanted).write_bytes(b"torn")
-    with pytest.raises(ProfileError, match="cannot be read"):
+    with pytest.raises(ProfileError, match="no router profile of this base and this data"):
         make_plan(wanted)
     assert make_plan(recipe()).placement == before
+
+
+def test_a_missing_data_file_is_told_as_one_whatever_profiles_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    profile_of().save(profile_path(recipe()))
+    gone = recipe(data={"train": tmp_path / "gone.jsonl"})
+    for call in (make_plan, find_profile):
+        with pytest.raises(DataError, match=r"gone\.jsonl|cannot be read"):
+            call(gone)
+
+
+def test_a_profile_of_a_model_of_other_size_is_refused_for_any_rule() -> None:
+    with pytest.raises(ProfileError, match="is of another model"):
+        make_plan(recipe(), profile=profile_of(experts=8))
 
 
 def test_a_published_shape_has_no_profile() -> None:
