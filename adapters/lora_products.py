@@ -18,10 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from adapters.products import ROW_BYTES, Group, grouped_linear, grouped_outer, linear
-
-ONEDNN_VALUES = 1 << 20
-"""Multiplications from which x Aᵀ goes through oneDNN: below, its fixed cost is more than what it saves."""
+from adapters.products import ROW_BYTES, Group, grouped_linear, grouped_outer
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Each:
         """x (P, ·) times each expert's factor, transposed → (P, r), r the largest rank; smaller ones filled with 0."""
         factors = self._factors(factor, x.dtype)
         if len(factors) == 1:
-            return _narrow(x, factors[0])
+            return x @ factors[0].t()
         widest = self.rank or max(rows.stop - rows.start for rows in self.rows)
         hidden = (x.new_empty if self.rank else x.new_zeros)(x.shape[0], widest)
         for rows, own, values in zip(x.split(self.counts), self._split(hidden), factors, strict=True):
@@ -112,11 +109,6 @@ class Each:
         if self.rank:
             return list(parts)
         return [part[:, : place.stop - place.start] for part, place in zip(parts, self.rows, strict=True)]
-
-
-def _narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """x @ factorᵀ; thin products are quicker on the default BLAS while they are small."""
-    return linear(x, factor) if x.numel() * factor.shape[0] >= ONEDNN_VALUES else x @ factor.t()
 
 
 @dataclass(frozen=True)
