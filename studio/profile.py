@@ -58,7 +58,7 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
     if fingerprints(recipe) != bound:
         raise ProfileError("the base or the data changed while they were being profiled; profile them again")
     profile = counted.bound_to(*bound, SAMPLE_SEED, wanted, shared_count(base))
-    profile.save(profile_path(recipe))
+    profile.save(_path_of(bound))
     return profile
 
 
@@ -95,7 +95,11 @@ def others_kept(recipe: Recipe) -> str:
 
 def profile_path(recipe: Recipe) -> Path:
     """Where the profile of this recipe is kept: another base, other data or another sample make another path."""
-    name = _sha256(*(part.encode() for part in fingerprints(recipe)))[:32]
+    return _path_of(fingerprints(recipe))
+
+
+def _path_of(bound: tuple[str, str]) -> Path:
+    name = _sha256(*(part.encode() for part in bound))[:32]
     return _kept_in() / f"{name}.safetensors"
 
 
