@@ -6,7 +6,9 @@
     ├── QuantizationError   a tensor that should be 4-bit is not
     ├── TargetError         an adapter target that matches no tensor
     ├── AdapterFileError    an adapter directory that cannot be read or does not fit the base
-    └── OutputExistsError   an output that exists already
+    ├── OutputExistsError   an output that exists already
+    └── ExportError         a format that this model, or this machine, cannot be exported to
+        └── VerificationError   an export that its consumer does not agree with
 
 `studio.errors` adds the rest. Each message says what was received, what is allowed and what to do next.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class StudioError(Exception):
@@ -55,6 +58,22 @@ class AdapterFileError(StudioError):
 
 class OutputExistsError(StudioError):
     """The output is there already and nobody said to replace it."""
+
+
+class ExportError(StudioError):
+    """A format that cannot hold this model, or needs a tool that is not installed."""
+
+
+class VerificationError(ExportError):
+    """An export that was written and does not agree with the trained model. Nothing of it is kept.
+
+    Attributes:
+        checks: every check that was made, passed ones too (`adapters.verify.Check`).
+    """
+
+    def __init__(self, message: str, checks: Sequence[Any] = ()):
+        self.checks = list(checks)
+        super().__init__(message)
 
 
 def listed(title: str, lines: Sequence[str], most: int = 20) -> str:

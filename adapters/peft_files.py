@@ -12,6 +12,7 @@ A stack has one rank in the file: experts with a smaller rank, or none, are fill
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, listed
+from adapters.fingerprint import fingerprint
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.lora import ExpertLora, expert_count, lora_targets, target_suffixes
 from adapters.placement import Placement
 from adapters.routed import PROJECTIONS
+from adapters.sidecar import Sidecar, write_sidecar
 from adapters.tensor_files import new_directory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -128,13 +131,21 @@ def expert_factors(module: ExpertLora, projection: str, adapter_name: str = "def
 
 
 def save_adapter(
-    model: PeftModel, placement: Placement, out: Path, *, base_name: str, overwrite: bool = False
+    model: PeftModel,
+    placement: Placement,
+    out: Path,
+    *,
+    base_name: str,
+    base: Path | None = None,
+    held: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Writes `model`'s adapter as a standard PEFT directory, whole or not at all.
 
     Args:
         placement: what the model was attached with.
         base_name: recorded as `base_model_name_or_path`.
+        base, held: the base's directory and how it is held, for the `Sidecar`, by which a later merge knows the base.
 
     Returns:
         {"tensors": ..., "parameters": ..., "bytes": ...} of the weights written.
@@ -150,9 +161,33 @@ def save_adapter(
         raise AdapterFileError(listed("the adapter holds NaN or infinity and was not written", broken))
     with new_directory(out, overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", "peft_version": peft.__version__})
-        standard_config(layout, placement, base_name, expert_count(model, layout)).save_pretrained(str(directory))
+        experts = expert_count(model, layout)
+        standard_config(layout, placement, base_name, experts).save_pretrained(str(directory))
+        write_sidecar(directory, peft_sidecar(layout, experts, base_name, base, held))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {"tensors": len(tensors), "parameters": parameters, "bytes": (out / WEIGHTS).stat().st_size}
+
+
+def peft_sidecar(
+    layout: ExpertLayout, experts: int, base_name: str, base: Path | None, held: Mapping[str, Any] | None
+) -> Sidecar:
+    """What stands beside the standard form, whose experts lie as PEFT's own `target_parameters` has them."""
+    side = "lora_A on the output side, lora_B on the input side" if layout.peft_swaps else "lora_A on the input side"
+    return Sidecar(
+        format="peft",
+        base_name=base_name,
+        base=fingerprint(base) if base else None,
+        held=held,
+        peft_version=peft.__version__,
+        model_type=layout.model_type,
+        experts={
+            "count": experts,
+            "orientation": side,
+            "packing": "lora_A (E·r, ·) expert-major; lora_B (·, r·E) rank-major; gate and up fused",
+        },
+        made_for=("transformers", "peft"),
+        ignored_by=("vllm", "sglang", "llama.cpp"),
+    )
 
 
 def standard_config(layout: ExpertLayout, placement: Placement, base_name: str, experts: int) -> LoraConfig:

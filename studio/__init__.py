@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         AdapterFileError,
         CheckpointError,
         DataError,
+        ExportError,
         JobError,
         LayoutError,
         OutputExistsError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         StudioError,
         TargetError,
         TrainingError,
+        VerificationError,
     )
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
     from studio.merging import convert, merge
@@ -41,6 +43,7 @@ __all__ = [
     "AdapterFileError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "Heatmap",
     "Job",
     "JobError",
@@ -59,6 +62,7 @@ __all__ = [
     "StudioError",
     "TargetError",
     "TrainingError",
+    "VerificationError",
     "convert",
     "find_profile",
     "job_routing",

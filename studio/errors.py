@@ -7,6 +7,7 @@
     ├── JobError                a job directory that is missing or damaged, or a job that cannot do what was asked
     ├── TrainingError           training that had to stop: non-finite loss, a process that died
     ├── LayoutError  CheckpointError  QuantizationError  TargetError  ProfileError  AdapterFileError    from the core
+    ├── ExportError  VerificationError      from the core: a format that cannot be written, or did not verify
     └── OutputExistsError       an output that exists already and that nobody said to replace
 
 Messages say what was received, what is allowed and what to do next. Anything else that is raised is a bug of ours
@@ -21,18 +22,21 @@ from dataclasses import dataclass
 from adapters.errors import (
     AdapterFileError,
     CheckpointError,
+    ExportError,
     LayoutError,
     OutputExistsError,
     ProfileError,
     QuantizationError,
     StudioError,
     TargetError,
+    VerificationError,
 )
 
 __all__ = [
     "AdapterFileError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "JobError",
     "LayoutError",
     "OutputExistsError",
@@ -44,6 +48,7 @@ __all__ = [
     "StudioError",
     "TargetError",
     "TrainingError",
+    "VerificationError",
 ]
 
 SHOWN_PROBLEMS = 20

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.checkpoint import TensorInfo, read_index
+from adapters.fingerprint import fingerprint, sha256
 from adapters.packed_cache import default_cache_dir
 from studio.errors import DataError, Problem, ProfileError, TargetError
 from studio.models import compute_dtype, resolve_base
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
 
 SAMPLE_SEED = 0
 """Of the order in which examples are drawn: the sample does not change with the training's seed."""
-
-SAMPLED_BYTES = 4096
-"""Read from the middle of each matrix, and of each expert's in a stack, for a base's fingerprint. Training or merging
-changes values all over a matrix."""
 
 Progress = Callable[[int, int], None]
 
@@ -99,7 +94,7 @@ def profile_path(recipe: Recipe) -> Path:
 
 
 def _path_of(bound: tuple[str, str]) -> Path:
-    name = _sha256(*(part.encode() for part in bound))[:32]
+    name = sha256(*(part.encode() for part in bound))[:32]
     return _kept_in() / f"{name}.safetensors"
 
 
@@ -110,7 +105,7 @@ def _kept_in() -> Path:
 def fingerprints(recipe: Recipe) -> tuple[str, str]:
     """Of the base as it is held, and of the data with everything that decides which tokens are drawn from them."""
     held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
-    base = _sha256(base_fingerprint(resolve_base(recipe.model.base)).encode(), json.dumps(held).encode())
+    base = sha256(json.dumps(fingerprint(resolve_base(recipe.model.base))).encode(), json.dumps(held).encode())
     return base, sample_fingerprint(recipe, recipe.placement.profile_tokens)
 
 
@@ -123,43 +118,7 @@ def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
             data = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
-    return _sha256(data.encode(), json.dumps(facts).encode())
-
-
-def base_fingerprint(directory: Path) -> str:
-    """Identifies a base model without reading it whole: its small files, and samples of each of its tensors."""
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    small = [path.read_bytes() if (path := directory / name).is_file() else b"" for name in names]
-    index = sorted(read_index(directory).items(), key=lambda item: (str(item[1].file), item[1].start))
-    return _sha256(*small, *_samples(index))
-
-
-def _samples(index: list[tuple[str, TensorInfo]]) -> Iterator[bytes]:
-    open_file, descriptor = None, -1
-    try:
-        for name, info in index:
-            if info.file != open_file:
-                if descriptor >= 0:
-                    os.close(descriptor)
-                open_file, descriptor = info.file, os.open(info.file, os.O_RDONLY)
-            yield f"{name} {info.dtype} {info.shape}".encode()
-            parts = info.shape[0] if len(info.shape) > 2 else 1  # every expert of a stack
-            size = info.size_bytes // max(1, parts)
-            length = min(SAMPLED_BYTES, size)
-            for part in range(parts):
-                yield os.pread(descriptor, length, info.start + part * size + (size - length) // 2)
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _sha256(*parts: bytes) -> str:
-    """Of the parts, each behind its length, so that moving a byte from one to the next changes it."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(len(part).to_bytes(8, "little"))
-        found.update(part)
-    return found.hexdigest()
+    return sha256(data.encode(), json.dumps(facts).encode())
 
 
 def shared_count(base: Any) -> int:

@@ -168,10 +168,12 @@ def _draw(job: Job) -> None:
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     from adapters.peft_files import save_adapter
     from studio.job_files import write_atomic
-    from studio.models import resolve_base
+    from studio.models import compute_dtype, resolve_base
 
-    name = str(resolve_base("embedded")) if recipe.model.base == "embedded" else recipe.model.base
-    saved = save_adapter(model, placement, job.path / "adapter", base_name=name)
+    base = resolve_base(recipe.model.base)
+    name = str(base) if recipe.model.base == "embedded" else recipe.model.base
+    held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
+    saved = save_adapter(model, placement, job.path / "adapter", base_name=name, base=base, held=held)
     write_atomic(job.path / "adapter" / "placement.json", (job.path / "placement.json").read_text(encoding="utf-8"))
     return saved
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import studio
 from adapters.errors import ProfileError, TargetError
+from adapters.fingerprint import fingerprint
 from adapters.router_profile import load_profile
 from adapters.routing import watch_routing
 from studio.base import EMBEDDED_DIR
 from studio.base_model import load_recipe_base
 from studio.data import read_examples
 from studio.evaluation import encode
-from studio.profile import base_fingerprint, profile_path
+from studio.profile import profile_path
 from studio.profiling import draw_sample, profile_routing
 from studio.recipe import Recipe, parse_recipe
 
@@ -143,10 +144,10 @@ def another_config(base: Path) -> None:
 def test_the_fingerprint_changes_with_the_base(tmp_path: Path, change: Callable[[Path], None]) -> None:
     base = tmp_path / "base"
     shutil.copytree(EMBEDDED_DIR, base)
-    before = base_fingerprint(base)
-    assert base_fingerprint(EMBEDDED_DIR) == before
+    before = fingerprint(base)
+    assert fingerprint(EMBEDDED_DIR) == before
     change(base)
-    assert base_fingerprint(base) != before
+    assert fingerprint(base) != before
 
 
 def test_a_dense_base_has_no_routing_to_profile(data: Path, tmp_path: Path) -> None:
@@ -200,12 +201,12 @@ def test_many_sources_become_the_most_frequent_and_the_rest() -> None:
 def test_one_expert_of_a_stack_changes_the_fingerprint(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(EMBEDDED_DIR, base)
-    before, file = base_fingerprint(base), next(base.glob("*.safetensors"))
+    before, file = fingerprint(base), next(base.glob("*.safetensors"))
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("gate_up_proj"))
     tensors[name][3] += 0.01
     save_file(tensors, file, {"format": "pt"})
-    assert base_fingerprint(base) != before
+    assert fingerprint(base) != before
 
 
 def test_data_that_change_meanwhile_leave_no_profile(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""Every format that a trained model or an adapter can be written in. No torch at import.
+
+    EXPORTERS[format].write(source, directory, options, progress)      fills an empty directory, returns facts
+    EXPORTERS[format].check(directory, source, evidence, options)      a list of `adapters.verify.Check`
+
+A format is one function that writes and one that checks, in a module of their own, loaded when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from adapters.merged import MergedWeights
+    from adapters.verify import Check, Evidence
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        base: a model directory.
+        adapter: a PEFT adapter directory for it, in the standard form; None exports the base as it is.
+        name: the model's name, for cards and metadata.
+        held: merge into the base as training held it, quantised: the `held` of `adapters.sidecar.Sidecar`; None merges
+            into the base's own weights.
+    """
+
+    base: Path
+    adapter: Path | None
+    name: str
+    held: Mapping[str, Any] | None = None
+
+    def open(self) -> MergedWeights:
+        """The merged weights, to be read tensor by tensor."""
+        from adapters.merged import MergedWeights
+
+        return MergedWeights(self.base, self.adapter, self.held)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some formats take and others pass over.
+
+    Attributes:
+        dtype: of plain weights: float32, bfloat16 or float16; None keeps each tensor's own.
+        quant: the GGUF type, e.g. "Q4_K_M".
+        importance: an importance matrix for the GGUF quantiser.
+        shard_bytes: the size at which another file is begun; None keeps the base's files.
+    """
+
+    dtype: str | None = None
+    quant: str | None = None
+    importance: Path | None = None
+    shard_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        kind: "model" for the merged whole, "adapter" for the adapter alone.
+        writer, checker: "module:function".
+    """
+
+    name: str
+    title: str
+    kind: Literal["model", "adapter"]
+    writer: str
+    checker: str
+
+    def write(
+        self, source: Source, directory: Path, options: Options, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Fills the empty `directory`; returns facts for the certificate."""
+        return _load(self.writer)(source, directory, options, progress)
+
+    def check(self, directory: Path, source: Source, evidence: Evidence, options: Options) -> list[Check]:
+        """Holds what was written against the source."""
+        return _load(self.checker)(directory, source, evidence, options)
+
+
+def _load(place: str) -> Callable[..., Any]:
+    module, _, function = place.partition(":")
+    return getattr(import_module(module), function)
+
+
+EXPORTERS: dict[str, Format] = {
+    found.name: found
+    for found in (
+        Format(
+            "safetensors",
+            "merged model, safetensors",
+            "model",
+            "adapters.merge:write_safetensors",
+            "adapters.verify.model_files:check_safetensors",
+        ),
+    )
+}

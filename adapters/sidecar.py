@@ -1,0 +1,90 @@
+"""What PEFT's files do not say of an adapter, in a file beside them: for which base it is and how its experts lie.
+
+adapter/studio_adapter.json      written with every adapter; other programs pass over it
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.checkpoint import read_json_object
+from adapters.errors import AdapterFileError
+from adapters.fingerprint import PARTS, fingerprint
+
+SIDECAR = "studio_adapter.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Facts of one adapter directory.
+
+    Attributes:
+        format: of the files, a name in `adapters.export.EXPORTERS`: "peft", "per-expert", …
+        base_name: what the base was called at training.
+        base: its `adapters.fingerprint.fingerprint`; None where it is not known.
+        held: how training held the base: {"quantization", "int8_experts", "double_quant", "dtype"}; None if not known.
+        model_type: the family, a name in `adapters.layouts.LAYOUTS`.
+        experts: {"count": E, "orientation": …, "packing": …} of the experts' factors in these files.
+        made_for: programs that load these files. ignored_by: programs that load them and leave the experts out.
+    """
+
+    format: str
+    base_name: str
+    base: Mapping[str, str] | None
+    held: Mapping[str, Any] | None
+    peft_version: str
+    model_type: str
+    experts: Mapping[str, Any]
+    made_for: tuple[str, ...] = ()
+    ignored_by: tuple[str, ...] = ()
+
+
+def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
+    text = json.dumps({"version": VERSION, **asdict(sidecar)}, indent=2, ensure_ascii=False)
+    (directory / SIDECAR).write_text(text + "\n", encoding="utf-8")
+
+
+def read_sidecar(directory: Path) -> Sidecar | None:
+    """The sidecar of an adapter; None where there is none, as with adapters that others wrote.
+
+    Raises:
+        AdapterFileError: unreadable, or of a version that this studio does not know.
+    """
+    file = directory / SIDECAR
+    if not file.is_file():
+        return None
+    found = read_json_object(file, AdapterFileError)
+    version = found.pop("version", None)
+    if version != VERSION:
+        raise AdapterFileError(f"{file} is of version {version!r}; this studio reads version {VERSION}")
+    try:
+        return Sidecar(**{**found, **{name: tuple(found[name]) for name in ("made_for", "ignored_by")}})
+    except (KeyError, TypeError) as error:
+        raise AdapterFileError(f"{file} is no whole sidecar: {error}") from None
+
+
+def check_base(sidecar: Sidecar, base: Path) -> list[str]:
+    """Compares a base with the one that the adapter was trained on.
+
+    Returns:
+        Warnings: the tokenizer or the chat template differ, whose weights and config are the same.
+
+    Raises:
+        AdapterFileError: other weights, or another config: the adapter is for another model.
+    """
+    if sidecar.base is None:
+        return []
+    now = fingerprint(base)
+    changed = [part for part in PARTS if sidecar.base.get(part) != now[part]]
+    if {"weights", "config"} & set(changed):
+        raise AdapterFileError(
+            f"the adapter was trained on {sidecar.base_name}, and {base} differs from it in its "
+            f"{' and '.join(changed)}: another model, or the same one changed since. Give the base that it was trained "
+            "on (--base)"
+        )
+    return [f"the base's {part.replace('_', ' ')} has changed since the training" for part in changed]
