@@ -188,9 +188,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         bytes=size,
         free_bytes=free,
         checks=tuple(_checks(request, form, consumer, origin)),
-        command=command_of(
-            consumer, origin, request.out.name, str(request.out), _gguf_name(consumer, request.out.name)
-        ),
+        command=command_of(consumer, origin, request.out.name, str(request.out)),
         warnings=tuple(warnings),
     )
 
@@ -209,7 +207,7 @@ def choose(consumer: str | None, form: str | None) -> tuple[Consumer | None, For
     allowed = [name for name in (found.formats if found else EXPORTERS) if name in EXPORTERS]
     form = form or (allowed[0] if allowed else None)
     if form is None or form not in allowed:
-        reads = f"{found.title} reads {', '.join(allowed)}" if found else f"allowed are {', '.join(allowed)}"
+        reads = f"{found.title} reads {', '.join(found.formats)}" if found else f"allowed are {', '.join(allowed)}"
         raise ExportError(f"received --format {form}; {reads}")
     return found, EXPORTERS[form]
 
@@ -320,12 +318,7 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def _gguf_name(consumer: Consumer | None, name: str) -> str:
-    folder = consumer.folder.format(name=name) if consumer else ""
-    return f"{folder}/{name}.gguf".lstrip("/")
-
-
-def command_of(consumer: Consumer | None, origin: Origin, name: str, folder: str, gguf: str) -> str:
+def command_of(consumer: Consumer | None, origin: Origin, name: str, folder: str, gguf: str = "") -> str:
     """The one command that runs the export; `folder` as it is to be said, `gguf` in it."""
     if consumer is None:
         return ""
@@ -334,7 +327,7 @@ def command_of(consumer: Consumer | None, origin: Origin, name: str, folder: str
         config = read_json_object(origin.adapter / "adapter_config.json", AdapterFileError)
         rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
     base = str(origin.base) if origin.base_name == "embedded" else origin.base_name
-    return consumer.command(Place(folder, name, base, rank, gguf))
+    return consumer.command(Place(folder, name, base, rank, gguf or f"{name}.gguf"))
 
 
 def _files(

@@ -33,11 +33,11 @@ def plan_view(plan: ExportPlan) -> RenderableType:
     shown.add_row("Folder", Text(clean(str(plan.out))))
     for number, (what, size) in enumerate(plan.files):
         shown.add_row("" if number else "Files", Text(clean(what + (f", about {as_bytes(size)}" if size else ""))))
+    if plan.command:
+        shown.add_row("Command", Text(clean(plan.command)))
     shown.add_row("Disk", f"about {as_bytes(plan.bytes)} of {as_bytes(plan.free_bytes)} free")
     for number, words in enumerate(plan.checks or ["nothing: verification is switched off"]):
         shown.add_row("" if number else "Checks", Text(words))
-    if plan.command:
-        shown.add_row("Then", Text(clean(plan.command)))
     return Group(shown, *(warning_text(words) for words in plan.warnings))
 
 
@@ -78,7 +78,7 @@ def certificate_view(report: Mapping[str, Any]) -> RenderableType:
     facts.add_row("Export", Text(clean(str(report["out"]))))
     facts.add_row("Verified", verdict(report["checks"]))
     if report.get("command"):
-        facts.add_row("Next", Text(clean(report["command"])))
+        facts.add_row("Run it", Text(clean(report["command"])))
     return Group(checks_table(report["checks"]), "", facts)
 
 
