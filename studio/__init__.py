@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from studio.export_plan import ExportPlan, ExportRequest, plan_export
-    from studio.exporting import consumers, export, formats, list_exports, read_export
+    from studio.exporting import consumers, export, formats, gguf_types, list_exports, read_export
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
     from studio.merging import convert, merge
     from studio.plan import Plan, make_plan
@@ -72,6 +72,7 @@ __all__ = [
     "export",
     "find_profile",
     "formats",
+    "gguf_types",
     "job_routing",
     "list_exports",
     "list_jobs",
@@ -91,7 +92,7 @@ __all__ = [
 
 _HOMES = {
     "studio.export_plan": ("ExportPlan", "ExportRequest", "plan_export"),
-    "studio.exporting": ("consumers", "export", "formats", "list_exports", "read_export"),
+    "studio.exporting": ("consumers", "export", "formats", "gguf_types", "list_exports", "read_export"),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
     "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),
