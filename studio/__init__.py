@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from studio.combining import combine
     from studio.errors import (
         AdapterFileError,
         CheckpointError,
@@ -63,6 +64,7 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "VerificationError",
+    "combine",
     "convert",
     "find_profile",
     "job_routing",
@@ -80,6 +82,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "studio.combining": ("combine",),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
     "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),
