@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from studio.combining import combine
     from studio.errors import (
         AdapterFileError,
         CheckpointError,
@@ -67,6 +68,7 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "VerificationError",
+    "combine",
     "consumers",
     "convert",
     "export",
@@ -91,6 +93,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "studio.combining": ("combine",),
     "studio.export_plan": ("ExportPlan", "ExportRequest", "plan_export"),
     "studio.exporting": ("consumers", "export", "formats", "gguf_types", "list_exports", "read_export"),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),

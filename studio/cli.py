@@ -1,4 +1,4 @@
-"""The command line: `studio validate | plan | profile | shapes | run | merge | export | convert | jobs | cache | …`.
+"""The command line: `studio validate | plan | profile | run | merge | combine | export | convert | jobs | cache | …`.
 
 Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
 one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
@@ -264,6 +264,51 @@ def convert(
         print_json(report)
     else:
         output().print(convert_view(report), soft_wrap=True)
+
+
+@app.command(epilog="Example: studio combine runs/a runs/b --weight 0.7 --weight 0.3 --out combined")
+@reported
+def combine(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Adapters of one base.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The adapter directory to write.", show_default=False)],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="One of each adapter, in their order; 1 each if none. Negative takes it away."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", metavar="sum|ties|dare", help="How they are combined; a sum is exact.")
+    ] = "sum",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Compress to this rank, if not the sum of their ranks.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Fraction of values that ties (0.2) and dare (0.5) keep.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of dare's choice.")] = 0,
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapters name.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Combine several adapters of one base into one."""
+    from studio.combining import summary
+
+    report = studio.combine(
+        adapters,
+        out,
+        weights=weight,
+        method=method,
+        rank=rank,
+        density=density,
+        seed=seed,
+        base=base,
+        overwrite=overwrite,
+    )
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(summary(report))
 
 
 @app.command(epilog="Example: studio cache --remove all")
