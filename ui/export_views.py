@@ -109,8 +109,13 @@ def failure_view(run: Run) -> Markup:
     """Why there is no export, with every check where it came so far."""
     if run.status == "cancelled":
         return note("quiet", f"{run.request.out.name} was cancelled", el("p", "Nothing of it is left."))
-    said = note("error", f"{run.request.out.name} was not exported", el("p", run.error, cls="words"))
-    return join(said, _checks(run.checks))
+    title = f"{run.request.out.name} was not exported"
+    if not run.checks:
+        return note("error", title, el("p", run.error, cls="words"))
+    failed = sum(check["status"] == "failed" for check in run.checks)
+    words = f"{failed} of {len(run.checks)} checks failed, so nothing was written. They stand first in this list."
+    order = sorted(run.checks, key=lambda check: check["status"] != "failed")
+    return join(note("error", title, el("p", words)), _checks(order, "Checks"))
 
 
 # -------------------------------------------------------------------- afterwards
@@ -151,19 +156,17 @@ def _facts(export: Export) -> list[Markup]:
     return [join(el("dt", name), el("dd", el("span", text))) for name, text in facts.items() if text]
 
 
-def _checks(checks: Sequence[Mapping[str, Any]]) -> Markup | None:
-    if not checks:
-        return None
+def _checks(checks: Sequence[Mapping[str, Any]], title: str = "Certificate") -> Markup:
     passed = sum(check["status"] == "passed" for check in checks)
     rows = [el("tr", *_check(check)) for check in checks]
     head = el("thead", el("tr", *(el("th", name, scope="col") for name in ("Check", "", "Found"))))
     return el(
         "section",
-        el("h2", "Certificate"),
+        el("h2", title),
         el("p", f"{passed} of {len(checks)} checks passed.", cls="quiet-text"),
         el("div", el("table", el("caption", "Every check"), head, el("tbody", *rows)), cls="scroll checks"),
         cls="card",
-        aria_label="Certificate",
+        aria_label=title,
     )
 
 

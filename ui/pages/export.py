@@ -1,7 +1,7 @@
 """The page Export: a finished job → a folder for one program, proven.
 
-?job=NAME chooses a job, ?export=NAME shows a certificate. What is chosen leads to a plan at once; the export itself runs
-in a process of its own, whoever looks.
+?job=NAME chooses a job, ?export=NAME shows a certificate. What is chosen leads to a plan at once; the export itself
+runs in a process of its own, whoever looks.
 """
 
 from __future__ import annotations
@@ -267,13 +267,21 @@ def _layout(places: Places) -> Page:
                 outcome = show(visible=False)
                 show(page_head("Export", "A folder that one program can use, proven before it appears."))
                 with gr.Column(elem_classes=["card", "section"]):
-                    job = gr.Dropdown([], label="Job", info="Jobs that succeeded.", **_field())
+                    with gr.Row(equal_height=True):
+                        job = gr.Dropdown([], label="Job", info="Jobs that succeeded.", **_field())
+                        name = gr.Textbox(
+                            label="Name",
+                            info="Of the folder and of the model.",
+                            max_lines=1,
+                            elem_classes="field",
+                            min_width=200,
+                        )
                     consumer = gr.Radio(titles, label="For", elem_classes=["field", "consumers"], interactive=True)
                     consumer_note = show()
                     with gr.Row(equal_height=True):
                         form_of = gr.Dropdown([], label="Format", **_field())
                         quant = gr.Dropdown(
-                            [], label="Type", info="Bits a weight: Q8_0 about 8.5, Q4_K_M 4.9.", **_field()
+                            [], label="Type", info="The figure is about the bits a weight takes.", **_field()
                         )
                         weights = gr.Dropdown(
                             HELD,
@@ -282,9 +290,6 @@ def _layout(places: Places) -> Page:
                             info="Training held the base quantised; its own weights are finer.",
                             **_field(),
                         )
-                    name = gr.Textbox(
-                        label="Name", info="Of the folder and of the model.", max_lines=1, elem_classes="field"
-                    )
                 with gr.Column(elem_classes=["card", "plan-panel"]):
                     show(el("h2", "What will be written"))
                     plan = show()
