@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from studio.merging import convert, merge
     from studio.plan import Plan, make_plan
     from studio.profile import find_profile, make_profile
+    from studio.pushing import push
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
     from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing, plan_routing
+    from studio.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -86,10 +88,12 @@ __all__ = [
     "parse_recipe",
     "plan_export",
     "plan_routing",
+    "push",
     "read_export",
     "recipe_schema",
     "recipe_to_yaml",
     "submit",
+    "verify",
 ]
 
 _HOMES = {
@@ -100,8 +104,10 @@ _HOMES = {
     "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),
     "studio.profile": ("find_profile", "make_profile"),
+    "studio.pushing": ("push",),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
     "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing", "plan_routing"),
+    "studio.verifying": ("verify",),
 }
 
 

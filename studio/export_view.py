@@ -101,3 +101,17 @@ def verdict(checks: Sequence[Mapping[str, Any]]) -> Text:
     left = [check["name"] for check in checks if check["status"] == "not run"]
     text = Text(f"{passed} of {len(checks)} checks passed", "green" if passed == len(checks) else "")
     return text.append(f"; not run: {', '.join(left)}", "yellow") if left else text
+
+
+def push_view(report: Mapping[str, Any]) -> RenderableType:
+    """What goes, or went, where."""
+    shown = Table(box=None, show_header=False, pad_edge=False)
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+    seen = "only you and your organisation see it" if report["private"] else "everyone sees it"
+    shown.add_row("Repository", Text(clean(f"{report['repository']} ({seen})")))
+    shown.add_row("Files", f"{len(report['files'])}, {as_bytes(report['bytes'])}")
+    shown.add_row("Certificate", Text(clean(report["verdict"])))
+    shown.add_row("Licence", Text(clean(report["licence"] or "the base names none: find out before others see it")))
+    shown.add_row("Uploaded", Text(clean(report["url"] or "nothing: this was a dry run")))
+    return shown
