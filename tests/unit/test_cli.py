@@ -34,6 +34,7 @@ COMMANDS = (
     ["run"],
     ["merge"],
     ["convert"],
+    ["combine"],
     ["cache"],
     ["schema"],
     ["ui"],

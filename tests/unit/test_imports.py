@@ -27,6 +27,7 @@ LIGHT = (
     "studio.placing",
     "studio.models",
     "studio.merging",
+    "studio.combining",
     "studio.terminal",
     "studio.follow",
     "adapters",
