@@ -19,10 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.adapter_files import CONFIG as CONFIG
-from adapters.adapter_files import WEIGHTS, ExpertFactors, to_peft
-from adapters.adapter_files import AdapterFile as AdapterFile
-from adapters.adapter_files import from_peft as from_peft
-from adapters.adapter_files import read_adapter as read_adapter
+from adapters.adapter_files import WEIGHTS as WEIGHTS
+from adapters.adapter_files import ExpertFactors, to_peft
 from adapters.errors import AdapterFileError, listed
 from adapters.fingerprint import fingerprint
 from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for

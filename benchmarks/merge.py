@@ -2,8 +2,8 @@
 
     python benchmarks/merge.py [--quick] [--json FILE] [--large]
 
-Each way runs in a process of its own, the ways by turns, with the checkpoint in the page cache. The peak is the process's
-whole resident memory, imports included.
+Each way runs in a process of its own, the ways by turns, with the checkpoint in the page cache. The peak is the
+process's whole resident memory, imports included.
 
     plain          read, sha256 and write the same bytes: what no merge can be under
     PEFT           from_pretrained in the files' bfloat16, PeftModel, merge_and_unload, save_pretrained
