@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         TrainingError,
         VerificationError,
     )
+    from studio.export_plan import ExportPlan, ExportRequest, plan_export
+    from studio.exporting import consumers, export, formats, list_exports
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
     from studio.merging import convert, merge
     from studio.plan import Plan, make_plan
@@ -45,6 +47,8 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "ExportError",
+    "ExportPlan",
+    "ExportRequest",
     "Heatmap",
     "Job",
     "JobError",
@@ -65,9 +69,13 @@ __all__ = [
     "TrainingError",
     "VerificationError",
     "combine",
+    "consumers",
     "convert",
+    "export",
     "find_profile",
+    "formats",
     "job_routing",
+    "list_exports",
     "list_jobs",
     "load_recipe",
     "make_plan",
@@ -75,6 +83,7 @@ __all__ = [
     "merge",
     "open_job",
     "parse_recipe",
+    "plan_export",
     "plan_routing",
     "recipe_schema",
     "recipe_to_yaml",
@@ -83,6 +92,8 @@ __all__ = [
 
 _HOMES = {
     "studio.combining": ("combine",),
+    "studio.export_plan": ("ExportPlan", "ExportRequest", "plan_export"),
+    "studio.exporting": ("consumers", "export", "formats", "list_exports"),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
     "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),

@@ -1,4 +1,4 @@
-"""The command line: `studio validate | plan | profile | shapes | run | merge | convert | combine | jobs | cache | …`.
+"""The command line: `studio validate | plan | profile | run | merge | combine | export | convert | jobs | cache | …`.
 
 Each command is a short caller of one public function of `studio`. Errors of the studio's tree end a command with
 one message and exit code 1 (wrong usage: 2), as JSON where --json was given. Nothing heavy is imported before a
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import studio
-from studio.errors import JobError, ProblemsError, StudioError
+from studio.errors import JobError, ProblemsError, StudioError, VerificationError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,9 +67,10 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def error_as_json(error: Exception) -> dict[str, Any]:
-    """{"error": {"type", "message", "problems"}}."""
+    """{"error": {"type", "message", "problems"}}, and of a failed verification its "checks"."""
     problems = [vars(problem) for problem in error.problems] if isinstance(error, ProblemsError) else []
-    return {"error": {"type": type(error).__name__, "message": str(error), "problems": problems}}
+    checks = {"checks": [vars(check) for check in error.checks]} if isinstance(error, VerificationError) else {}
+    return {"error": {"type": type(error).__name__, "message": str(error), "problems": problems, **checks}}
 
 
 @app.callback(invoke_without_command=True)
@@ -196,6 +197,54 @@ def merge(
         print_json(report)
     else:
         output().print(merge_view(report), soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples: studio export runs/quickstart --for transformers --out exports/quickstart; "
+    "studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
+)
+@reported
+def export(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="A job, an adapter directory, or a model.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; also the model's name.", show_default=False)],
+    consumer: Annotated[str | None, typer.Option("--for", metavar="PROGRAM", help="The program it is for.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="The format, if not the program's first.")
+    ] = None,
+    quant: Annotated[str | None, typer.Option("--quant", metavar="TYPE", help="GGUF type, if not Q4_K_M.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Number type of safetensors, if not the base's.")] = None,
+    into: Annotated[
+        str, typer.Option("--into", metavar="original|quantized", help="The weights that an adapter is merged into.")
+    ] = "original",
+    base: Annotated[str | None, typer.Option(help="The base of an adapter, if not the one that it names.")] = None,
+    importance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Examples that tell the GGUF quantiser which weights matter.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Examples to verify with, if not the job's held-out ones.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the result before it appears.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder that one program can use, prove it in that program's library, and certify it. Ctrl-C undoes it."""
+    from studio.export_view import certificate_view, export_progress, plan_view
+
+    wanted = studio.ExportRequest(
+        what, out, consumer, form, base, quant, dtype, into, importance, prompts, verify, overwrite
+    )
+    planned = studio.plan_export(wanted)
+    if dry_run:
+        print_json(planned.as_json()) if as_json else output().print(plan_view(planned), soft_wrap=True)
+        return
+    if not as_json:
+        output().print(plan_view(planned), "", soft_wrap=True)
+    with export_progress(output(), quiet=as_json) as progress:
+        report = studio.export(wanted, progress)
+    print_json(report) if as_json else output().print(certificate_view(report), soft_wrap=True)
 
 
 @app.command(epilog="Example: studio convert runs/quickstart/adapter compact/quickstart --to compact")

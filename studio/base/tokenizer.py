@@ -2,8 +2,12 @@
 
 Three choices serve copying, which is most of what a small model has to do in an extraction task:
 a space joins the following word only when that word starts in lower case, so `Norwick` is the same token after a
-space and after a quotation mark; digits come in pairs from the left (`4821` → `48`, `21`), so an identifier is a few
-tokens with few repeats; every byte is in the vocabulary, so any text round-trips.
+space and after a quotation mark; digits come in pairs (`482` → `48`, `2`), so an identifier is a few tokens with few
+repeats; every byte is in the vocabulary, so any text round-trips.
+
+The merges are learned within the pieces of `MERGE_PATTERN`, which says all that. Text is then cut by Llama 3's own
+pattern, because llama.cpp knows patterns by name and no others: a piece of it may hold several of the finer ones, and
+no merge crosses from one to the next.
 """
 
 import itertools
@@ -22,7 +26,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (BOS, EOS, "<|header_start|>", "<|header_end|>
 VOCAB_SIZE = 1792
 MAX_LENGTH_TOKENS = 8192
 
-SPLIT_PATTERN = (
+MERGE_PATTERN = (
     r"\p{N}{1,2}"  # digits in pairs
     r"| ?\p{Ll}+"  # lower-case words take their space along
     r"|\p{Lu}+\p{Ll}*"  # names, months, tags: the same token wherever they stand
@@ -30,6 +34,13 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     r"|\p{L}+"
 )
+"""The pieces within which merges are learned."""
+
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How text is cut before the merges: the pattern of Llama 3 and 3.1 (tokenizer.json), "llama-bpe" in llama.cpp."""
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -73,15 +84,19 @@ def _corpus(documents_per_domain: int, seed: int) -> Iterator[str]:
             yield document.text or "\n\n".join(m[part] for m in chat_messages(document) for part in ("role", "content"))
 
 
-def train_tokenizer(seed: int = 0, documents_per_domain: int = 4000) -> PreTrainedTokenizerFast:
-    """Train the BPE merges on the pretraining domains; deterministic for a seed."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def train_tokenizer(seed: int = 0, documents_per_domain: int = 4000) -> PreTrainedTokenizerFast:
+    """Train the BPE merges on the pretraining domains; deterministic for a seed."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _split_by(MERGE_PATTERN)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -90,6 +105,7 @@ def train_tokenizer(seed: int = 0, documents_per_domain: int = 4000) -> PreTrain
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(documents_per_domain, seed), trainer)
+    tokenizer.pre_tokenizer = _split_by(SPLIT_PATTERN)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )

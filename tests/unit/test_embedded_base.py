@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from studio.base import EMBEDDED_DIR
 from studio.base.domains import DOMAINS, Document, documents
 from studio.base.tickets import EVAL_ROWS, TRAIN_ROWS, Row, tickets, write_tickets
-from studio.base.tokenizer import SPECIAL_TOKENS, chat_messages, render
+from studio.base.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, chat_messages, render
 from studio.base.words import FAULTS, SITES, URGENCIES
 
 DATA = Path(__file__).resolve().parents[2] / "recipes" / "data"
@@ -144,7 +144,12 @@ def test_pretraining_wrote_chats_as_the_template_does(tokenizer: PreTrainedToken
 def test_names_and_numbers_are_the_same_tokens_in_text_and_in_json(tokenizer: PreTrainedTokenizerFast) -> None:
     in_text = tokenizer.tokenize("at Norwick PMP-4821 failed")
     in_json = tokenizer.tokenize('{"a": "Norwick", "b": "PMP-4821"}')
-    assert {"Norwick", "PMP", "-", "48", "21"} <= set(in_text) & set(in_json)
+    assert {"Norwick", "PMP", "-", "48", "2", "1"} <= set(in_text) & set(in_json)
+
+
+def test_text_is_cut_by_a_pattern_that_llama_cpp_knows(tokenizer: PreTrainedTokenizerFast) -> None:
+    split = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"][0]
+    assert split["pattern"]["Regex"] == SPLIT_PATTERN and SPLIT_PATTERN.startswith("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^")
 
 
 # domains -------------------------------------------------------------------------------------------------------------

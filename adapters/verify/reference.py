@@ -1,0 +1,145 @@
+"""What the trained model says to held-out prompts, by the studio's engine in float32, in a process of its own.
+
+    python -m adapters.verify.reference QUESTION ANSWER        asked by adapters.verify.run
+
+The adapter is never merged into a file on the way: routed experts compute it on the dispatched tokens, as in training.
+
+Dimension legend: T tokens of a prompt, V vocabulary, E experts, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from adapters.checkpoint import text_config
+from adapters.export import Source
+from adapters.layouts import ExpertLayout, layout_for
+from adapters.loading import load_base
+from adapters.lora_products import LoraRanks
+from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks
+from adapters.verify.checker import source_from
+from adapters.verify.peft_reading import Pair, PeftReading
+from adapters.verify.run import Prompt
+
+MOST_PROMPTS, MOST_TOKENS, LEAST_TOKENS = 16, 128, 16
+LOGITS_BYTES = 256_000_000
+"""Of both models' logits together: with 200,000 entries in the vocabulary about 150 positions."""
+
+
+def answer(question: Mapping[str, Any]) -> dict[str, Any]:
+    """{"prompts": token ids, "texts"}; with "run" the logits `base.{i}` and `tuned.{i}` go to the file "logits"."""
+    source = source_from(question["source"])
+    tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
+    texts, ids = encode(tokenizer, question["prompts"][:MOST_PROMPTS])
+    vocabulary = int(text_config(json.loads((source.base / "config.json").read_text()))["vocab_size"])
+    limit = min(MOST_TOKENS, max(LEAST_TOKENS, LOGITS_BYTES // (8 * vocabulary * max(1, len(ids)))))
+    ids = [row[:limit] for row in ids]
+    if question["run"]:
+        save_file(reference_logits(source, ids), question["logits"])
+    return {"prompts": ids, "texts": texts}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> tuple[list[str], list[list[int]]]:
+    """Texts and token ids of the prompts; what gives fewer than two tokens says nothing and is left out."""
+    rows = [_encoded(tokenizer, prompt) for prompt in prompts]
+    kept = [(text, ids) for text, ids in rows if len(ids) > 1]
+    return [text for text, _ in kept], [ids for _, ids in kept]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, list[int]]:
+    if isinstance(prompt, str):
+        return prompt, list(tokenizer(prompt).input_ids)
+    messages = [dict(message) for message in prompt]
+    if not tokenizer.chat_template:
+        text = "\n\n".join(message["content"] for message in messages)
+        return text, list(tokenizer(text).input_ids)
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return text, list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def reference_logits(source: Source, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """`base.{i}` and `tuned.{i}`, (T, V) float32: the base as `source.held` says, or in its own weights."""
+    held = dict(source.held or {"quantization": "none"})
+    model = load_base(
+        source.base,
+        quantize=held["quantization"],
+        int8_experts=held.get("int8_experts") or (),
+        double_quant=held.get("double_quant", True),
+        dtype=torch.float32,
+    )
+    found = {f"base.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
+    if source.adapter is not None:
+        put_on(model, PeftReading(source.adapter, source.base), layout_for(model.config.model_type))
+    return found | {f"tuned.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
+
+
+def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    with torch.inference_mode():
+        return [cast(Any, model)(input_ids=torch.tensor([row]), use_cache=False).logits[0].float() for row in prompts]
+
+
+def put_on(model: PreTrainedModel, adapter: PeftReading, layout: ExpertLayout) -> None:
+    """Makes the engine's model the trained one, in place."""
+    blocks = {f"{name}.{layout.experts}": getattr(block, layout.experts) for name, block in moe_blocks(model, layout)}
+    for name, pair in adapter.pairs.items():
+        if name.rpartition(".")[0] not in blocks:
+            _put_on_linear(model.get_submodule(name.removesuffix(".weight")), adapter, pair)
+    for name, experts in blocks.items():
+        found = {part: adapter.pairs.get(f"{name}.{part}") for part in PROJECTIONS}
+        if any(found.values()):
+            experts.forward = partial(experts.forward, loras=[_loras(experts, adapter, found)])
+
+
+def _put_on_linear(module: nn.Module, adapter: PeftReading, pair: Pair) -> None:
+    weight = module.weight
+    if isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == pair.shape:
+        weight.data += adapter.delta(pair)
+    else:  # held quantised: the product is added to what the layer gives
+        module.register_forward_hook(partial(_added, pair.scale, *adapter.factors(pair)))
+
+
+def _added(
+    scale: float, first: Tensor, second: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    return output + scale * (inputs[0] @ first.t() @ second.t())
+
+
+def _loras(
+    experts: RoutedExperts, adapter: PeftReading, found: Mapping[str, Pair | None]
+) -> tuple[LoraRanks, list[Tensor]]:
+    """The factors as the engine takes them: one rank and scale for both projections, experts one after the other."""
+    rank = max(pair.rank for pair in found.values() if pair)
+    tensors: list[Tensor] = []
+    for part, pair in found.items():
+        tensors += _flat(experts, adapter, pair, rank) if pair else _zeros(experts, part, rank)
+    return LoraRanks((rank,) * experts.num_experts, 1.0), tensors
+
+
+def _flat(experts: RoutedExperts, adapter: PeftReading, pair: Pair, rank: int) -> list[Tensor]:
+    """A (E·rank, in) and scaled Bᵀ (E·rank, out), filled with zeros to `rank`."""
+    left, right = adapter.stacked(pair)
+    sides = [right, pair.scale * left.transpose(1, 2)]  # both (E, r, ·): along d2, along d1
+    if experts.layout.stack_order == "in_out":
+        sides.reverse()
+    return [nn.functional.pad(side, (0, 0, 0, rank - pair.rank)).flatten(0, 1).contiguous() for side in sides]
+
+
+def _zeros(experts: RoutedExperts, part: str, rank: int) -> list[Tensor]:
+    _, rows, columns = getattr(experts, part).shape
+    sizes = (columns, rows) if experts.layout.stack_order == "out_in" else (rows, columns)
+    return [torch.zeros(experts.num_experts * rank, size) for size in sizes]
+
+
+if __name__ == "__main__":
+    made = answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(made), encoding="utf-8")

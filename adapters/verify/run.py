@@ -1,0 +1,112 @@
+"""Verification of an export, whatever its format: in fresh processes, in the consumer's own library. No torch.
+
+    prompts ── reference (a process) ──▶ Evidence ── checker (a process) ──▶ checks
+                                                         └── stock_*.py (processes without any of the studio's code)
+
+A process that fails is a failed check and never an error of the caller, so that nothing is passed by accident.
+"""
+
+from __future__ import annotations
+
+import stat
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adapters.checkpoint import PICKLES, read_index
+from adapters.errors import ExportError
+from adapters.export import EXPORTERS, Options, Source
+from adapters.verify import Check, Evidence
+from adapters.verify.fresh import FreshProcessError, ask_module
+from adapters.verify.memory import why_not
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A text, or a conversation of {"role", "content"} that the base's chat template writes out, answer included."""
+
+BUILT_IN: tuple[Prompt, ...] = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    'def area(width, height):\n    """Of a rectangle."""\n    return width * height\n',
+    "Am 3. Mai 2024 kostete das Ersatzteil 1.249,50 €; das Lager in Köln hatte noch sieben Stück.",
+    ({"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}),
+    ({"role": "user", "content": "List three prime numbers."}, {"role": "assistant", "content": "2, 3 and 5."}),
+)
+"""What is asked where the user has no held-out data at hand."""
+
+FILE_MODE = 0o644
+
+
+def verify_export(
+    directory: Path,
+    format: str,
+    source: Source,
+    prompts: Sequence[Prompt] = BUILT_IN,
+    *,
+    options: Options | None = None,
+) -> list[Check]:
+    """Holds an export against what it was made from.
+
+    Args:
+        directory: what the writer of the format filled, and nothing else that is not to be shipped.
+        format: a name in `adapters.export.EXPORTERS`.
+        prompts: held-out texts or conversations; what the trained model says to them is the reference.
+        options: those that it was written with.
+
+    Returns:
+        Every check. It is for the caller to refuse the export when one has failed.
+
+    Raises:
+        ExportError: no such format.
+    """
+    if format not in EXPORTERS:
+        raise ExportError(f"format {format!r}: allowed are {', '.join(EXPORTERS)}")
+    checks = [check_plain_files(directory)]
+    if checks[0].status == "failed":
+        return checks
+    with tempfile.TemporaryDirectory(prefix="studio-evidence-") as folder:
+        evidence = make_evidence(source, prompts, Path(folder))
+        question = {
+            "directory": directory,
+            "format": format,
+            "source": asdict(source),
+            "evidence": asdict(evidence),
+            "options": asdict(options or Options()),
+        }
+        try:
+            found = ask_module("adapters.verify.checker", question)
+        except FreshProcessError as error:
+            found = [asdict(Check(f"{format}: checked", "failed", f"the check itself failed: {error}"))]
+    return [*checks, *(Check(**row) for row in found)]
+
+
+def make_evidence(source: Source, prompts: Sequence[Prompt], folder: Path) -> Evidence:
+    """What the trained model says to the prompts, computed in a process of its own and left in `folder`.
+
+    Too large a model, or one that the engine cannot run, gives an Evidence without logits that says why.
+    """
+    question = {"source": asdict(source), "prompts": prompts, "logits": folder / "logits.safetensors"}
+    why = why_not(read_index(source.base))
+    try:
+        answer: dict[str, Any] = ask_module("adapters.verify.reference", {**question, "run": not why})
+    except FreshProcessError as error:
+        return Evidence((), (), None, f"the trained model could not be run here: {error}")
+    return Evidence(answer["prompts"], answer["texts"], None if why else folder / "logits.safetensors", why)
+
+
+def check_plain_files(directory: Path) -> Check:
+    """Ordinary readable files and folders alone: no links out of the folder, no pickles, nothing only root can read."""
+    problems: list[str] = []
+    files = [path for path in sorted(directory.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    for path in files:
+        name, mode = path.relative_to(directory), path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            problems.append(f"{name} is no regular file")
+        elif stat.S_IMODE(mode) != FILE_MODE:
+            problems.append(f"{name} has mode {stat.S_IMODE(mode):04o}")
+        if any(path.match(pattern) for pattern in PICKLES):
+            problems.append(f"{name} looks like a pickle, which can run code when opened")
+    if not files:
+        problems.append("the folder is empty")
+    detail = "; ".join(problems) or f"{len(files)} files, all regular, mode 0644, no links, no pickles"
+    return Check("files: modes and kinds", "failed" if problems else "passed", detail, {"files": len(files)})

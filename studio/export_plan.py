@@ -1,0 +1,358 @@
+"""What an export will be: where from, which format, which files, how large, what will be checked. No torch.
+
+ExportRequest ── plan_export ──▶ ExportPlan      refuses what cannot be, before anything is written
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_index, read_json_object
+from adapters.export import EXPORTERS, Format, Options, Source
+from adapters.export.consumers import CONSUMERS, Consumer, Place
+from adapters.sidecar import Sidecar, check_base, read_sidecar
+from studio.errors import AdapterFileError, ExportError, JobError, OutputExistsError
+from studio.export_sizes import GGUF_BITS, format_bytes
+from studio.jobs import Job, open_job
+from studio.models import resolve_base
+from studio.quantities import as_bytes
+
+CERTIFICATE = "certificate.json"
+DTYPES = ("bfloat16", "float16", "float32")
+QUANT = "Q4_K_M"
+WEIGHTS = ("original", "quantized")
+SPARE = 1.02
+"""Of the planned bytes: headers, the card, the certificate."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is wanted.
+
+    Attributes:
+        what: a job directory, an adapter directory, or a model: a directory, "embedded" or a hub id.
+        out: the directory to write; its name is the model's name.
+        consumer: a name in `adapters.export.consumers.CONSUMERS`; None for a format alone.
+        format: a name in `adapters.export.EXPORTERS`; None takes the consumer's first.
+        base: the base of an adapter, if not the one that it names.
+        quant: the GGUF type; None is Q4_K_M.
+        dtype: of plain weights: bfloat16, float16 or float32; None keeps the base's.
+        weights: what the adapter is merged into: the base's own weights, or these as training held them, quantised.
+        importance: text from which the GGUF quantiser learns what matters; None for none.
+        prompts: held-out examples to verify with; None takes the job's, else a few built-in texts.
+        verify: hold the result against the trained model.
+        overwrite: replace an export that exists.
+    """
+
+    what: str
+    out: Path
+    consumer: str | None = None
+    format: str | None = None
+    base: str | None = None
+    quant: str | None = None
+    dtype: str | None = None
+    weights: str = "original"
+    importance: Path | None = None
+    prompts: Path | None = None
+    verify: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an export is made from.
+
+    Attributes:
+        base_name: the base as its job or adapter calls it.
+        sidecar: the adapter's; None without one.
+    """
+
+    base: Path
+    base_name: str
+    adapter: Path | None = None
+    job: Job | None = None
+    sidecar: Sidecar | None = None
+
+    @property
+    def held(self) -> dict[str, Any] | None:
+        """How training held the base, if it was quantised."""
+        held = dict(self.sidecar.held or {}) if self.sidecar else {}
+        return held if held.get("quantization") not in (None, "none") else None
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What will be written.
+
+    Attributes:
+        files: (what, bytes or None where that is small), in order.
+        bytes: about, of all of them. free_bytes: on that disk now.
+        checks: what the verification will compare, in words.
+        command: how its consumer is run afterwards; "" for a format alone.
+        warnings: what to know before.
+    """
+
+    request: ExportRequest
+    origin: Origin
+    format: Format
+    consumer: Consumer | None
+    options: Options
+    files: tuple[tuple[str, int | None], ...]
+    bytes: int
+    free_bytes: int
+    checks: tuple[str, ...]
+    command: str
+    warnings: tuple[str, ...]
+
+    @property
+    def out(self) -> Path:
+        return self.request.out
+
+    @property
+    def name(self) -> str:
+        return self.request.out.name
+
+    @property
+    def source(self) -> Source:
+        held = self.origin.held if self.request.weights == "quantized" else None
+        return Source(self.origin.base, self.origin.adapter, self.name, held)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for --json and the browser."""
+        return {
+            "out": str(self.out),
+            "name": self.name,
+            "format": self.format.name,
+            "consumer": self.consumer.name if self.consumer else None,
+            "base": self.origin.base_name,
+            "adapter": str(self.origin.adapter) if self.origin.adapter else None,
+            "job": str(self.origin.job.path) if self.origin.job else None,
+            "options": {key: value for key, value in asdict(self.options).items() if value is not None},
+            "files": [{"what": what, "bytes": size} for what, size in self.files],
+            "bytes": self.bytes,
+            "free_bytes": self.free_bytes,
+            "checks": list(self.checks),
+            "command": self.command,
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_export(request: ExportRequest) -> ExportPlan:
+    """Checks everything that can be checked without reading the weights, and says what will be written.
+
+    Raises:
+        ExportError: a format, consumer or option that is not there or do not go together, or too small a disk.
+        AdapterFileError: the adapter is of another base. CheckpointError: the base cannot be read.
+        OutputExistsError: `out` exists.
+    """
+    consumer, form = choose(request.consumer, request.format)
+    options = _options(request, form)
+    _check_tools(form)
+    origin = find_origin(request.what, request.base)
+    _check_origin(request, origin, form)
+    check_out(request.out, request.overwrite, origin)
+    warnings = check_base(origin.sidecar, origin.base) if origin.sidecar else []
+    index = read_index(origin.base)
+    size = format_bytes(form, options, origin.base, origin.adapter, index)
+    free = shutil.disk_usage(_existing(request.out)).free
+    if size * SPARE > free:
+        raise ExportError(
+            f"{request.out} needs about {as_bytes(size * SPARE)}, and {as_bytes(free)} are free on that disk; "
+            "free some, or choose another --out"
+        )
+    return ExportPlan(
+        request=request,
+        origin=origin,
+        format=form,
+        consumer=consumer,
+        options=options,
+        files=tuple(_files(form, options, consumer, size, index)),
+        bytes=size,
+        free_bytes=free,
+        checks=tuple(_checks(request, form, consumer, origin)),
+        command=command_of(consumer, origin, request.out.name, str(request.out)),
+        warnings=tuple(warnings),
+    )
+
+
+def choose(consumer: str | None, form: str | None) -> tuple[Consumer | None, Format]:
+    """The consumer and the format by their names.
+
+    Raises:
+        ExportError: neither is given, one is unknown, or the consumer does not read the format.
+    """
+    if consumer is None and form is None:
+        raise ExportError(f"say what it is for (--for {' | '.join(CONSUMERS)}) or name a format (--format)")
+    if consumer is not None and consumer not in CONSUMERS:
+        raise ExportError(f"received --for {consumer}; allowed are {', '.join(CONSUMERS)}")
+    found = CONSUMERS[consumer] if consumer else None
+    allowed = [name for name in (found.formats if found else EXPORTERS) if name in EXPORTERS]
+    form = form or (allowed[0] if allowed else None)
+    if form is None or form not in allowed:
+        reads = f"{found.title} reads {', '.join(allowed)}" if found else f"allowed are {', '.join(allowed)}"
+        raise ExportError(f"received --format {form}; {reads}")
+    return found, EXPORTERS[form]
+
+
+def find_origin(what: str, base: str | None = None) -> Origin:
+    """The base and the adapter that `what` stands for.
+
+    Raises:
+        StudioError: there is no such job, adapter or model, the job has no adapter, or its base is not here.
+    """
+    path = Path(what).expanduser()
+    if (path / "recipe.yaml").is_file():
+        return _from_job(open_job(path), base)
+    if (path / "compact_adapter.safetensors").is_file():
+        raise AdapterFileError(
+            f"{path} is in the compact form; write the standard one first: studio convert {path} OUT"
+        )
+    if (path / "adapter_config.json").is_file():
+        return _from_adapter(path, base)
+    if base is not None:
+        raise ExportError(f"{what} is no adapter and no job, so it has no --base; leave --base out to export a model")
+    return Origin(resolve_base(what), what)
+
+
+def _from_job(job: Job, base: str | None) -> Origin:
+    if not (job.path / "adapter" / "adapter_config.json").is_file():
+        raise JobError(f"{job.name} has no adapter: it is {job.state().status}. Export a job that succeeded")
+    name = base or job.recipe().model.base
+    adapter = job.path / "adapter"
+    return Origin(resolve_base(name), name, adapter, job, read_sidecar(adapter))
+
+
+def _from_adapter(adapter: Path, base: str | None) -> Origin:
+    name = base or read_json_object(adapter / "adapter_config.json", AdapterFileError).get("base_model_name_or_path")
+    if not name:
+        raise AdapterFileError(f"{adapter / 'adapter_config.json'} does not name its base model; give it with --base")
+    job = open_job(adapter.parent) if adapter.name == "adapter" and (adapter.parent / "recipe.yaml").is_file() else None
+    return Origin(resolve_base(str(name)), str(name), adapter, job, read_sidecar(adapter))
+
+
+def _options(request: ExportRequest, form: Format) -> Options:
+    """The options, refused where the format passes over them.
+
+    Raises:
+        ExportError
+    """
+    if form.name != "gguf" and (request.quant or request.importance):
+        raise ExportError(f"--quant and --importance are for the format gguf, not for {form.name}")
+    if form.name != "safetensors" and request.dtype:
+        raise ExportError(f"--dtype is for the format safetensors, not for {form.name}")
+    if request.dtype is not None and request.dtype not in DTYPES:
+        raise ExportError(f"received --dtype {request.dtype}; allowed are {', '.join(DTYPES)}")
+    quant = (request.quant or QUANT).upper() if form.name == "gguf" else None
+    if quant is not None and quant not in GGUF_BITS:
+        raise ExportError(f"received --quant {request.quant}; allowed are {', '.join(GGUF_BITS)}")
+    for file in (request.importance, request.prompts):
+        if file is not None and not file.is_file():
+            raise ExportError(f"{file} does not exist; expected a JSON Lines file of examples")
+    return Options(dtype=request.dtype, quant=quant, importance=request.importance)
+
+
+def _check_tools(form: Format) -> None:
+    """Raises ExportError where a package is missing that this format needs."""
+    needed = ("gguf", "xllamacpp") if form.name.startswith("gguf") else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{form.title} needs {' and '.join(missing)}; one command adds what is missing: make export-tools"
+        )
+
+
+def _check_origin(request: ExportRequest, origin: Origin, form: Format) -> None:
+    if request.weights not in WEIGHTS:
+        raise ExportError(f"received --into {request.weights}; allowed are {', '.join(WEIGHTS)}")
+    if form.kind == "adapter" and origin.adapter is None:
+        raise ExportError(f"{request.what} is a model without an adapter; {form.title} is a form of an adapter")
+    if request.weights == "quantized" and origin.held is None:
+        reason = (
+            "is a model without an adapter"
+            if origin.adapter is None
+            else "does not say that it was trained on quantised weights"
+        )
+        raise ExportError(f"{request.what} {reason}; leave --into out, or give --into original")
+    if request.weights == "quantized" and form.kind == "adapter":
+        raise ExportError(f"--into is for merged models; {form.title} holds the adapter alone")
+
+
+def check_out(out: Path, overwrite: bool, origin: Origin) -> None:
+    """Refuses an output that exists, and even with `overwrite` one that is no export, or that is being read.
+
+    Raises:
+        OutputExistsError
+    """
+    here = out.resolve()
+    read = [origin.base, *([origin.adapter] if origin.adapter else []), *([origin.job.path] if origin.job else [])]
+    if any(here in (path.resolve(), *path.resolve().parents) for path in read):
+        raise OutputExistsError(f"{out} holds what is being exported; choose another output")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{out} exists already; choose another output or pass --overwrite")
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.is_symlink() or not (empty or (out / CERTIFICATE).is_file()):
+        raise OutputExistsError(f"{out} is no export (it has no {CERTIFICATE}); it is never overwritten")
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def command_of(consumer: Consumer | None, origin: Origin, name: str, folder: str) -> str:
+    """The one command that runs the export; `folder` as it is to be said."""
+    if consumer is None:
+        return ""
+    rank = 0
+    if origin.adapter is not None:
+        config = read_json_object(origin.adapter / "adapter_config.json", AdapterFileError)
+        rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    base = str(origin.base) if origin.base_name == "embedded" else origin.base_name
+    return consumer.command(Place(folder, name, base, rank, f"{name}.gguf"))
+
+
+def _files(
+    form: Format, options: Options, consumer: Consumer | None, size: int, index: dict[str, TensorInfo]
+) -> list[tuple[str, int | None]]:
+    shards = len({info.file for info in index.values()})
+    kept = "/".join(sorted({DTYPE_NAMES.get(info.dtype, info.dtype) for info in index.values()}))
+    what = {
+        "safetensors": f"weights, {options.dtype or kept}, {shards} file{'s' if shards > 1 else ''} as in the base",
+        "gguf": f"{options.quant} weights, tokenizer and chat template in one GGUF file",
+    }.get(form.name, form.title)
+    files: list[tuple[str, int | None]] = [(what, size)]
+    if form.kind == "model" and form.name != "gguf":
+        files.append(("config, tokenizer and chat template of the base", None))
+    extra = {
+        "transformers": "run.py",
+        "peft": "run.py, tokenizer",
+        "ollama": "Modelfile: template, stop strings, context",
+    }
+    if consumer and consumer.name in extra:
+        files.append((extra[consumer.name], None))
+    return [
+        *files,
+        ("README.md, licence and notices", None),
+        (f"{CERTIFICATE}: every check, and sha256 of every file", None),
+    ]
+
+
+def _checks(request: ExportRequest, form: Format, consumer: Consumer | None, origin: Origin) -> list[str]:
+    if not request.verify:
+        return []
+    library = {"gguf": "llama.cpp", "gguf-lora": "llama.cpp", "peft": "stock PEFT"}.get(form.name, "stock transformers")
+    changed = "every adapter tensor is in it, and nothing else has changed" if origin.adapter else "nothing has changed"
+    weights = {
+        "model": f"Weights: {changed}; finite, names and shapes of the base",
+        "adapter": f"Experts: read back, {changed}",
+    }
+    behaviour = f"Behaviour: loaded by {library} in a fresh process, its logits against the trained model's"
+    others = ["Tokenizer, chat template and end tokens agree", "File modes, no pickles, sha256 of every file"]
+    ollama = ["Modelfile: its template gives the text of the chat template"] if consumer and consumer.check else []
+    return [weights[form.kind], behaviour, *others, *ollama]
