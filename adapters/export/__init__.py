@@ -104,6 +104,13 @@ EXPORTERS: dict[str, Format] = {
             "adapters.merge:write_safetensors",
             "adapters.verify.model_files:check_safetensors",
         ),
+        Format(
+            "gguf",
+            "GGUF for llama.cpp",
+            "model",
+            "adapters.export.gguf:write_gguf",
+            "adapters.verify.gguf_files:check_gguf",
+        ),
         *(
             Format(
                 name,
