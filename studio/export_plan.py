@@ -180,11 +180,12 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     consumer, form = choose(request.consumer, request.format)
     options = _options(request, form)
     _check_tools(form)
+    name = request.out.name
     origin = find_origin(request.what, request.base)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
     licence = read_licence(origin.base, public_name(origin.base_name))
-    licence.check_name(request.out.name)
+    licence.check_name(name)
     licence.check_files()
     warnings = check_base(origin.sidecar, origin.base) if origin.sidecar else []
     index = read_index(origin.base)
@@ -208,7 +209,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         verified_in=LIBRARIES.get(form.name, "stock transformers") if request.verify else "",
         checks=tuple(_checks(request, form, consumer, origin)),
         command=command_of(
-            consumer, request.out.name, str(request.out), origin.path_or_id, origin.adapter, f"{request.out.name}.gguf"
+            consumer, name, str(request.out), origin.path_or_id, origin.adapter, _gguf(name, consumer, options)
         ),
         warnings=tuple(warnings),
     )
@@ -337,6 +338,13 @@ def check_out(out: Path, overwrite: bool, origin: Origin) -> None:
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def _gguf(name: str, consumer: Consumer | None, options: Options) -> str:
+    """Where the GGUF file will lie in the folder."""
+    folder = consumer.folder.format(name=name) if consumer else ""
+    file = f"{name}-{options.quant}.gguf" if options.quant else f"{name}.gguf"
+    return f"{folder}/{file}" if folder else file
 
 
 def command_of(consumer: Consumer | None, name: str, folder: str, base: str, adapter: Path | None, gguf: str) -> str:
