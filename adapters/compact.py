@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.adapter_files import COMPACT_WEIGHTS, CONFIG, PREFIX, WEIGHTS, rank_and_scale, stack_key
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, OutputExistsError
-from adapters.peft_files import COMPACT_WEIGHTS, CONFIG, PREFIX, WEIGHTS, rank_and_scale, stack_key
-from adapters.routed import PROJECTIONS
+from adapters.layouts import PROJECTIONS
 from adapters.tensor_files import new_directory
 
 FACTS = "compact_adapter"
@@ -56,6 +56,18 @@ def to_compact(adapter: Path, out: Path, *, overwrite: bool = False) -> dict[str
 def to_standard(adapter: Path, out: Path, *, overwrite: bool = False) -> dict[str, int]:
     """Writes the compact directory `adapter` in the standard PEFT form to `out`; otherwise as `to_compact`."""
     return _convert(adapter, out, (COMPACT_WEIGHTS, WEIGHTS), _filled, overwrite)
+
+
+def compact_in_place(directory: Path) -> dict[str, int]:
+    """Puts the compact file of a standard PEFT directory that is being written in the place of the standard one.
+
+    Returns, raises: as `to_compact`, but for an output that exists.
+    """
+    before = (directory / WEIGHTS).stat().st_size
+    tensors, facts, experts = _compacted(directory / WEIGHTS, read_json_object(directory / CONFIG, AdapterFileError))
+    save_file(tensors, directory / COMPACT_WEIGHTS, metadata=facts)
+    (directory / WEIGHTS).unlink()
+    return {"bytes_before": before, "bytes": (directory / COMPACT_WEIGHTS).stat().st_size, "experts": experts}
 
 
 def _convert(

@@ -185,14 +185,23 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="The model directory to write.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number type to write, if not the base's.")] = None,
+    into: Annotated[
+        str,
+        typer.Option(
+            "--into",
+            metavar="auto|original|quantized",
+            help="Merge into the base's own weights, or into these as training held them; "
+            "auto: what has the lower loss on the job's held-out data.",
+        ),
+    ] = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base and write a model that loads without the studio."""
+    """Merge an adapter into its base and write a model that loads without the studio. Killed, it goes on where it was."""
     from studio.terminal import merge_progress, merge_view
 
     with merge_progress(output(), quiet=as_json) as progress:
-        report = studio.merge(adapter, out, base=base, dtype=dtype, overwrite=overwrite, progress=progress)
+        report = studio.merge(adapter, out, base=base, dtype=dtype, into=into, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(report)
     else:

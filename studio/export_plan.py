@@ -81,6 +81,11 @@ class Origin:
     sidecar: Sidecar | None = None
 
     @property
+    def path_or_id(self) -> str:
+        """The base as other programs find it."""
+        return str(self.base) if self.base_name == "embedded" else self.base_name
+
+    @property
     def held(self) -> dict[str, Any] | None:
         """How training held the base, if it was quantised."""
         held = dict(self.sidecar.held or {}) if self.sidecar else {}
@@ -188,7 +193,9 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         bytes=size,
         free_bytes=free,
         checks=tuple(_checks(request, form, consumer, origin)),
-        command=command_of(consumer, origin, request.out.name, str(request.out)),
+        command=command_of(
+            consumer, request.out.name, str(request.out), origin.path_or_id, origin.adapter, f"{request.out.name}.gguf"
+        ),
         warnings=tuple(warnings),
     )
 
@@ -318,16 +325,21 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def command_of(consumer: Consumer | None, origin: Origin, name: str, folder: str, gguf: str = "") -> str:
-    """The one command that runs the export; `folder` as it is to be said, `gguf` in it."""
+def command_of(consumer: Consumer | None, name: str, folder: str, base: str, adapter: Path | None, gguf: str) -> str:
+    """The one command that runs an export; "" for a format alone.
+
+    Args:
+        folder: as it is to be said. base, adapter: of what was exported. gguf: the GGUF file in the folder.
+    """
     if consumer is None:
         return ""
-    rank = 0
-    if origin.adapter is not None:
-        config = read_json_object(origin.adapter / "adapter_config.json", AdapterFileError)
-        rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
-    base = str(origin.base) if origin.base_name == "embedded" else origin.base_name
-    return consumer.command(Place(folder, name, base, rank, gguf or f"{name}.gguf"))
+    return consumer.command(Place(folder, name, base, _largest_rank(adapter), gguf))
+
+
+def _largest_rank(adapter: Path | None) -> int:
+    file = adapter / "adapter_config.json" if adapter else None
+    config = read_json_object(file, AdapterFileError) if file and file.is_file() else {}
+    return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
 def _files(

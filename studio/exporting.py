@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from adapters.export.consumers import CONSUMERS, Consumer, consumers_of
 from adapters.verify import Check
 from studio.errors import ExportError, VerificationError
 from studio.export_plan import ExportPlan, ExportRequest, command_of, plan_export
+from studio.export_sizes import GGUF_BITS
+from studio.progress import EXPORT_STAGES
 
 if TYPE_CHECKING:
     from studio.certificate import Certificate
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all); the total is 0 where it is not known."""
 
-WRITING, VERIFYING, CERTIFYING = "Writing", "Verifying in fresh processes", "Card and certificate"
-STAGES = (WRITING, VERIFYING, CERTIFYING)
+WRITING, VERIFYING, CERTIFYING = EXPORT_STAGES
 SWITCHED_OFF = Check("verification", "not run", "it was switched off (--no-verify): nothing was compared")
 
 
@@ -114,7 +114,6 @@ def _refuse(plan: ExportPlan, checks: Sequence[Check]) -> None:
 def _write_card(plan: ExportPlan, staged: Path, checks: Sequence[Check], prompts_from: str) -> None:
     from studio.card import write_card
 
-    public = replace(plan.origin, base_name=plan.public_base)
     write_card(
         staged,
         source=plan.source,
@@ -122,17 +121,21 @@ def _write_card(plan: ExportPlan, staged: Path, checks: Sequence[Check], prompts
         licence=plan.licence,
         format=plan.format.name,
         checks=checks,
-        run=_command(replace(plan, origin=public), staged, "."),
+        run=_command(plan, staged, ".", plan.public_base),
         consumer=plan.consumer.title if plan.consumer else "",
         job=plan.origin.job.path if plan.origin.job else None,
         prompts_from=prompts_from,
     )
 
 
-def _command(plan: ExportPlan, written: Path, folder: str) -> str:
-    """The consumer's command, with the GGUF file as it is called in the folder `written`."""
-    gguf = next((str(path.relative_to(written)) for path in written.rglob("*.gguf")), "")
-    return command_of(plan.consumer, plan.origin, plan.name, folder, gguf)
+def _command(plan: ExportPlan, written: Path, folder: str, base: str = "") -> str:
+    """The consumer's command for what was written; `folder` as it is to be said."""
+    base = base or plan.origin.path_or_id
+    return command_of(plan.consumer, plan.name, folder, base, plan.origin.adapter, _gguf(written))
+
+
+def _gguf(folder: Path) -> str:
+    return next((str(path.relative_to(folder)) for path in folder.rglob("*.gguf")), "")
 
 
 # -------------------------------------------------------------------- what there is
@@ -148,6 +151,11 @@ def formats(consumer: str) -> list[Format]:
     return [EXPORTERS[name] for name in CONSUMERS[consumer].formats if name in EXPORTERS]
 
 
+def gguf_types() -> list[str]:
+    """The types that GGUF weights can have, finest first."""
+    return list(GGUF_BITS)
+
+
 def read_export(folder: Path | str) -> dict[str, Any]:
     """What the certificate of the export in `folder` says, with "out" and the "command" that runs it.
 
@@ -157,7 +165,10 @@ def read_export(folder: Path | str) -> dict[str, Any]:
     from studio.certificate import as_json, read_certificate
 
     folder = Path(folder)
-    return {**as_json(read_certificate(folder)), "out": str(folder)}
+    found = as_json(read_certificate(folder))
+    consumer = CONSUMERS.get(found["consumer"])
+    command = command_of(consumer, found["name"], str(folder), found["base"]["name"], folder, _gguf(folder))
+    return {**found, "out": str(folder), "command": command}
 
 
 def list_exports(root: Path | str) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ def _audit_targeted(
 def _audit_rounded(
     found: Findings, label: str, written: Tensor, base: Tensor, rounded: Tensor, limit: Rounding, trained: bool
 ) -> None:
-    """Value by value: of a delta as small as the rounding, the values that it tips to their neighbours are still seen."""
+    """Value by value: of a delta as small as the rounding, those that it tips to their neighbours are still seen."""
     error = (written - rounded).abs()
     if (error > (limit.ulp or 0.0) * rounded.abs() + 1e-5 * rounded.abs().max()).any():
         found.note(TARGETED, f"{label} has values off by more than rounding")
@@ -232,7 +232,7 @@ def _audit_rounded(
 def _audit_carried(
     found: Findings, label: str, change: Tensor, delta: Tensor, base: Tensor, rounding: Rounding
 ) -> None:
-    """Where blocks share a scale no value tells, but the errors cancel along the delta: a lost one is 0, a right one 1."""
+    """Where blocks share a scale no value tells, but errors cancel along the delta: a lost one is 0, a right one 1."""
     telling = rounding.relative * float(base.norm()) / (float(delta.norm()) * delta.numel() ** 0.5)
     if telling > TELLING:
         found.eaten += 1
