@@ -94,7 +94,7 @@ def audit(source: Source, read: Read, rounding: Rounding | None = None, dtype: s
     base = _base_reader(source, index, deltas)
     found = Findings()
     for key, info in index.items():
-        written = _dtype(info, dtype)
+        written = _dtype(key, info, dtype)
         for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
             delta = deltas[key](expert) if key in deltas else None
             _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, rounding)
@@ -144,9 +144,11 @@ def _base_reader(source: Source, index: Mapping[str, TensorInfo], deltas: Deltas
     return held
 
 
-def _dtype(info: TensorInfo, dtype: str | None) -> torch.dtype:
+def _dtype(key: str, info: TensorInfo, dtype: str | None) -> torch.dtype:
+    """The router's correction of its selection keeps its own, as stock keeps it in float32 in a 16-bit model."""
     own = DTYPES[info.dtype]
-    return getattr(torch, dtype) if dtype and own.is_floating_point else own
+    plain = own.is_floating_point and not key.endswith("e_score_correction_bias")
+    return getattr(torch, dtype) if dtype and plain else own
 
 
 def _label(key: str, expert: int | None) -> str:
@@ -287,6 +289,6 @@ def file_reader(directory: Path) -> Read:
     return lambda key, expert: read_tensor(index[key], expert)
 
 
-def dtype_names(info: TensorInfo, dtype: str | None) -> set[str]:
+def dtype_names(key: str, info: TensorInfo, dtype: str | None) -> set[str]:
     """The safetensors dtypes that an exported tensor may have."""
-    return {NAMES[_dtype(info, dtype)]}
+    return {NAMES[_dtype(key, info, dtype)]}
