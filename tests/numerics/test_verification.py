@@ -22,6 +22,7 @@ from adapters.loading import load_base
 from adapters.lora import attach
 from adapters.peft_files import save_adapter
 from adapters.placement import Placement
+from adapters.sidecar import Sidecar, write_sidecar
 from adapters.verify import Check, Evidence, model_files, run, tokenizer, weights
 from adapters.verify.behaviour import APART, LIMITS, SAME, check_behaviour, divergence
 from adapters.verify.peft_reading import PeftReading
@@ -201,8 +202,20 @@ def test_a_merge_into_the_quantised_base_is_held_against_that_base(exported: Exp
     checks = other.checked(write(source, other.out, "float32"))
     assert not failed(checks), [checks[name].detail for name in failed(checks)]
     assert checks[SAME].measured["kl_mean"] < 1e-8
-    into_originals = other.checked(exported.out)
+    into_originals = other.checked(exported.out)  # the certificate of such a merge says how far it lies from training
     assert {SAME, weights.TARGETED} <= failed(into_originals), "merged into the wrong base"
+
+
+def test_the_distance_from_what_training_held_is_told(exported: Exported, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
+    held = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
+    write_sidecar(adapter, Sidecar("peft", "base", None, held, "0.21.2", exported.family, {}))
+    source = Source(exported.source.base, adapter, "tiny")
+    save_file(reference_logits(source, PROMPTS), tmp_path / "logits.safetensors")
+    evidence = Evidence(PROMPTS, (), tmp_path / "logits.safetensors")
+    same = check_behaviour(evidence, logits_of(exported.out), LIMITS["float32"], "stock")[0]
+    assert same.status == "passed" and same.measured["kl_mean"] < 1e-8, "its own base is what it is held against"
+    assert same.measured["kl_from_quantised_base_of_training"] > 1e-4 and "quantised base" in same.detail
 
 
 @pytest.mark.parametrize("fault", ["dropped expert", "dropped layer", "orientation"])
