@@ -20,7 +20,7 @@ from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import LIMITS, Limits, behaviour_not_run, check_behaviour
 from adapters.verify.fresh import FreshProcessError, ask_stock
 from adapters.verify.tokenizer import check_tokenizer
-from adapters.verify.weights import Read, Rounding, audit, dtype_names, file_reader
+from adapters.verify.weights import FileReader, Read, Rounding, audit, dtype_names
 
 WHOLE, NAMED, CONFIG, LOADED, TIED = (
     "files: whole",
@@ -41,7 +41,7 @@ def check_safetensors(directory: Path, source: Source, evidence: Evidence, optio
     named = check_names(before, after, options.dtype)
     checks = [whole, named, check_config(directory, source.base, options.dtype)]
     if named.status == "passed":
-        checks += audit(source, file_reader(directory), dtype=options.dtype)
+        checks += audit(source, FileReader(directory), dtype=options.dtype)
     checks += check_tokenizer(directory, source.base)
     return [*checks, *check_in_transformers(directory, source, evidence, LIMITS[_coarsest(after)])]
 

@@ -45,7 +45,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     vocabulary = int(text_config(json.loads((source.base / "config.json").read_text()))["vocab_size"])
     limit = min(MOST_TOKENS, max(LEAST_TOKENS, LOGITS_BYTES // (12 * vocabulary * max(1, len(ids)))))
     ids = [row[:limit] for row in ids]
-    if question["run"]:
+    if question["run"] and ids:
         save_file(reference_logits(source, ids), question["logits"])
     return {"prompts": ids, "texts": texts}
 

@@ -20,7 +20,7 @@ from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import listed
 from adapters.export import Source
 from adapters.layouts import ExpertLayout, layout_for
-from adapters.tensor_files import DTYPES, NAMES, read_tensor
+from adapters.tensor_files import DTYPES, NAMES, OpenFiles, read_tensor
 from adapters.verify import Check
 from adapters.verify.peft_reading import Pair, PeftReading
 
@@ -36,6 +36,8 @@ FINITE, TARGETED, UNTOUCHED, USED = (
 )
 TELLING = 0.2
 """The share of D that is carried is judged where quantisation moves it by less than this."""
+PART_VALUES = 1 << 22
+"""Values that are compared at one time: what stands beside a matrix does not grow with it."""
 MISSED = 0.1
 """Another order of summation tips a few values the other way: about 1 in 10,000 of those that a delta changes."""
 
@@ -78,6 +80,16 @@ class Findings:
     def note(self, check: str, problem: str) -> None:
         self.problems[check].append(problem)
 
+    def add(self, parts: Findings) -> None:
+        """What was seen of one matrix, in parts: it counts once, with its first problem."""
+        for check, problems in parts.problems.items():
+            self.problems[check] += problems[:1]
+        self.targeted += min(1, parts.targeted)
+        self.changed += min(1, parts.changed)
+        self.untouched += min(1, parts.untouched)
+        self.eaten += min(1, parts.eaten) if not parts.changed else 0
+        self.worst = max(self.worst, parts.worst)
+
 
 def audit(source: Source, read: Read, rounding: Rounding | None = None, dtype: str | None = None) -> list[Check]:
     """Holds every matrix of an export against base and adapter; one matrix of each is in memory at a time.
@@ -95,6 +107,14 @@ def audit(source: Source, read: Read, rounding: Rounding | None = None, dtype: s
     found = Findings()
     for key, info in index.items():
         written = _dtype(key, info, dtype)
+        if (
+            key not in deltas
+            and isinstance(read, FileReader)
+            and not source.held
+            and read.index[key].dtype == info.dtype
+        ):
+            _audit_bytes(found, key, info, read.index[key])
+            continue
         for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
             delta = deltas[key](expert) if key in deltas else None
             _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, rounding)
@@ -165,15 +185,38 @@ def _audit_matrix(
     rounding: Rounding | None,
 ) -> None:
     if written.shape != base.shape:
-        found.note(
-            TARGETED if delta is not None else UNTOUCHED, f"{label} is {tuple(written.shape)}, not {tuple(base.shape)}"
-        )
-    elif not torch.isfinite(written).all():
-        found.note(FINITE, f"{label} holds NaN or infinity")
-    elif delta is None:
-        _audit_untouched(found, label, written, base, dtype, rounding)
-    else:
-        _audit_targeted(found, label, written.float(), base.float(), delta, dtype, rounding)
+        problem = f"{label} is {tuple(written.shape)}, not {tuple(base.shape)}"
+        found.note(UNTOUCHED if delta is None else TARGETED, problem)
+        return
+    parts, rows = Findings(), max(1, PART_VALUES // max(1, written[:1].numel())) if written.ndim else 1
+    for start in range(0, len(written) if written.ndim else 1, rows):
+        part = slice(start, start + rows) if written.ndim else ...
+        if not torch.isfinite(written[part]).all():
+            parts.note(FINITE, f"{label} holds NaN or infinity")
+        elif delta is None:
+            _audit_untouched(parts, label, written[part], base[part], dtype, rounding)
+        else:
+            _audit_targeted(parts, label, written[part].float(), base[part].float(), delta[part], dtype, rounding)
+    found.add(parts)
+
+
+def _audit_bytes(found: Findings, key: str, base: TensorInfo, written: TensorInfo) -> None:
+    """A tensor that is to be the base's to the last bit, compared in pieces: the largest are not targeted."""
+    found.untouched += base.shape[0] if len(base.shape) == 3 else 1
+    dtype, done = DTYPES[base.dtype], 0
+    with OpenFiles() as files:
+        while done < base.size_bytes:
+            count = min(PART_VALUES, (base.size_bytes - done) // dtype.itemsize)
+            pair = [torch.empty(count, dtype=dtype) for _ in range(2)]
+            for info, piece in zip((base, written), pair, strict=True):
+                files.read(info.file, info.start + done, piece)
+            if not torch.isfinite(pair[1]).all():
+                found.note(FINITE, f"{key} holds NaN or infinity")
+                return
+            if not torch.equal(*pair):
+                found.note(UNTOUCHED, f"{key} is not the base's, and the adapter does not target it")
+                return
+            done += count * dtype.itemsize
 
 
 def _audit_untouched(
@@ -283,10 +326,14 @@ def _used(reading: PeftReading, deltas: Deltas, index: Mapping[str, TensorInfo])
     return Check(USED, "failed" if problems else "passed", detail, {"adapter_tensors": len(reading.keys)})
 
 
-def file_reader(directory: Path) -> Read:
+class FileReader:
     """Reads an export that is plain safetensors in the base's layout."""
-    index = read_index(directory)
-    return lambda key, expert: read_tensor(index[key], expert)
+
+    def __init__(self, directory: Path):
+        self.index = read_index(directory)
+
+    def __call__(self, key: str, expert: int | None) -> Tensor:
+        return read_tensor(self.index[key], expert)
 
 
 def dtype_names(key: str, info: TensorInfo, dtype: str | None) -> set[str]:

@@ -55,7 +55,7 @@ class Exported:
             before, after = (model_files.read_index(path) for path in (self.source.base, directory))
             checks.append(model_files.check_names(before, after, options.dtype))
             checks.append(model_files.check_config(directory, self.source.base, options.dtype))
-            checks += weights.audit(self.source, weights.file_reader(directory), dtype=options.dtype)
+            checks += weights.audit(self.source, weights.FileReader(directory), dtype=options.dtype)
             checks += check_behaviour(self.evidence, logits_of(directory), LIMITS[options.dtype or "bfloat16"], "stock")
         return {check.name: check for check in checks}
 
@@ -164,6 +164,26 @@ FAULTS: dict[str, Callable[[Tensors, Tensors, Path], None]] = {
 }
 
 
+def audited(exported: Exported, directory: Path) -> dict[str, Check]:
+    found = weights.audit(exported.source, weights.FileReader(directory), dtype="float32")
+    return {check.name: check for check in found}
+
+
+def test_large_matrices_are_compared_in_parts(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = audited(exported, exported.out)
+    monkeypatch.setattr(weights, "PART_VALUES", 300)
+    parts = audited(exported, exported.out)
+    assert not failed(parts) and {n: c.detail for n, c in parts.items()} == {n: c.detail for n, c in whole.items()}
+    directory = exported.copy(tmp_path / "out")
+    base = {key: tensor.float() for key, tensor in load_file(exported.source.base / WEIGHTS).items()}
+    change_tensors(directory, lambda merged: dropped_expert(merged, base, directory))
+    change_tensors(directory, lambda tensors: tensors["model.embed_tokens.weight"][-1].mul_(1.01))
+    checks = audited(exported, directory)
+    assert failed(checks) == {weights.TARGETED, weights.UNTOUCHED}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_merge_is_caught_by_its_weights_and_by_what_it_says(
     exported: Exported, tmp_path: Path, fault: str
@@ -227,7 +247,7 @@ def test_a_delta_smaller_than_the_rounding_is_still_missed(exported: Exported, t
     source = Source(exported.source.base, adapter, "tiny")
     exact = load_file(write(source, tmp_path / "exact", "float32") / WEIGHTS)
     directory = write(source, tmp_path / "out", None)
-    read = weights.file_reader
+    read = weights.FileReader
     right = {check.name: check for check in weights.audit(source, read(directory))}
     assert not failed(right) and right[weights.TARGETED].measured["eaten"] == 0
     base = {key: tensor.float() for key, tensor in load_file(source.base / WEIGHTS).items()}
@@ -248,7 +268,7 @@ def test_a_delta_that_rounding_eats_for_the_most_part_is_no_fault(exported: Expo
         )
         source = Source(exported.source.base, adapter, "tiny")
         out = write(source, tmp_path / str(number), None)
-        checks = {check.name: check for check in weights.audit(source, weights.file_reader(out))}
+        checks = {check.name: check for check in weights.audit(source, weights.FileReader(out))}
         assert not failed(checks), [checks[name].detail for name in failed(checks)]
     assert checks[weights.TARGETED].measured["eaten"] > 0 and "rounding hides" in checks[weights.TARGETED].detail
 
@@ -416,7 +436,7 @@ def test_every_family_passes_the_audit(family: Tiny, tmp_path: Path) -> None:
     train(base, any_placement(family), tmp_path / "adapter")
     source = Source(base, tmp_path / "adapter", "tiny")
     out = write(source, tmp_path / "out", None)
-    checks = {check.name: check for check in weights.audit(source, weights.file_reader(out))}
+    checks = {check.name: check for check in weights.audit(source, weights.FileReader(out))}
     assert not failed(checks), [checks[name].detail for name in failed(checks)]
     reading = PeftReading(source.adapter or Path(), base)
     stacks = [pair for pair in reading.pairs.values() if len(pair.shape) == 3]
