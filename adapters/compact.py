@@ -58,6 +58,18 @@ def to_standard(adapter: Path, out: Path, *, overwrite: bool = False) -> dict[st
     return _convert(adapter, out, (COMPACT_WEIGHTS, WEIGHTS), _filled, overwrite)
 
 
+def compact_in_place(directory: Path) -> dict[str, int]:
+    """Puts the compact file of a standard PEFT directory that is being written in the place of the standard one.
+
+    Returns, raises: as `to_compact`, but for an output that exists.
+    """
+    before = (directory / WEIGHTS).stat().st_size
+    tensors, facts, experts = _compacted(directory / WEIGHTS, read_json_object(directory / CONFIG, AdapterFileError))
+    save_file(tensors, directory / COMPACT_WEIGHTS, metadata=facts)
+    (directory / WEIGHTS).unlink()
+    return {"bytes_before": before, "bytes": (directory / COMPACT_WEIGHTS).stat().st_size, "experts": experts}
+
+
 def _convert(
     adapter: Path,
     out: Path,

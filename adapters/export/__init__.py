@@ -104,5 +104,21 @@ EXPORTERS: dict[str, Format] = {
             "adapters.merge:write_safetensors",
             "adapters.verify.model_files:check_safetensors",
         ),
+        *(
+            Format(
+                name,
+                title,
+                "adapter",
+                f"adapters.export.{name.replace('-', '_')}:write_{name.replace('-', '_')}",
+                f"adapters.verify.adapter_files:check_{name.replace('-', '_')}",
+            )
+            for name, title in (
+                ("peft", "adapter, standard PEFT form: stacks"),
+                ("per-expert", "adapter, two-dimensional factors of each expert: vLLM, SGLang"),
+                ("vllm-3d", "adapter, stacks as vLLM takes them"),
+                ("sglang-3d", "adapter, stacks as SGLang takes them"),
+                ("compact", "adapter, each expert with its own rank: this studio"),
+            )
+        ),
     )
 }

@@ -171,7 +171,8 @@ def _audit_matrix(
     elif delta is None:
         _audit_untouched(found, label, written, base, dtype, rounding)
     else:
-        _audit_targeted(found, label, written.float(), base.float(), delta, rounding or ROUNDINGS[dtype])
+        plain = dtype if rounding is None else None
+        _audit_targeted(found, label, written.float(), base.float(), delta, rounding or ROUNDINGS[dtype], plain)
 
 
 def _audit_untouched(
@@ -188,7 +189,13 @@ def _audit_untouched(
 
 
 def _audit_targeted(
-    found: Findings, label: str, written: Tensor, base: Tensor, delta: Tensor, rounding: Rounding
+    found: Findings,
+    label: str,
+    written: Tensor,
+    base: Tensor,
+    delta: Tensor,
+    rounding: Rounding,
+    plain: torch.dtype | None,
 ) -> None:
     exact = base + delta
     error = written - exact
@@ -207,19 +214,24 @@ def _audit_targeted(
         found.note(TARGETED, f"{label} has values off by more than rounding")
         return
     if moved:
-        _audit_carried(found, label, written - base, delta, base, rounding)
+        whole = 1.0 if plain is None else _carried(exact.to(plain).float() - base, delta)
+        _audit_carried(found, label, written - base, delta, base, rounding, whole)
 
 
 def _audit_carried(
-    found: Findings, label: str, change: Tensor, delta: Tensor, base: Tensor, rounding: Rounding
+    found: Findings, label: str, change: Tensor, delta: Tensor, base: Tensor, rounding: Rounding, whole: float
 ) -> None:
-    """A delta as small as the rounding is still seen as a whole: rounding errors cancel along it, a lost one is 0."""
+    """A delta as small as the rounding is still seen as a whole: rounding errors cancel along it, a lost one is 0.
+
+    They do not where the base's values lie on the grid that is rounded to: there most of a tiny delta goes, and `whole`
+    is the share that right rounding leaves.
+    """
     telling = rounding.relative * float(base.norm()) / (float(delta.norm()) * delta.numel() ** 0.5)
-    if telling > TELLING:
+    if telling > TELLING or whole < 5 * TELLING / 2:
         found.eaten += 1
         return
     found.changed += 1
-    if abs(_carried(change, delta) - 1) > 5 * TELLING / 2:
+    if abs(_carried(change, delta) - whole) > 5 * TELLING / 2:
         found.note(TARGETED, f"{label}: {100 * _carried(change, delta):.0f} % of the trained change is there")
 
 
