@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import CheckpointError, StudioError
+from adapters.errors import CheckpointError, StudioError, listed
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -111,6 +111,28 @@ def read_index(directory: Path) -> dict[str, TensorInfo]:
     for file in files:
         index.update(read_header(file)[0])
     return index
+
+
+def check_links(directory: Path, error_class: type[StudioError] = CheckpointError) -> None:
+    """Refuses a directory in which a file is a link to somewhere else: such a folder says to read what is not in it.
+
+    The hub's cache, whose snapshots are links into its own blobs, is allowed.
+
+    Raises:
+        CheckpointError, or the `error_class` given.
+    """
+    inside = [directory.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    outside = [
+        f"{path.name} is a link to {path.resolve()}, outside of the folder; put the file itself there"
+        for path in sorted(directory.iterdir())
+        if path.is_symlink() and not any(folder in path.resolve().parents for folder in inside)
+    ]
+    if outside and error_class is CheckpointError:
+        raise CheckpointError(directory, outside)
+    if outside:
+        raise error_class(listed(f"{directory} holds links to other places", outside))
 
 
 def _no_safetensors(directory: Path) -> str:

@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.adapter_files import COMPACT_WEIGHTS, CONFIG, PREFIX, WEIGHTS, rank_and_scale, stack_key
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, OutputExistsError
-from adapters.peft_files import COMPACT_WEIGHTS, CONFIG, PREFIX, WEIGHTS, rank_and_scale, stack_key
-from adapters.routed import PROJECTIONS
+from adapters.layouts import PROJECTIONS
 from adapters.tensor_files import new_directory
 
 FACTS = "compact_adapter"

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters.layouts import LAYER
+from adapters.layouts import LAYER, PROJECTIONS
 from adapters.lora import ExpertLora
-from adapters.routed import PROJECTIONS
 
 
 def expert_delta_norms(model: nn.Module, adapter_name: str = "default") -> dict[str, list[Any]]:

@@ -15,12 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adapters.adapter_files import AdapterFile
 from adapters.checkpoint import text_config
 from adapters.errors import AdapterFileError
-from adapters.layouts import EXPERT_COUNTS, ExpertLayout, TensorClassName
+from adapters.layouts import EXPERT_COUNTS, PROJECTIONS, ExpertLayout, TensorClassName
 from adapters.merged import MergedWeights
-from adapters.peft_files import AdapterFile
-from adapters.routed import PROJECTIONS
 
 Factors = tuple[Tensor, Tensor]
 """A (E, r, in) and B (E, out, r), float32, the scale in B: expert e adds B[e] A[e] to its (out, in) matrix."""

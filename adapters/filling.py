@@ -9,11 +9,9 @@ the tensors that are filled does not depend on the size of an expert (on a GPU i
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -24,7 +22,7 @@ from adapters.checkpoint import TensorInfo
 from adapters.errors import CheckpointError, QuantizationError
 from adapters.four_bit import CHUNK, Quantizer
 from adapters.quantized import Writer
-from adapters.tensor_files import DTYPES, OpenFiles
+from adapters.tensor_files import DTYPES, OpenFiles, thread_pool
 
 Progress = Callable[[int, int], None]
 
@@ -110,19 +108,6 @@ def fill(targets: Sequence[Target], progress: Progress | None = None) -> list[st
             if progress:
                 progress(done, total)
     return sorted(problems)
-
-
-@contextmanager
-def thread_pool() -> Iterator[ThreadPoolExecutor]:
-    """A thread for each core, each computing alone; on an error, what has not begun is dropped."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
 
 
 def _fill(target: Target, files: OpenFiles, scratch: _Scratch) -> list[str]:

@@ -43,6 +43,9 @@ TENSOR_CLASSES: tuple[TensorClassName, ...] = (
 QUANTIZED_CLASSES: tuple[TensorClassName, ...] = ("attention", "shared_expert", "routed_experts", "dense_mlp")
 """Classes held in 4 bit by a 4-bit recipe. Embeddings, head, router and norms stay as they are: small or sensitive."""
 
+PROJECTIONS = ("gate_up_proj", "down_proj")
+"""The stacks of a layer's routed experts in the stock model."""
+
 SMALL = r"(norm|layernorm)\.(weight|bias)|\.(shared_expert_gate\.weight|conv1d\.weight|sinks|A_log|dt_bias)"
 """Counted with the norms: what stands between the matrices and is neither quantised nor adapted."""
 

@@ -26,10 +26,10 @@ from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_config, read_index
 from adapters.errors import CheckpointError, QuantizationError
 from adapters.expert_math import Stack
 from adapters.filling import Progress, Span, Target, fill
-from adapters.layouts import QUANTIZED_CLASSES, ExpertLayout, layout_for
+from adapters.layouts import PROJECTIONS, QUANTIZED_CLASSES, ExpertLayout, layout_for
 from adapters.quantized import FORMATS, DenseWriter, FourBit, Held, QuantizedStack, Writer
 from adapters.quantized_linear import linear_problems, quantized_linear
-from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks, replace_experts
+from adapters.routed import RoutedExperts, moe_blocks, replace_experts
 
 
 def load_base(

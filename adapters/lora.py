@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.errors import StudioError, TargetError
-from adapters.layouts import ExpertLayout, TensorClassName, layout_for
+from adapters.layouts import PROJECTIONS, ExpertLayout, TensorClassName, layout_for
 from adapters.lora_products import LoraRanks
 from adapters.placement import Placement
-from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks
+from adapters.routed import RoutedExperts, moe_blocks
 
 LINEAR_CLASSES: tuple[TensorClassName, ...] = ("attention", "shared_expert", "dense_mlp")
 

@@ -158,8 +158,7 @@ class Entry:
     def _read(
         self, manifest: dict[str, Any], tensors: Mapping[str, Tensor], progress: Callable[[int, int], None] | None
     ) -> str | None:
-        from adapters.filling import thread_pool
-        from adapters.tensor_files import NAMES, OpenFiles
+        from adapters.tensor_files import NAMES, OpenFiles, thread_pool
 
         held, hashes = read_header(self.path / WEIGHTS)[0], manifest["hashes"]
         shapes = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -30,7 +30,6 @@ from adapters.lora_products import Lora, LoraRanks
 from adapters.quantized import QuantizedStack
 from adapters.workspace import fused_experts, lean_rows
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
 ExpertPath = Literal["fast", "lean"]
 EXPERT_PATHS: tuple[ExpertPath, ...] = ("fast", "lean")
 

@@ -1,25 +1,27 @@
 """Exact reads and atomic writes of safetensors files.
 
 Reads go through `pread`, not mmap: mapped pages count as resident memory, and a model streamed through a map peaks at
-its full size. Writes are streamed tensor by tensor beside the target, fsynced and renamed.
+its full size. Writes are streamed piece by piece beside the target, hashed on the way, fsynced and renamed.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
 import struct
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adapters.checkpoint import DTYPE_BYTES, TensorInfo
+from adapters.checkpoint import TensorInfo
 from adapters.errors import CheckpointError, OutputExistsError
 
 DTYPES = {
@@ -47,6 +49,18 @@ def read_tensor(info: TensorInfo, index: int | None = None) -> Tensor:
     out = torch.empty(shape, dtype=DTYPES[info.dtype])
     with OpenFiles() as files:
         files.read(info.file, info.start + (index or 0) * out.nbytes, out)
+    return out
+
+
+def read_values(info: TensorInfo, start: int, count: int) -> Tensor:
+    """`count` values of the tensor laid out flat, from value `start` on, in its own dtype.
+
+    Raises:
+        CheckpointError: the file ended early.
+    """
+    out = torch.empty(count, dtype=DTYPES[info.dtype])
+    with OpenFiles() as files:
+        files.read(info.file, info.start + start * out.itemsize, out)
     return out
 
 
@@ -86,75 +100,177 @@ class OpenFiles:
             done += got
 
 
+@contextmanager
+def thread_pool() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core, each computing alone; on an error, what has not begun is dropped."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
 def write_tensors(
     path: Path,
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     produce: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes one safetensors file, asking `produce` for each tensor when its turn comes.
+) -> str:
+    """Writes one safetensors file, asking `produce` for each tensor when its turn comes; returns the file's sha256.
 
     The header is laid out from `specs` before the first tensor exists. The file appears under its name only when whole.
     """
+    return write_pieces(path, specs, (_checked(produce(name), *spec, name) for name, spec in specs.items()), metadata)
+
+
+def _checked(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> Tensor:
+    tensor = tensor.detach().to("cpu", dtype).contiguous()
+    assert tuple(tensor.shape) == tuple(shape), (name, tensor.shape, shape)
+    return tensor
+
+
+def write_pieces(
+    path: Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    pieces: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Writes one safetensors file from the values of its tensors laid end to end, in pieces of any length.
+
+    Hashed as it is written, by a thread of its own. The file appears under its name only when it is whole and on the
+    disk.
+
+    Args:
+        pieces: contiguous, on the CPU, each in the dtype of its tensor, in the order of `specs`.
+
+    Returns:
+        The sha256 of the file.
+    """
+    header = safetensors_header(specs, metadata)
+    size = len(header) + sum(spec_bytes(*spec) for spec in specs.values())
+    temporary, hashed = path.with_name(f".{path.name}.partial"), hashlib.sha256(header)
+    with temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        file.write(header)
+        before = None
+        for piece in pieces:
+            view = piece.reshape(-1).view(torch.uint8).numpy().data if piece.numel() else b""
+            if before:
+                before.result()  # one piece is hashed while the next is written: no more than two exist
+            before = hasher.submit(hashed.update, view)
+            file.write(view)
+        if before:
+            before.result()
+        assert file.tell() == size, (path, file.tell(), size)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)
+    temporary.rename(path)
+    return hashed.hexdigest()
+
+
+def safetensors_header(
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The first bytes of a safetensors file whose tensors lie end to end in this order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, (dtype, shape) in specs.items():
-        size = DTYPE_BYTES[NAMES[dtype]] * int(torch.Size(shape).numel())
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        end = offset + spec_bytes(dtype, shape)
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, (dtype, shape) in specs.items():
-            tensor = produce(name).detach().to("cpu", dtype).contiguous()
-            assert tuple(tensor.shape) == tuple(shape), (name, tensor.shape, shape)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def spec_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * int(torch.Size(shape).numel())
 
 
 @contextmanager
-def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory written beside `target` that takes its name only when the block ends well.
+def new_directory(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+    """A directory written beside `target`, as `.NAME.partial`, that takes its name only when the block ends well.
 
-    With `overwrite` the old directory stays until the new one is whole. On failure nothing of the new one is left.
+    With `overwrite` the old directory stays until the new one is whole. On an error nothing of the new one is left;
+    what a killed process left never looks finished, and the next one clears it away. One process writes at a time.
+
+    Args:
+        resume: hand over what a killed process left, instead of clearing it away. The block decides what of it is good.
 
     Raises:
-        OutputExistsError: `target` exists and `overwrite` is not given.
+        OutputExistsError: `target` exists and `overwrite` is not given, or another process is writing it.
     """
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"{target} exists already; choose another output or pass --overwrite")
+    staged, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    staged.chmod(0o755)
+    with _locked(staged, target):
+        if old.exists():  # killed between two renames
+            shutil.rmtree(old) if target.exists() else old.rename(target)
+        try:
+            if target.exists() and not overwrite:
+                raise OutputExistsError(f"{target} exists already; choose another output or pass --overwrite")
+            if not resume:
+                _empty(staged)
+            yield staged
+            for file in staged.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            _swap(staged, target, old)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(staged: Path, target: Path) -> Iterator[None]:
+    """Makes `staged` where it is not there, and holds a lock on it: a dead process holds none."""
+    while True:
+        staged.mkdir(mode=0o755, exist_ok=True)
+        try:
+            descriptor = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # another process has just finished with it
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputExistsError(
+                    f"another process is writing {target} at this moment; wait until it ends"
+                ) from None
+            if _same(descriptor, staged):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether `path` is still the directory that was opened: it may have been renamed before it was locked."""
     try:
-        yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        _swap(staged, target)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
-def _swap(staged: Path, target: Path) -> None:
-    old = None
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _swap(staged: Path, target: Path, old: Path) -> None:
     if target.exists():
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
         target.rename(old)
     _fsync(staged)
     try:
         staged.rename(target)
     except BaseException:
-        if old is not None:
+        if old.exists():
             old.rename(target)
         raise
     _fsync(target.parent)
-    if old is not None:
+    if old.exists():
         shutil.rmtree(old)
 
 

@@ -32,13 +32,15 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from studio.export_plan import ExportPlan, ExportRequest, plan_export
-    from studio.exporting import consumers, export, formats, list_exports
+    from studio.exporting import consumers, export, formats, gguf_types, list_exports, read_export
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
     from studio.merging import convert, merge
     from studio.plan import Plan, make_plan
     from studio.profile import find_profile, make_profile
+    from studio.pushing import push
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
     from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing, plan_routing
+    from studio.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -74,6 +76,7 @@ __all__ = [
     "export",
     "find_profile",
     "formats",
+    "gguf_types",
     "job_routing",
     "list_exports",
     "list_jobs",
@@ -85,21 +88,26 @@ __all__ = [
     "parse_recipe",
     "plan_export",
     "plan_routing",
+    "push",
+    "read_export",
     "recipe_schema",
     "recipe_to_yaml",
     "submit",
+    "verify",
 ]
 
 _HOMES = {
     "studio.combining": ("combine",),
     "studio.export_plan": ("ExportPlan", "ExportRequest", "plan_export"),
-    "studio.exporting": ("consumers", "export", "formats", "list_exports"),
+    "studio.exporting": ("consumers", "export", "formats", "gguf_types", "list_exports", "read_export"),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
     "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),
     "studio.profile": ("find_profile", "make_profile"),
+    "studio.pushing": ("push",),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
     "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing", "plan_routing"),
+    "studio.verifying": ("verify",),
 }
 
 

@@ -26,6 +26,7 @@ from studio.job_files import to_json
 CERTIFICATE = "certificate.json"
 VERSION = 1
 VERIFIED, WEIGHTS_ALONE, FAILED = "verified", "weights verified, behaviour not run", "failed"
+UNVERIFIED = "not verified"
 PROGRAMS = ("torch", "transformers", "peft", "safetensors", "tokenizers", "bitsandbytes", "gguf", "xllamacpp")
 HASHED_BYTES = 1 << 22
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -37,7 +38,7 @@ class Certificate:
 
     Attributes:
         name: of the export. format: in `adapters.export.EXPORTERS`. consumer: the program it is for, "" if none.
-        verdict: "verified", "weights verified, behaviour not run" or "failed".
+        verdict: "verified", "weights verified, behaviour not run", "not verified" or "failed".
         base: {"name", "fingerprint"}. adapter: {file: sha256}, None where there is none.
         held: how training held the base where that was merged into, else None.
         prompts: where the held-out prompts came from.
@@ -65,8 +66,10 @@ class Certificate:
 def verdict(checks: Sequence[Check]) -> str:
     """What the checks come to: one failed check fails all, and nothing that was not run counts as passed."""
     statuses = {check.status for check in checks}
-    if "failed" in statuses or "passed" not in statuses:
+    if "failed" in statuses:
         return FAILED
+    if "passed" not in statuses:
+        return UNVERIFIED
     return WEIGHTS_ALONE if "not run" in statuses else VERIFIED
 
 

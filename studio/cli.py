@@ -185,14 +185,23 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="The model directory to write.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number type to write, if not the base's.")] = None,
+    into: Annotated[
+        str,
+        typer.Option(
+            "--into",
+            metavar="auto|original|quantized",
+            help="Merge into the base's own weights, or into these as training held them; "
+            "auto: what has the lower loss on the job's held-out data.",
+        ),
+    ] = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base and write a model that loads without the studio."""
+    """Merge an adapter into its base and write a model that loads without the studio. Killed, it goes on where it was."""
     from studio.terminal import merge_progress, merge_view
 
     with merge_progress(output(), quiet=as_json) as progress:
-        report = studio.merge(adapter, out, base=base, dtype=dtype, overwrite=overwrite, progress=progress)
+        report = studio.merge(adapter, out, base=base, dtype=dtype, into=into, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -309,6 +318,42 @@ def combine(
         print_json(report)
     else:
         typer.echo(summary(report))
+
+
+@app.command(epilog="Example: studio verify exports/quickstart --adapter runs/quickstart")
+@reported
+def verify(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="A folder that export wrote.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Its base, if not where its certificate says.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter in it, or the job that trained that.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Examples to verify with, if not the job's held-out ones.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify an export again: its files against its certificate, and what it says against the trained model."""
+    from studio.export_view import certificate_view
+
+    report = studio.verify(export, base=base, adapter=adapter, prompts=prompts)
+    print_json(report) if as_json else output().print(certificate_view(report), soft_wrap=True)
+    if report["verdict"] == "failed":
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: studio push exports/Llama-tickets me/Llama-tickets --dry-run")
+@reported
+def push(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="A folder that export wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; private if not.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything here, and upload nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a certified export to a hub, privately. The token is the hub client's affair: see hf auth login."""
+    from studio.export_view import push_view
+
+    report = studio.push(export, repository, public=public, dry_run=dry_run)
+    print_json(report) if as_json else output().print(push_view(report), soft_wrap=True)
 
 
 @app.command(epilog="Example: studio cache --remove all")

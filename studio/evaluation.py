@@ -70,6 +70,20 @@ def evaluate(
     return Evaluation(loss, right / len(examples), tuple(answers), references)
 
 
+def held_out_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length_tokens: int,
+    batch_size: int,
+) -> float:
+    """The loss of `evaluate` alone: mean cross-entropy per completion token, in nats."""
+    model.eval()
+    with torch.inference_mode():
+        return _loss(model, tokenizer, examples, max_length_tokens, batch_size, lambda done: None)
+
+
 def wanted(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The answer as the model is trained to write it: some templates put an empty think block before it."""
     prompt, whole = _prompt_and_whole(tokenizer, example)

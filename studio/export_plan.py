@@ -16,13 +16,15 @@ from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_index, read_json_o
 from adapters.export import EXPORTERS, Format, Options, Source
 from adapters.export.consumers import CONSUMERS, Consumer, Place
 from adapters.sidecar import Sidecar, check_base, read_sidecar
+from studio.card import public_name
+from studio.certificate import CERTIFICATE
 from studio.errors import AdapterFileError, ExportError, JobError, OutputExistsError
 from studio.export_sizes import GGUF_BITS, format_bytes
 from studio.jobs import Job, open_job
+from studio.licence import Licence, read_licence
 from studio.models import resolve_base
 from studio.quantities import as_bytes
 
-CERTIFICATE = "certificate.json"
 DTYPES = ("bfloat16", "float16", "float32")
 QUANT = "Q4_K_M"
 WEIGHTS = ("original", "quantized")
@@ -79,6 +81,11 @@ class Origin:
     sidecar: Sidecar | None = None
 
     @property
+    def path_or_id(self) -> str:
+        """The base as other programs find it."""
+        return str(self.base) if self.base_name == "embedded" else self.base_name
+
+    @property
     def held(self) -> dict[str, Any] | None:
         """How training held the base, if it was quantised."""
         held = dict(self.sidecar.held or {}) if self.sidecar else {}
@@ -90,6 +97,7 @@ class ExportPlan:
     """What will be written.
 
     Attributes:
+        licence: of the base.
         files: (what, bytes or None where that is small), in order.
         bytes: about, of all of them. free_bytes: on that disk now.
         checks: what the verification will compare, in words.
@@ -99,6 +107,7 @@ class ExportPlan:
 
     request: ExportRequest
     origin: Origin
+    licence: Licence
     format: Format
     consumer: Consumer | None
     options: Options
@@ -116,6 +125,11 @@ class ExportPlan:
     @property
     def name(self) -> str:
         return self.request.out.name
+
+    @property
+    def public_base(self) -> str:
+        """The base as cards and certificates call it: never a path of this machine."""
+        return public_name(self.origin.base_name)
 
     @property
     def source(self) -> Source:
@@ -156,6 +170,9 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     origin = find_origin(request.what, request.base)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
+    licence = read_licence(origin.base, public_name(origin.base_name))
+    licence.check_name(request.out.name)
+    licence.check_files()
     warnings = check_base(origin.sidecar, origin.base) if origin.sidecar else []
     index = read_index(origin.base)
     size = format_bytes(form, options, origin.base, origin.adapter, index)
@@ -168,6 +185,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     return ExportPlan(
         request=request,
         origin=origin,
+        licence=licence,
         format=form,
         consumer=consumer,
         options=options,
@@ -175,7 +193,9 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         bytes=size,
         free_bytes=free,
         checks=tuple(_checks(request, form, consumer, origin)),
-        command=command_of(consumer, origin, request.out.name, str(request.out)),
+        command=command_of(
+            consumer, request.out.name, str(request.out), origin.path_or_id, origin.adapter, f"{request.out.name}.gguf"
+        ),
         warnings=tuple(warnings),
     )
 
@@ -194,7 +214,7 @@ def choose(consumer: str | None, form: str | None) -> tuple[Consumer | None, For
     allowed = [name for name in (found.formats if found else EXPORTERS) if name in EXPORTERS]
     form = form or (allowed[0] if allowed else None)
     if form is None or form not in allowed:
-        reads = f"{found.title} reads {', '.join(allowed)}" if found else f"allowed are {', '.join(allowed)}"
+        reads = f"{found.title} reads {', '.join(found.formats)}" if found else f"allowed are {', '.join(allowed)}"
         raise ExportError(f"received --format {form}; {reads}")
     return found, EXPORTERS[form]
 
@@ -305,16 +325,21 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def command_of(consumer: Consumer | None, origin: Origin, name: str, folder: str) -> str:
-    """The one command that runs the export; `folder` as it is to be said."""
+def command_of(consumer: Consumer | None, name: str, folder: str, base: str, adapter: Path | None, gguf: str) -> str:
+    """The one command that runs an export; "" for a format alone.
+
+    Args:
+        folder: as it is to be said. base, adapter: of what was exported. gguf: the GGUF file in the folder.
+    """
     if consumer is None:
         return ""
-    rank = 0
-    if origin.adapter is not None:
-        config = read_json_object(origin.adapter / "adapter_config.json", AdapterFileError)
-        rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
-    base = str(origin.base) if origin.base_name == "embedded" else origin.base_name
-    return consumer.command(Place(folder, name, base, rank, f"{name}.gguf"))
+    return consumer.command(Place(folder, name, base, _largest_rank(adapter), gguf))
+
+
+def _largest_rank(adapter: Path | None) -> int:
+    file = adapter / "adapter_config.json" if adapter else None
+    config = read_json_object(file, AdapterFileError) if file and file.is_file() else {}
+    return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
 def _files(

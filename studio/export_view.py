@@ -33,11 +33,11 @@ def plan_view(plan: ExportPlan) -> RenderableType:
     shown.add_row("Folder", Text(clean(str(plan.out))))
     for number, (what, size) in enumerate(plan.files):
         shown.add_row("" if number else "Files", Text(clean(what + (f", about {as_bytes(size)}" if size else ""))))
+    if plan.command:
+        shown.add_row("Command", Text(clean(plan.command)))
     shown.add_row("Disk", f"about {as_bytes(plan.bytes)} of {as_bytes(plan.free_bytes)} free")
     for number, words in enumerate(plan.checks or ["nothing: verification is switched off"]):
         shown.add_row("" if number else "Checks", Text(words))
-    if plan.command:
-        shown.add_row("Then", Text(clean(plan.command)))
     return Group(shown, *(warning_text(words) for words in plan.warnings))
 
 
@@ -78,8 +78,8 @@ def certificate_view(report: Mapping[str, Any]) -> RenderableType:
     facts.add_row("Export", Text(clean(str(report["out"]))))
     facts.add_row("Verified", verdict(report["checks"]))
     if report.get("command"):
-        facts.add_row("Next", Text(clean(report["command"])))
-    return Group(checks_table(report["checks"]), "", facts) if report["checks"] else facts
+        facts.add_row("Run it", Text(clean(report["command"])))
+    return Group(checks_table(report["checks"]), "", facts)
 
 
 def checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
@@ -95,9 +95,23 @@ def checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
 
 def verdict(checks: Sequence[Mapping[str, Any]]) -> Text:
     """How many passed, and in plain words what was not run."""
-    if not checks:
+    if not any(check["status"] == "passed" for check in checks):
         return Text("not verified: it was switched off", "yellow")
     passed = sum(check["status"] == "passed" for check in checks)
     left = [check["name"] for check in checks if check["status"] == "not run"]
     text = Text(f"{passed} of {len(checks)} checks passed", "green" if passed == len(checks) else "")
     return text.append(f"; not run: {', '.join(left)}", "yellow") if left else text
+
+
+def push_view(report: Mapping[str, Any]) -> RenderableType:
+    """What goes, or went, where."""
+    shown = Table(box=None, show_header=False, pad_edge=False)
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+    seen = "only you and your organisation see it" if report["private"] else "everyone sees it"
+    shown.add_row("Repository", Text(clean(f"{report['repository']} ({seen})")))
+    shown.add_row("Files", f"{len(report['files'])}, {as_bytes(report['bytes'])}")
+    shown.add_row("Certificate", Text(clean(report["verdict"])))
+    shown.add_row("Licence", Text(clean(report["licence"] or "the base names none: find out before others see it")))
+    shown.add_row("Uploaded", Text(clean(report["url"] or "nothing: this was a dry run")))
+    return shown

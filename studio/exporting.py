@@ -1,36 +1,35 @@
 """`export`: a job, an adapter or a model → a folder that one program can use, proven before it appears.
 
-    plan_export ─▶ a folder beside `out` ─▶ weights ─▶ the consumer's files ─▶ card and licence
-                     ─▶ verification in fresh processes ─▶ certificate.json ─▶ `out`
+    plan_export ─▶ a folder beside `out` ─▶ weights ─▶ what the consumer wants beside them
+                     ─▶ verification in fresh processes ─▶ card and licence ─▶ certificate.json ─▶ `out`
 
 A failed check leaves `out` as it was.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import listed
 from adapters.export import EXPORTERS, Format
 from adapters.export.consumers import CONSUMERS, Consumer, consumers_of
-from studio.data import read_examples
-from studio.errors import VerificationError
-from studio.export_plan import CERTIFICATE, ExportPlan, ExportRequest, plan_export
-from studio.job_files import read_json, to_json
+from adapters.verify import Check
+from studio.errors import ExportError, VerificationError
+from studio.export_plan import ExportPlan, ExportRequest, command_of, plan_export
+from studio.export_sizes import GGUF_BITS
+from studio.progress import EXPORT_STAGES
 
 if TYPE_CHECKING:
-    from adapters.verify import Check
+    from studio.certificate import Certificate
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all); the total is 0 where it is not known."""
 
-WRITING, FINISHING, VERIFYING = "Writing", "Adding what goes with it", "Verifying in fresh processes"
-STAGES = (WRITING, FINISHING, VERIFYING)
-MOST_PROMPTS = 16
+WRITING, VERIFYING, CERTIFYING = EXPORT_STAGES
+SWITCHED_OFF = Check("verification", "not run", "it was switched off (--no-verify): nothing was compared")
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -40,60 +39,68 @@ def export(request: ExportRequest, progress: Progress | None = None) -> dict[str
         progress: called as the stages go on.
 
     Returns:
-        What certificate.json says, and {"out", "command"}.
+        What certificate.json says, with "out" and the "command" that runs it.
 
     Raises:
         VerificationError: a check failed; it has all of them. Nothing of the export is kept.
         StudioError: as `plan_export`, and where the adapter does not fit its base.
     """
     from adapters.tensor_files import new_directory
+    from studio.certificate import as_json
 
     told = progress or (lambda stage, done, total: None)
     plan = plan_export(request)
     plan.source.open()  # every adapter tensor finds its place, or nothing is written
     with new_directory(plan.out, request.overwrite) as staged:
-        facts = _fill(plan, staged, told)
-        told(VERIFYING, 0, 0)
-        checks = _verified(plan, staged)
-        certificate = write_certificate(plan, staged, facts, checks)
-        _refuse(plan, checks)
-    return {**certificate, "out": str(plan.out), "command": plan.command}
+        certificate = as_json(_export_to(staged, plan, told))
+    return {**certificate, "out": str(plan.out), "command": _command(plan, plan.out, str(plan.out))}
 
 
-def _fill(plan: ExportPlan, staged: Path, told: Progress) -> dict[str, Any]:
-    """The format's files, what the consumer wants beside them, the card and the licence."""
+def _export_to(staged: Path, plan: ExportPlan, told: Progress) -> Certificate:
+    """Fills the folder, up to its certificate."""
+    from studio.certificate import write_certificate
+    from studio.held_out import held_out_prompts
+
     inside = plan.consumer.inside(staged, plan.name) if plan.consumer else staged
     inside.mkdir(parents=True, exist_ok=True)
+    facts = _fill(plan, inside, told)
+    told(VERIFYING, 0, 0)
+    prompts = held_out_prompts(job=plan.origin.job.path if plan.origin.job else None, file=plan.request.prompts)
+    checks = _verified(plan, inside, prompts.items) if plan.request.verify else [SWITCHED_OFF]
+    _refuse(plan, checks)
+    told(CERTIFYING, 0, 0)
+    origin = prompts.origin if plan.request.verify else ""
+    _write_card(plan, staged, checks, origin)
+    return write_certificate(
+        staged,
+        source=plan.source,
+        base_name=plan.public_base,
+        format=plan.format.name,
+        checks=checks,
+        prompts_from=origin,
+        consumer=plan.consumer.name if plan.consumer else "",
+        options=plan.options,
+        facts=facts,
+    )
+
+
+def _fill(plan: ExportPlan, inside: Path, told: Progress) -> dict[str, Any]:
+    """The format's files, and what the consumer wants beside them, readable for everyone."""
     told(WRITING, 0, plan.bytes)
     facts = plan.format.write(plan.source, inside, plan.options, lambda done, total: told(WRITING, done, total))
-    told(FINISHING, 0, 0)
     if plan.consumer and plan.consumer.finish:
         plan.consumer.finish(plan.source, inside, plan.name)
+    for path in inside.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return facts
 
 
-def _verified(plan: ExportPlan, staged: Path) -> list[Check]:
-    """Every check of the format and of the consumer; none where verification was switched off."""
-    from adapters.verify.run import BUILT_IN, verify_export
+def _verified(plan: ExportPlan, inside: Path, prompts: Sequence[Any]) -> list[Check]:
+    """Every check of the format and of the consumer."""
+    from adapters.verify.run import verify_export
 
-    if not plan.request.verify:
-        return []
-    inside = plan.consumer.inside(staged, plan.name) if plan.consumer else staged
-    prompts = held_out(plan) or BUILT_IN
     checks = verify_export(inside, plan.format.name, plan.source, prompts, options=plan.options)
-    if plan.consumer and plan.consumer.check:
-        checks += plan.consumer.check(plan.source, inside)
-    return checks
-
-
-def held_out(plan: ExportPlan) -> list[list[dict[str, str]]]:
-    """Conversations to verify with: of the file that the request names, else of the job's held-out examples."""
-    job = plan.origin.job
-    file = plan.request.prompts or (job.recipe().data.eval if job else None)
-    if file is None or not Path(file).is_file():
-        return []
-    rows = [example.as_row() for example in read_examples(file)[:MOST_PROMPTS]]
-    return [[*row["prompt"], *row["completion"]] for row in rows]
+    return checks + plan.consumer.check(plan.source, inside) if plan.consumer and plan.consumer.check else checks
 
 
 def _refuse(plan: ExportPlan, checks: Sequence[Check]) -> None:
@@ -104,48 +111,34 @@ def _refuse(plan: ExportPlan, checks: Sequence[Check]) -> None:
         raise VerificationError(listed(title, lines), checks)
 
 
-def list_exports(root: Path | str) -> list[dict[str, Any]]:
-    """The certificates of the exports in the directory `root`, newest first, each with its "out"."""
-    folders = [path for path in Path(root).iterdir() if not path.name.startswith(".")] if Path(root).is_dir() else []
-    found = [{**certificate, "out": str(folder)} for folder in folders if (certificate := read_certificate(folder))]
-    return sorted(found, key=lambda certificate: certificate["created_at"], reverse=True)
+def _write_card(plan: ExportPlan, staged: Path, checks: Sequence[Check], prompts_from: str) -> None:
+    from studio.card import write_card
+
+    write_card(
+        staged,
+        source=plan.source,
+        base_name=plan.public_base,
+        licence=plan.licence,
+        format=plan.format.name,
+        checks=checks,
+        run=_command(plan, staged, ".", plan.public_base),
+        consumer=plan.consumer.title if plan.consumer else "",
+        job=plan.origin.job.path if plan.origin.job else None,
+        prompts_from=prompts_from,
+    )
 
 
-def read_certificate(folder: Path) -> dict[str, Any] | None:
-    """The certificate of an export; None where there is none that can be read."""
-    try:
-        found = read_json(folder / CERTIFICATE)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"created_at", "checks"} <= set(found) else None
+def _command(plan: ExportPlan, written: Path, folder: str, base: str = "") -> str:
+    """The consumer's command for what was written; `folder` as it is to be said."""
+    base = base or plan.origin.path_or_id
+    return command_of(plan.consumer, plan.name, folder, base, plan.origin.adapter, _gguf(written))
 
 
-def write_certificate(plan: ExportPlan, staged: Path, facts: dict[str, Any], checks: Sequence[Check]) -> dict[str, Any]:
-    """Writes certificate.json: what was made of what, every check, and sha256 of every file."""
-    files = {
-        str(path.relative_to(staged)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(staged.rglob("*"))
-        if path.is_file()
-    }
-    certificate = {
-        "name": plan.name,
-        "created_at": time.time(),
-        "format": plan.format.name,
-        "consumer": plan.consumer.name if plan.consumer else None,
-        "facts": facts,
-        "checks": [vars(check) for check in checks],
-        "files": files,
-    }
-    (staged / CERTIFICATE).write_text(to_json(certificate, indent=2) + "\n", encoding="utf-8")
-    return certificate
+def _gguf(folder: Path) -> str:
+    return next((str(path.relative_to(folder)) for path in folder.rglob("*.gguf")), "")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# -------------------------------------------------------------------- what there is to choose from
+# -------------------------------------------------------------------- what there is
 
 
 def consumers() -> list[Consumer]:
@@ -156,3 +149,33 @@ def consumers() -> list[Consumer]:
 def formats(consumer: str) -> list[Format]:
     """The formats at hand that a consumer reads, the default first."""
     return [EXPORTERS[name] for name in CONSUMERS[consumer].formats if name in EXPORTERS]
+
+
+def gguf_types() -> list[str]:
+    """The types that GGUF weights can have, finest first."""
+    return list(GGUF_BITS)
+
+
+def read_export(folder: Path | str) -> dict[str, Any]:
+    """What the certificate of the export in `folder` says, with "out" and the "command" that runs it.
+
+    Raises:
+        ExportError: it has no certificate that can be read.
+    """
+    from studio.certificate import as_json, read_certificate
+
+    folder = Path(folder)
+    found = as_json(read_certificate(folder))
+    consumer = CONSUMERS.get(found["consumer"])
+    command = command_of(consumer, found["name"], str(folder), found["base"]["name"], folder, _gguf(folder))
+    return {**found, "out": str(folder), "command": command}
+
+
+def list_exports(root: Path | str) -> list[dict[str, Any]]:
+    """The exports in the directory `root`, newest first, as `read_export` gives them."""
+    found = []
+    for folder in Path(root).iterdir() if Path(root).is_dir() else ():
+        if not folder.name.startswith("."):
+            with suppress(ExportError):
+                found.append(read_export(folder))
+    return sorted(found, key=lambda export: str(export["created"]), reverse=True)

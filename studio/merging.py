@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import read_json_object
-from studio.errors import AdapterFileError
+from studio.errors import AdapterFileError, ExportError
+from studio.merge_choice import INTO, choose_into
 from studio.models import resolve_base
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,42 +22,52 @@ def merge(
     *,
     base: str | None = None,
     dtype: str | None = None,
+    into: str = "auto",
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Merges an adapter into the unquantised weights of its base.
+    """Merges an adapter into the weights of its base. Killed, the next call goes on where it was.
 
     Args:
         adapter: a PEFT adapter directory, or a job directory that holds one.
         out: the model directory to write; it appears only when it is whole.
         base: "embedded", a directory or a hub id; None reads it from the adapter.
         dtype: float32, bfloat16 or float16; None keeps the base's.
-        progress: called with (bytes read, bytes in all).
+        into: "original": the base's own weights; "quantized": these as training held them, dequantised; "auto": what
+            has the lower loss on the job's held-out data, and the base's own where that cannot be measured.
+        progress: called with (bytes written, bytes in all).
 
     Returns:
-        {"out", "tensors", "changed", "experts_changed", "bytes", "files", "dtype"}.
+        The fields of `adapters.merge.MergeReport`, and "into": {"chosen", "why", "losses"}.
 
     Raises:
-        StudioError: the adapter or base cannot be read, they do not fit, or `out` exists; nothing is written.
+        StudioError: the adapter or base cannot be read, they do not fit, the disk has no room, or `out` exists; nothing
+            is written.
     """
     directory = _adapter_directory(Path(adapter))
     source = resolve_base(base or _recorded_base(directory))
     if dtype is not None and dtype not in DTYPES:
         raise AdapterFileError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    if into not in INTO:
+        raise ExportError(f"received --into {into!r}; allowed are {', '.join(INTO)}")
 
     import torch
 
-    from adapters.merge import merge_adapter
+    from adapters.merge import check_output, merge_adapter
 
+    check_output(source, directory, Path(out).absolute(), overwrite)
+    choice = choose_into(directory, source, into)
     report = merge_adapter(
         source,
         directory,
         Path(out),
         dtype=getattr(torch, dtype) if dtype else None,
+        held=choice.held,
         overwrite=overwrite,
         progress=progress,
     )
-    return {**dataclasses.asdict(report), "out": str(report.out)}
+    chosen = {"chosen": choice.into, "why": choice.why, "losses": choice.losses}
+    return {**dataclasses.asdict(report), "out": str(report.out), "into": chosen}
 
 
 def convert(adapter: Path | str, out: Path | str, *, to: str, overwrite: bool = False) -> dict[str, Any]:

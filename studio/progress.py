@@ -11,6 +11,7 @@ from studio.errors import JobError
 from studio.jobs import Job, JobState, list_jobs
 from studio.quantities import as_bytes, as_count, as_duration
 
+EXPORT_STAGES = ("Writing", "Verifying in fresh processes", "Card and certificate")
 PHASES = ("loading", "evaluating base", "training", "evaluating tuned", "saving")
 Rows = Sequence[dict[str, Any]]
 Counts = tuple[int, int]

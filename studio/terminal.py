@@ -321,7 +321,19 @@ def merge_view(report: dict[str, Any]) -> RenderableType:
         f"{report['changed']:,} of {report['tensors']:,} tensors changed, {report['experts_changed']:,} expert matrices"
     )
     size = f"{as_bytes(report['bytes'])} in {report['dtype']}"
-    return Text(f"Merged model in {clean(str(report['out']))}: {size}, {changed}")
+    lines = [f"Merged model in {clean(str(report['out']))}: {size}, {changed}", _merged_into(report["into"])]
+    if relative := sorted(delta["relative"] for delta in report["deltas"]):
+        lines.append(f"Change of a tensor, ‖Δ‖ / ‖W‖: {relative[len(relative) // 2]:.2%}, at most {relative[-1]:.2%}")
+    if report["resumed"]:
+        lines.append(f"{report['resumed']} of {report['files']} weight files were there from a merge that was killed")
+    return Text("\n".join([*lines, *(f"Warning: {clean(warning)}" for warning in report["warnings"])]))
+
+
+def _merged_into(into: dict[str, Any]) -> str:
+    names = {"original": "the base's own weights", "quantized": "the base as training held it, quantised"}
+    losses = into["losses"] or {}
+    shown = "".join(f"; loss {loss:.4f} in {names[name]}" for name, loss in losses.items())
+    return f"Merged into {names[into['chosen']]}: {into['why']}{shown}"
 
 
 def convert_view(report: dict[str, Any]) -> RenderableType:

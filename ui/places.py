@@ -59,6 +59,26 @@ class Places:
         """Newest first."""
         return studio.list_jobs(self.jobs_root)
 
+    @property
+    def exports_root(self) -> Path:
+        """Where exports go: the folder `exports` beside the jobs root, so that a job can be replaced without them."""
+        return self.jobs_root.parent / "exports"
+
+    def export(self, name: str) -> Path:
+        """The folder of the export of that name.
+
+        Raises:
+            StudioError: no such export, or a name that leads out of the folder of the exports.
+        """
+        path = self.exports_root / checked_name(name)
+        if not path.is_dir() or path.resolve().parent != self.exports_root.resolve():
+            raise StudioError(f'There is no export "{name}" in {self.exports_root}')
+        return path
+
+    def free_export(self, wanted: str) -> str:
+        """`wanted`, or the first of wanted-2, wanted-3, … that no export has yet."""
+        return _free(self.exports_root, wanted)
+
     def sources(self) -> list[tuple[str, str]]:
         """(label, source) of every recipe that can be opened: the shipped ones, then those of the jobs."""
         names = sorted((path.stem for path in self.recipes_root.glob("*.yaml")), key=lambda n: (n != "quickstart", n))
@@ -86,16 +106,20 @@ class Places:
 
     def free_name(self, wanted: str) -> str:
         """`wanted`, or the first of wanted-2, wanted-3, … that nothing in the jobs root has yet."""
-        stem, count, name = re.sub(r"-\d+$", "", wanted), 1, wanted
-        while (self.jobs_root / name).exists():
-            count += 1
-            name = f"{stem}-{count}"
-        return name
+        return _free(self.jobs_root, wanted)
 
     def output_dir(self, name: str) -> str:
         """The job directory of that name as a recipe says it: relative where it lies under the working directory."""
         path = self.jobs_root / name
         return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _free(folder: Path, wanted: str) -> str:
+    stem, count, name = re.sub(r"-\d+$", "", wanted), 1, wanted
+    while (folder / name).exists():
+        count += 1
+        name = f"{stem}-{count}"
+    return name
 
 
 def checked_name(name: str) -> str:

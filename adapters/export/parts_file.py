@@ -10,10 +10,10 @@ import peft
 import torch
 from torch import Tensor
 
+from adapters.adapter_files import PREFIX
 from adapters.errors import AdapterFileError, ExportError, listed
 from adapters.export import Progress
 from adapters.factors import Factors, Part
-from adapters.peft_files import PREFIX
 from adapters.tensor_files import write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,12 +15,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from adapters.adapter_files import PREFIX, WEIGHTS, ExpertFactors, to_peft
 from adapters.export import Options, Progress, Source
 from adapters.export.parts_file import Laid, factor_dtype, plain, write_parts
 from adapters.factors import Part, both_projections, expert_count, opened, parts_of, suffix
 from adapters.layouts import ExpertLayout
 from adapters.merged import MergedWeights
-from adapters.peft_files import PREFIX, WEIGHTS, ExpertFactors, peft_sidecar, to_peft
+from adapters.peft_files import peft_sidecar
 from adapters.sidecar import read_sidecar, write_sidecar
 
 

@@ -84,8 +84,10 @@ def check_names(before: Mapping[str, TensorInfo], after: Mapping[str, TensorInfo
     for key in before.keys() & after.keys():
         if after[key].shape != before[key].shape:
             problems.append(f"{key} is {after[key].shape}, the base's {before[key].shape}")
-        elif after[key].dtype not in dtype_names(before[key], dtype):
-            problems.append(f"{key} is {after[key].dtype}, expected {' or '.join(dtype_names(before[key], dtype))}")
+        elif after[key].dtype not in dtype_names(key, before[key], dtype):
+            problems.append(
+                f"{key} is {after[key].dtype}, expected {' or '.join(dtype_names(key, before[key], dtype))}"
+            )
     detail = (
         listed(f"{len(problems)} differ", problems, 8) if problems else f"{len(after)} tensors as in the base's index"
     )

@@ -23,10 +23,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.checkpoint import text_config
 from adapters.export import Source
-from adapters.layouts import ExpertLayout, layout_for
+from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.loading import load_base
 from adapters.lora_products import LoraRanks
-from adapters.routed import PROJECTIONS, RoutedExperts, moe_blocks
+from adapters.routed import RoutedExperts, moe_blocks
 from adapters.verify.checker import source_from
 from adapters.verify.peft_reading import Pair, PeftReading
 from adapters.verify.run import Prompt

@@ -89,12 +89,27 @@ RESULTS = {
     "llama_vocab_get_add_eos": c_bool,
     "llama_model_chat_template": c_char_p,
 }
-POINTERS_FIRST = (
-    "llama_init_from_model llama_model_get_vocab llama_get_memory llama_adapter_lora_init llama_get_logits_ith "
-    "llama_vocab_is_eog llama_vocab_get_add_bos llama_vocab_get_add_eos llama_model_chat_template llama_vocab_bos "
-    "llama_vocab_eos llama_vocab_eot llama_vocab_pad llama_vocab_n_tokens llama_decode llama_memory_clear "
-    "llama_tokenize llama_token_to_piece llama_set_adapters_lora"
-).split()
+POINTERS_FIRST = [
+    "llama_init_from_model",
+    "llama_model_get_vocab",
+    "llama_get_memory",
+    "llama_adapter_lora_init",
+    "llama_get_logits_ith",
+    "llama_vocab_is_eog",
+    "llama_vocab_get_add_bos",
+    "llama_vocab_get_add_eos",
+    "llama_model_chat_template",
+    "llama_vocab_bos",
+    "llama_vocab_eos",
+    "llama_vocab_eot",
+    "llama_vocab_pad",
+    "llama_vocab_n_tokens",
+    "llama_decode",
+    "llama_memory_clear",
+    "llama_tokenize",
+    "llama_token_to_piece",
+    "llama_set_adapters_lora",
+]
 
 
 class LlamaCpp:

@@ -92,7 +92,7 @@ def audit(source: Source, read: Read, rounding: Rounding | None = None, dtype: s
     base = _base_reader(source, index, deltas)
     found = Findings()
     for key, info in index.items():
-        written = _dtype(info, dtype)
+        written = _dtype(key, info, dtype)
         for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
             delta = deltas[key](expert) if key in deltas else None
             _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, rounding)
@@ -142,9 +142,11 @@ def _base_reader(source: Source, index: Mapping[str, TensorInfo], deltas: Deltas
     return held
 
 
-def _dtype(info: TensorInfo, dtype: str | None) -> torch.dtype:
+def _dtype(key: str, info: TensorInfo, dtype: str | None) -> torch.dtype:
+    """The router's correction of its selection keeps its own, as stock keeps it in float32 in a 16-bit model."""
     own = DTYPES[info.dtype]
-    return getattr(torch, dtype) if dtype and own.is_floating_point else own
+    plain = own.is_floating_point and not key.endswith("e_score_correction_bias")
+    return getattr(torch, dtype) if dtype and plain else own
 
 
 def _label(key: str, expert: int | None) -> str:
@@ -169,7 +171,8 @@ def _audit_matrix(
     elif delta is None:
         _audit_untouched(found, label, written, base, dtype, rounding)
     else:
-        _audit_targeted(found, label, written.float(), base.float(), delta, rounding or ROUNDINGS[dtype])
+        plain = dtype if rounding is None else None
+        _audit_targeted(found, label, written.float(), base.float(), delta, rounding or ROUNDINGS[dtype], plain)
 
 
 def _audit_untouched(
@@ -186,7 +189,13 @@ def _audit_untouched(
 
 
 def _audit_targeted(
-    found: Findings, label: str, written: Tensor, base: Tensor, delta: Tensor, rounding: Rounding
+    found: Findings,
+    label: str,
+    written: Tensor,
+    base: Tensor,
+    delta: Tensor,
+    rounding: Rounding,
+    plain: torch.dtype | None,
 ) -> None:
     exact = base + delta
     error = written - exact
@@ -205,19 +214,24 @@ def _audit_targeted(
         found.note(TARGETED, f"{label} has values off by more than rounding")
         return
     if moved:
-        _audit_carried(found, label, written - base, delta, base, rounding)
+        whole = 1.0 if plain is None else _carried(exact.to(plain).float() - base, delta)
+        _audit_carried(found, label, written - base, delta, base, rounding, whole)
 
 
 def _audit_carried(
-    found: Findings, label: str, change: Tensor, delta: Tensor, base: Tensor, rounding: Rounding
+    found: Findings, label: str, change: Tensor, delta: Tensor, base: Tensor, rounding: Rounding, whole: float
 ) -> None:
-    """A delta as small as the rounding is still seen as a whole: rounding errors cancel along it, a lost one is 0."""
+    """A delta as small as the rounding is still seen as a whole: rounding errors cancel along it, a lost one is 0.
+
+    They do not where the base's values lie on the grid that is rounded to: there most of a tiny delta goes, and `whole`
+    is the share that right rounding leaves.
+    """
     telling = rounding.relative * float(base.norm()) / (float(delta.norm()) * delta.numel() ** 0.5)
-    if telling > TELLING:
+    if telling > TELLING or whole < 5 * TELLING / 2:
         found.eaten += 1
         return
     found.changed += 1
-    if abs(_carried(change, delta) - 1) > 5 * TELLING / 2:
+    if abs(_carried(change, delta) - whole) > 5 * TELLING / 2:
         found.note(TARGETED, f"{label}: {100 * _carried(change, delta):.0f} % of the trained change is there")
 
 
@@ -266,6 +280,6 @@ def file_reader(directory: Path) -> Read:
     return lambda key, expert: read_tensor(index[key], expert)
 
 
-def dtype_names(info: TensorInfo, dtype: str | None) -> set[str]:
+def dtype_names(key: str, info: TensorInfo, dtype: str | None) -> set[str]:
     """The safetensors dtypes that an exported tensor may have."""
-    return {NAMES[_dtype(info, dtype)]}
+    return {NAMES[_dtype(key, info, dtype)]}

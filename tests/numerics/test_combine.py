@@ -13,12 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.adapter_files import CONFIG, WEIGHTS, AdapterFile
 from adapters.combine import RECORD, Settings, combine, compressed, dare, factored, seed_of, ties
 from adapters.errors import AdapterFileError, OutputExistsError
 from adapters.lora import attach
 from adapters.merge import merge_adapter
 from adapters.merged import MergedWeights
-from adapters.peft_files import CONFIG, WEIGHTS, AdapterFile, save_adapter
+from adapters.peft_files import save_adapter
 from adapters.placement import Placement
 from adapters.sidecar import read_sidecar
 from tests.numerics.conftest import EACH, Tiny, load_plain, randomise, save

@@ -13,12 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from adapters.adapter_files import CONFIG, WEIGHTS, read_adapter
 from adapters.compact import COMPACT_WEIGHTS, to_compact, to_standard
 from adapters.errors import AdapterFileError, OutputExistsError
 from adapters.layouts import LAYOUTS
 from adapters.loading import load_base
 from adapters.lora import attach, target_suffixes
-from adapters.peft_files import CONFIG, WEIGHTS, read_adapter, save_adapter
+from adapters.peft_files import save_adapter
 from adapters.placement import Placement
 from tests.numerics.conftest import EXPERTS, Tiny, randomise, save
 from tests.numerics.test_expert_lora import UNEVEN, placement_for

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 
 from adapters.errors import StudioError, TargetError
+from adapters.layouts import PROJECTIONS
 from adapters.loading import load_base
 from adapters.lora import ExpertLora, attach
 from adapters.peft_files import expert_factors
 from adapters.placement import Placement, same_experts_everywhere
-from adapters.routed import PROJECTIONS, RoutedExperts, set_expert_path
+from adapters.routed import RoutedExperts, set_expert_path
 from tests.numerics.conftest import EXPERTS, Tiny, randomise, save
 
 UNEVEN = ((4, 0, 1, 4, 2, 3), (0, 5, 0, 0, 1, 2))

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from adapters.adapter_files import WEIGHTS, ExpertFactors, from_peft, read_adapter, to_peft
 from adapters.checkpoint import read_index
 from adapters.errors import AdapterFileError, OutputExistsError
 from adapters.layouts import LAYOUTS
 from adapters.loading import load_base
 from adapters.lora import attach, target_suffixes
 from adapters.merge import merge_adapter
-from adapters.peft_files import WEIGHTS, ExpertFactors, from_peft, read_adapter, save_adapter, to_peft
+from adapters.peft_files import save_adapter
 from adapters.placement import Placement, same_experts_everywhere
 from adapters.tensor_files import read_tensor
 from tests.numerics.conftest import EXPERTS, Tiny, randomise, save

@@ -35,6 +35,8 @@ COMMANDS = (
     ["merge"],
     ["convert"],
     ["combine"],
+    ["verify"],
+    ["push"],
     ["cache"],
     ["schema"],
     ["ui"],

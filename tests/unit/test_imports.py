@@ -27,6 +27,12 @@ LIGHT = (
     "studio.placing",
     "studio.models",
     "studio.merging",
+    "studio.certificate",
+    "studio.card",
+    "studio.licence",
+    "studio.held_out",
+    "studio.verifying",
+    "studio.pushing",
     "studio.combining",
     "studio.terminal",
     "studio.follow",
@@ -36,6 +42,10 @@ LIGHT = (
     "adapters.placement",
     "adapters.workspace",
     "adapters.packed_cache",
+    "adapters.export",
+    "adapters.verify",
+    "adapters.verify.run",
+    "adapters.verify.tokenizer",
 )
 
 

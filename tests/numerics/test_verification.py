@@ -1,0 +1,424 @@
+"""Verification of merged models: right ones pass, and each known fault is planted and seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from adapters.errors import AdapterFileError
+from adapters.export import EXPORTERS, Options, Source
+from adapters.loading import load_base
+from adapters.lora import attach
+from adapters.peft_files import save_adapter
+from adapters.placement import Placement
+from adapters.verify import Check, Evidence, model_files, run, tokenizer, weights
+from adapters.verify.behaviour import APART, LIMITS, SAME, check_behaviour, divergence
+from adapters.verify.peft_reading import PeftReading
+from adapters.verify.reference import reference_logits
+from tests.e2e.conftest import build_base
+from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, Tiny, randomise, save
+from tests.numerics.test_expert_lora import placement_for
+
+LAYERS, COUNT, RANK = 2, 4, 4
+PROMPTS = [[0, *range(20 + i, 420 + i, 13)] for i in range(3)]
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A base with a tokenizer, an adapter, the evidence of the two, and a right export in float32."""
+
+    family: str
+    source: Source
+    evidence: Evidence
+    out: Path
+
+    def copy(self, target: Path) -> Path:
+        return Path(shutil.copytree(self.out, target))
+
+    def checked(self, directory: Path, options: Options = Options(dtype="float32")) -> dict[str, Check]:  # noqa: B008
+        """All that can be told of the files, and behaviour with the model loaded by stock transformers right here."""
+        checks = [model_files.check_whole(directory)]
+        if checks[0].status == "passed":
+            before, after = (model_files.read_index(path) for path in (self.source.base, directory))
+            checks.append(model_files.check_names(before, after, options.dtype))
+            checks.append(model_files.check_config(directory, self.source.base))
+            checks += weights.audit(self.source, weights.file_reader(directory), dtype=options.dtype)
+            checks += check_behaviour(self.evidence, logits_of(directory), LIMITS[options.dtype or "bfloat16"], "stock")
+        return {check.name: check for check in checks}
+
+
+def logits_of(directory: Path) -> dict[str, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return {f"export.{i}": model(torch.tensor([ids])).logits[0] for i, ids in enumerate(PROMPTS)}
+
+
+def failed(checks: dict[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if check.status == "failed"}
+
+
+@pytest.fixture(scope="module", params=["llama4_text", "qwen3_moe"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp(request.param)
+    base = build_base(request.param, folder / "base")
+    placement = Placement(attention=3, router=2, routed=((RANK, 0, 2, RANK),) * LAYERS, alpha=2)
+    train(base, placement, folder / "adapter")
+    source = Source(base, folder / "adapter", "tiny")
+    save_file(reference_logits(source, PROMPTS), folder / "logits.safetensors")
+    write(source, folder / "out", "float32")
+    return Exported(request.param, source, Evidence(PROMPTS, (), folder / "logits.safetensors"), folder / "out")
+
+
+def train(base: Path, placement: Placement, out: Path, seed: int = 3) -> None:
+    model = attach(load_base(base, quantize="none"), placement).eval()
+    randomise(model, seed, std=0.1)
+    save_adapter(model, placement, out, base_name="base")
+
+
+def write(source: Source, out: Path, dtype: str | None) -> Path:
+    out.mkdir()
+    EXPORTERS["safetensors"].write(source, out, Options(dtype=dtype))
+    return out
+
+
+def test_a_right_merge_passes_every_check(exported: Exported) -> None:
+    checks = exported.checked(exported.out)
+    assert not failed(checks), [checks[name].detail for name in failed(checks)]
+    assert checks[SAME].measured["kl_mean"] < 1e-8
+    assert checks[APART].measured["kl_trained_from_base"] > 1e-2
+    targeted = checks[weights.TARGETED].measured
+    assert targeted["targeted"] > targeted["changed"] > 0, "experts without an adapter are targeted, and not changed"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_merges_pass_within_their_own_limits(exported: Exported, tmp_path: Path, dtype: str) -> None:
+    checks = exported.checked(write(exported.source, tmp_path / "out", dtype), Options(dtype=dtype))
+    assert not failed(checks), [checks[name].detail for name in failed(checks)]
+    assert 1e-8 < checks[SAME].measured["kl_mean"] < LIMITS[dtype].kl / 3
+
+
+# -------------------------------------------------------------------- planted faults
+
+Tensors = dict[str, Tensor]
+
+
+def experts_of(tensors: Tensors, layer: int, projection: str) -> list[str]:
+    """The keys of a layer's expert tensors of one projection, in either layout of the files."""
+    return [k for k in tensors if f".layers.{layer}." in k and ".experts." in k and f"{projection}_proj" in k]
+
+
+def transposed_delta(merged: Tensors, base: Tensors, adapter: Path) -> None:
+    """down_proj of every expert is square: nothing but the values tells its axes apart."""
+    for layer in range(LAYERS):
+        for key in experts_of(merged, layer, "down"):
+            merged[key] = base[key] + (merged[key] - base[key]).transpose(-1, -2)
+
+
+def dropped_layer(merged: Tensors, base: Tensors, adapter: Path) -> None:
+    for key in merged:
+        if ".layers.1." in key and ".experts." in key:
+            merged[key] = base[key].clone()
+
+
+def dropped_expert(merged: Tensors, base: Tensors, adapter: Path) -> None:
+    for projection in ("gate_up", "gate", "up", "down"):
+        keys = experts_of(merged, 0, projection)
+        if len(keys) == 1:  # one stack
+            merged[keys[0]][3] = base[keys[0]][3]
+        elif keys:
+            merged[keys[3]] = base[keys[3]].clone()
+
+
+def twice(merged: Tensors, base: Tensors, adapter: Path) -> None:
+    for layer in range(LAYERS):
+        for key in experts_of(merged, layer, "down"):
+            merged[key] = 2 * merged[key] - base[key]
+
+
+FAULTS: dict[str, Callable[[Tensors, Tensors, Path], None]] = {
+    "orientation": transposed_delta,
+    "dropped layer": dropped_layer,
+    "dropped expert": dropped_expert,
+    "scale": twice,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_merge_is_caught_by_its_weights_and_by_what_it_says(
+    exported: Exported, tmp_path: Path, fault: str
+) -> None:
+    directory = exported.copy(tmp_path / "out")
+    base = {key: tensor.float() for key, tensor in load_file(exported.source.base / WEIGHTS).items()}
+    change_tensors(directory, lambda merged: FAULTS[fault](merged, base, directory))
+    checks = exported.checked(directory)
+    assert failed(checks) == {weights.TARGETED, SAME}, checks
+    assert checks[SAME].measured["kl_mean"] > 100 * LIMITS["float32"].kl
+
+
+def change_tensors(directory: Path, change: Callable[[Tensors], Any]) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_scrambled_packing_is_caught(exported: Exported, tmp_path: Path) -> None:
+    """Columns of lora_B taken for expert-major, as others have shipped it."""
+    adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [k for k in tensors if ".experts." in k and "lora_B" in k]:
+        tensors[key] = tensors[key].reshape(-1, RANK, COUNT).transpose(1, 2).reshape(tensors[key].shape).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    wrong = write(Source(exported.source.base, adapter, "tiny"), tmp_path / "out", "float32")
+    assert failed(exported.checked(wrong)) == {weights.TARGETED, SAME}
+
+
+@pytest.mark.parametrize("fault", ["dropped expert", "dropped layer", "orientation"])
+def test_a_delta_smaller_than_the_rounding_is_still_missed(exported: Exported, tmp_path: Path, fault: str) -> None:
+    """In bfloat16, a delta of a thousandth of the weights: no value tells, the whole matrix does."""
+    adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 60}))
+    source = Source(exported.source.base, adapter, "tiny")
+    exact = load_file(write(source, tmp_path / "exact", "float32") / WEIGHTS)
+    directory = write(source, tmp_path / "out", None)
+    read = weights.file_reader
+    right = {check.name: check for check in weights.audit(source, read(directory))}
+    assert not failed(right) and right[weights.TARGETED].measured["eaten"] == 0
+    base = {key: tensor.float() for key, tensor in load_file(source.base / WEIGHTS).items()}
+    change = max(float((exact[k] - base[k]).norm() / base[k].norm()) for k in base if ".experts." in k)
+    assert change < 2**-8, "the test would not be about rounding"
+    FAULTS[fault](exact, base, directory)
+    save_file({k: t.bfloat16().contiguous() for k, t in exact.items()}, directory / WEIGHTS, metadata={"format": "pt"})
+    assert failed({check.name: check for check in weights.audit(source, read(directory))}) == {weights.TARGETED}
+
+
+def test_a_tensor_that_nobody_targets_must_stay_the_bases(exported: Exported, tmp_path: Path) -> None:
+    directory = exported.copy(tmp_path / "out")
+    change_tensors(directory, lambda tensors: tensors["model.norm.weight"].mul_(1.001))
+    assert weights.UNTOUCHED in failed(exported.checked(directory))
+
+
+def test_a_value_that_is_not_finite_is_caught(exported: Exported, tmp_path: Path) -> None:
+    directory = exported.copy(tmp_path / "out")
+    change_tensors(directory, lambda tensors: tensors["model.embed_tokens.weight"][3].fill_(float("inf")))
+    assert weights.FINITE in failed(exported.checked(directory))
+
+
+def test_a_lost_or_renamed_tensor_is_caught(exported: Exported, tmp_path: Path) -> None:
+    directory = exported.copy(tmp_path / "out")
+    change_tensors(directory, lambda tensors: tensors.update(other=tensors.pop("model.norm.weight")))
+    before, after = (model_files.read_index(path) for path in (exported.source.base, directory))
+    check = model_files.check_names(before, after, "float32")
+    assert check.status == "failed" and "model.norm.weight is missing" in check.detail and "other" in check.detail
+
+
+@pytest.mark.parametrize("cut", [1, 1000], ids=["a byte", "more"])
+def test_a_truncated_file_is_caught(exported: Exported, tmp_path: Path, cut: int) -> None:
+    directory = exported.copy(tmp_path / "out")
+    size = (directory / WEIGHTS).stat().st_size
+    with (directory / WEIGHTS).open("r+b") as file:
+        file.truncate(size - cut)
+    assert failed(exported.checked(directory)) == {model_files.WHOLE}
+    with (directory / WEIGHTS).open("r+b") as file:
+        file.truncate(size + cut)
+    assert failed(exported.checked(directory)) == {model_files.WHOLE}
+
+
+def test_a_lost_shard_and_a_stray_one_are_caught(square: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    square.build().save_pretrained(out, max_shard_size="100KB")
+    assert model_files.check_whole(out).status == "passed"
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2
+    shutil.copy(shards[0], out / "old.safetensors")
+    assert "old.safetensors" in model_files.check_whole(out).detail
+    (out / "old.safetensors").unlink()
+    shards[1].unlink()
+    check = model_files.check_whole(out)
+    assert check.status == "failed" and shards[1].name in check.detail
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("tie_word_embeddings", True), ("rms_norm_eps", 1e-2), ("num_experts_per_tok", 3)]
+)
+def test_a_field_of_the_config_that_changes_is_caught(
+    exported: Exported, tmp_path: Path, field: str, value: Any
+) -> None:
+    directory = exported.copy(tmp_path / "out")
+    change_json(directory / "config.json", **{field: value})
+    check = model_files.check_config(directory, exported.source.base)
+    assert check.status == "failed" and field in check.detail
+
+
+def change_json(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+# -------------------------------------------------------------------- tokenizer
+
+
+def tokenizer_checks(exported: Exported, directory: Path) -> dict[str, Check]:
+    return {check.name: check for check in tokenizer.check_tokenizer(directory, exported.source.base)}
+
+
+@pytest.fixture
+def one(exported: Exported) -> Exported:
+    """One family is enough for what does not depend on it."""
+    if exported.family != "llama4_text":
+        pytest.skip("the tokenizer is the same for both families")
+    return exported
+
+
+def test_the_bases_own_tokenizer_passes(one: Exported) -> None:
+    assert not failed(tokenizer_checks(one, one.out))
+
+
+def test_a_lost_template_is_caught(one: Exported, tmp_path: Path) -> None:
+    directory = one.copy(tmp_path / "out")
+    (directory / "chat_template.jinja").unlink()
+    checks = tokenizer_checks(one, directory)
+    assert tokenizer.TEMPLATE in failed(checks) and "lost" in checks[tokenizer.TEMPLATE].detail
+
+
+def test_a_template_with_one_other_byte_is_caught(one: Exported, tmp_path: Path) -> None:
+    directory = one.copy(tmp_path / "out")
+    with (directory / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    assert tokenizer.TEMPLATE in failed(tokenizer_checks(one, directory))
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("config.json", "eos_token_id", 7),
+        ("generation_config.json", "eos_token_id", [1]),
+        ("tokenizer_config.json", "eos_token", "<|eom|>"),
+    ],
+    ids=["config", "generation config", "tokenizer"],
+)
+def test_a_wrong_end_of_sequence_is_caught(one: Exported, tmp_path: Path, file: str, field: str, value: Any) -> None:
+    directory = one.copy(tmp_path / "out")
+    if not (directory / file).exists():
+        (directory / file).write_text("{}")
+    change_json(directory / file, **{field: value})
+    check = tokenizer_checks(one, directory)[tokenizer.ENDS]
+    assert check.status == "failed" and file.removesuffix("_config.json").removesuffix(".json") in check.detail
+
+
+def test_another_pre_tokenizer_is_caught(one: Exported, tmp_path: Path) -> None:
+    directory = one.copy(tmp_path / "out")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}|\p{L}+|[^\p{N}\p{L}]+"
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizer.IDS in failed(tokenizer_checks(one, directory))
+
+
+def test_places_that_name_other_ends_contradict_one_another() -> None:
+    agree = {"config.json": [1, 5], "generation_config.json": [1, 5], "tokenizer": 5}
+    assert not tokenizer.disagreements(agree, [[5]])
+    assert "leaves out the tokenizer's EOS 9" in tokenizer.disagreements({**agree, "tokenizer": 9}, [[5]])[0]
+    assert "ends an answer with [3]" in tokenizer.disagreements(agree, [[3]])[0]
+    only_config = {"config.json": 5, "generation_config.json": None, "tokenizer": 5}
+    assert not tokenizer.disagreements(only_config, [[5], []])
+
+
+# -------------------------------------------------------------------- the references themselves
+
+
+@pytest.mark.parametrize("family", EACH, ids=str)
+def test_evidence_is_what_stock_peft_says(family: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    """The engine with the factors as `PeftReading` gives them, against stock PEFT on the stock model."""
+    base = save(family, tmp_path)
+    train(base, any_placement(family), tmp_path / "adapter")
+    ours = reference_logits(Source(base, tmp_path / "adapter", "tiny"), ids.tolist())
+    with torch.no_grad():
+        stock = family.model_class.from_pretrained(base).eval()
+        plain = stock(ids).logits
+        tuned = PeftModel.from_pretrained(stock, str(tmp_path / "adapter")).eval()(ids).logits
+    for i in range(len(ids)):
+        torch.testing.assert_close(ours[f"base.{i}"], plain[i], rtol=0, atol=2e-5)
+        assert float(divergence(tuned[i], ours[f"tuned.{i}"]).mean()) < 1e-9
+    assert (tuned - plain).abs().max() > 1e-2
+
+
+def any_placement(family: Tiny) -> Placement:
+    if family.layout.has_experts:
+        return placement_for(family, ((3, 0, 3, 1, 3, 2),) * MOE_LAYERS)
+    return Placement(attention=3, dense_mlp=2)
+
+
+@pytest.mark.parametrize("family", EACH, ids=str)
+def test_every_family_passes_the_audit(family: Tiny, tmp_path: Path) -> None:
+    base = save(family, tmp_path)
+    train(base, any_placement(family), tmp_path / "adapter")
+    source = Source(base, tmp_path / "adapter", "tiny")
+    out = write(source, tmp_path / "out", None)
+    checks = {check.name: check for check in weights.audit(source, weights.file_reader(out))}
+    assert not failed(checks), [checks[name].detail for name in failed(checks)]
+    reading = PeftReading(source.adapter or Path(), base)
+    stacks = [pair for pair in reading.pairs.values() if len(pair.shape) == 3]
+    assert len(stacks) == (2 * MOE_LAYERS if family.layout.has_experts else 0)
+    assert all(pair.shape[0] == EXPERTS for pair in stacks)
+
+
+def test_peft_before_0_19_1_took_every_stack_for_a_transposed_one(tmp_path: Path) -> None:
+    """down_proj is square, so that both readings fit; gate_up_proj is not, and a file that does not fit is refused."""
+    base = save(Tiny("qwen3_moe", 64, 64), tmp_path)
+    train(base, Placement(routed=((2,) * EXPERTS,) * MOE_LAYERS), tmp_path / "adapter")
+    config, file = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "model.layers.1.mlp.experts.down_proj"
+    new = PeftReading(tmp_path / "adapter", base)
+    now = [new.delta(new.pairs[name], expert) for expert in range(EXPERTS)]
+    change_json(config, peft_version="0.18.0")
+    with pytest.raises(AdapterFileError, match="PEFT expects"):
+        PeftReading(tmp_path / "adapter", base)
+    save_file({key: t for key, t in load_file(file).items() if "base_layer" not in key}, file)
+    change_json(config, target_parameters=["mlp.experts.down_proj"])
+    old = PeftReading(tmp_path / "adapter", base)
+    assert old.pairs[name].transposed and not new.pairs[name].transposed
+    for expert in range(EXPERTS):
+        torch.testing.assert_close(old.delta(old.pairs[name], expert), now[expert].t())
+
+
+# -------------------------------------------------------------------- in fresh processes
+
+
+def test_the_whole_verification_in_fresh_processes(exported: Exported) -> None:
+    checks = run.verify_export(exported.out, "safetensors", exported.source, options=Options(dtype="float32"))
+    by_name = {check.name: check for check in checks}
+    assert {check.status for check in checks} == {"passed"}, by_name
+    assert by_name[SAME].measured["kl_mean"] < 1e-8 and "stock transformers" in by_name[SAME].detail
+    assert by_name[model_files.TIED].status == "passed" and tokenizer.IDS in by_name
+
+
+def test_a_model_too_large_here_is_never_passed(one: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.verify.memory.available_bytes", lambda: 10_000_000)
+    checks = run.verify_export(one.out, "safetensors", one.source, options=Options(dtype="float32"))
+    by_name = {check.name: check for check in checks}
+    assert by_name[SAME].status == by_name[APART].status == by_name[model_files.LOADED].status == "not run"
+    assert "weights verified, behaviour not run" in by_name[SAME].detail and "0.0 GB are free" in by_name[SAME].detail
+    assert by_name[weights.TARGETED].status == "passed"
+
+
+def test_links_pickles_and_modes_are_caught(exported: Exported, tmp_path: Path) -> None:
+    directory = exported.copy(tmp_path / "out")
+    (directory / "config.json").chmod(0o600)
+    (directory / "link.json").symlink_to("/etc/hostname")
+    (directory / "weights.bin").write_bytes(b"\x80")
+    check = run.check_plain_files(directory)
+    assert check.status == "failed"
+    assert all(word in check.detail for word in ("config.json has mode 0600", "link.json", "weights.bin"))
+    assert run.check_plain_files(exported.out).status == "passed"
