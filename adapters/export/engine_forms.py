@@ -16,6 +16,7 @@ from typing import Any
 
 import peft
 
+from adapters.adapter_files import CONFIG, WEIGHTS
 from adapters.errors import ExportError, listed
 from adapters.export import Options, Progress, Source
 from adapters.export.parts_file import Laid, factor_dtype, plain, write_parts
@@ -23,7 +24,6 @@ from adapters.factors import Part, both_projections, expert_count, is_router, op
 from adapters.fingerprint import fingerprint
 from adapters.layouts import ExpertLayout
 from adapters.merged import MergedWeights
-from adapters.peft_files import CONFIG, WEIGHTS
 from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))

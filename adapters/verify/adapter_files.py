@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapters.adapter_files import COMPACT_WEIGHTS
 from adapters.checkpoint import read_config, read_index
 from adapters.compact import to_standard
 from adapters.errors import AdapterFileError, listed
 from adapters.export import Options, Source
 from adapters.fingerprint import fingerprint
 from adapters.layouts import ExpertLayout, layout_for
-from adapters.peft_files import COMPACT_WEIGHTS
 from adapters.sidecar import read_sidecar
 from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import LIMITS, behaviour_not_run, check_behaviour

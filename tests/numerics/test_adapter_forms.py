@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.adapter_files import COMPACT_WEIGHTS, CONFIG, WEIGHTS
 from adapters.errors import AdapterFileError, ExportError
 from adapters.export import EXPORTERS, Options, Source
 from adapters.export.engine_forms import STACKED_IN_VLLM
 from adapters.lora import attach
-from adapters.peft_files import COMPACT_WEIGHTS, CONFIG, WEIGHTS, save_adapter
+from adapters.peft_files import save_adapter
 from adapters.placement import Placement
 from adapters.sidecar import read_sidecar
 from adapters.verify import Check, Evidence
