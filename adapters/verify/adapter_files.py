@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,7 +74,20 @@ class Trained:
         return delta
 
 
-def compare(file: FormFile, trained: Trained, reader: Reader, dtype: str | None) -> list[Check]:
+class Readable(Protocol):
+    """An exported file, whatever its form."""
+
+    keys: frozenset[str]
+
+    def linear(self, name: str) -> Tensor: ...
+
+    def unused(self) -> list[str]: ...
+
+
+F = TypeVar("F", bound=Readable)
+
+
+def compare(file: F, trained: Trained, reader: Callable[[F, str, int, int], Tensor], limit: float) -> list[Check]:
     """Every matrix of the trained adapter, expert by expert, and every tensor of the file."""
     worst, where, matrices, problems = 0.0, "", 0, []
     for pair in (*trained.matrices(), *trained.stacks()):
@@ -89,7 +103,6 @@ def compare(file: FormFile, trained: Trained, reader: Reader, dtype: str | None)
             off = _off(found, wanted)
             worst, where = max((worst, where), (off, f"{pair.parameter}[{expert}]" if stacked else pair.parameter))
             matrices += 1
-    limit = CLOSE[dtype or "float32"]
     unused = [f"{key} is used for nothing" for key in file.unused()] if not problems else []
     measured = {"largest_difference": worst, "limit": limit, "matrices": matrices, "where": where}
     right = worst <= limit and not problems
@@ -192,7 +205,7 @@ def _engine_checks(
     layout = _layout(source.base)
     file, trained = FormFile(directory, layout), Trained(_adapter(source), source.base, layout)
     experts = next((pair.shape[0] for pair in trained.stacks()), 0)
-    checks = compare(file, trained, reader, options.dtype)
+    checks = compare(file, trained, reader, CLOSE[options.dtype or "float32"])
     return [*checks, check_ranks(file, experts), check_beside(directory, name, source)], file
 
 
