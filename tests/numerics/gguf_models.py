@@ -226,7 +226,9 @@ MODELS: dict[str, GgufModel] = {
         moe("num_experts", "moe_intermediate_size", layers=3, count=6, intermediate_size=512, norm_topk_prob=True),
         pattern=QWEN2,
     ),
-    "olmoe": GgufModel("olmoe", moe("num_experts", "intermediate_size", count=6, size=96, num_key_value_heads=4), pattern="gpt2"),
+    "olmoe": GgufModel(
+        "olmoe", moe("num_experts", "intermediate_size", count=6, size=96, num_key_value_heads=4), pattern="gpt2"
+    ),
     "deepseek_v3": GgufModel(
         "deepseek_v3",
         {

@@ -22,6 +22,7 @@ from tests.numerics.gguf_facts import (  # noqa: F401: the child's names
     PRE_TOKENIZERS,
     QUANTIZED,
     QUANTS,
+    REFERENCE,
     WITH_IMPORTANCE,
     importance_of,
     metadata,
@@ -30,7 +31,7 @@ from tests.numerics.gguf_facts import (  # noqa: F401: the child's names
 )
 from tests.numerics.gguf_models import MODELS
 
-REFERENCE = Path(__file__).with_name("gguf_reference.json")
+
 CONVERT = """
 import sys
 sys.path[:0] = [sys.argv[1] + "/gguf-py", sys.argv[1]]
