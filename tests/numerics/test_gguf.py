@@ -28,10 +28,10 @@ from adapters.placement import Placement, same_experts_everywhere
 from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import SAME
 from adapters.verify.fresh import ask_stock
-from adapters.verify.gguf_files import BOS, ENDS, IDS, TEMPLATE, WHOLE, check_run, check_vocabulary
+from adapters.verify.gguf_files import BOS, ENDS, IDS, TEMPLATE, WHOLE, approximated, check_run, compare_vocabulary
 from adapters.verify.gguf_weights import GgufWeights
 from adapters.verify.llama_cpp import run_llama_cpp
-from adapters.verify.tokenizer import NASTY
+from adapters.verify.tokenizer import CONVERSATIONS, NASTY
 from adapters.verify.weights import TARGETED, audit
 from tests.numerics.conftest import randomise
 from tests.numerics.gguf_facts import QUANTS, REFERENCE, WITH_IMPORTANCE, importance_of, metadata, tensors, types
@@ -156,3 +156,161 @@ def weight_checks(file: Path, source: Source) -> list[Check]:
 
 def moved(checks: list[Check]) -> float:
     return next(c.measured["kl_trained_from_base"] for c in checks if "kl_trained_from_base" in c.measured)
+
+
+@pytest.fixture(scope="module")
+def llama4(trained: dict[str, tuple[Source, Evidence]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(trained["llama4"][0], tmp_path_factory.mktemp("whole"), quant="F32")
+
+
+def checks_of(file: Path, source: Source, evidence: Evidence | None = None) -> list[Check]:
+    no_run = Evidence([], why_none="not asked")
+    return EXPORTERS["gguf"].check(file.parent, source, evidence or no_run, Options(quant="F32"))
+
+
+def damaged(file: Path, out: Path) -> Path:
+    out.mkdir()
+    return Path(shutil.copy(file, out / file.name))
+
+
+def test_a_right_file_passes_every_check(
+    llama4: Path, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    checks = checks_of(llama4, *trained["llama4"])
+    assert {check.status for check in checks} == {"passed"}, [c for c in checks if c.status != "passed"]
+    assert {check.status for check in checks_of(llama4, trained["llama4"][0])} == {"passed", "not run"}
+
+
+def test_a_truncated_file_is_caught(llama4: Path, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path) -> None:
+    file = damaged(llama4, tmp_path / "cut")
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 4096)
+    assert failed(checks_of(file, trained["llama4"][0])) == {WHOLE}
+
+
+def test_a_lost_adapter_is_caught(trained: dict[str, tuple[Source, Evidence]], tmp_path: Path) -> None:
+    source, evidence = trained["mixtral"]
+    for quant in ("F32", "Q4_K_M", "Q2_K"):
+        file = written(replace(source, adapter=None), tmp_path / quant, quant=quant)
+        read_back = GgufWeights(file, source.base)
+        assert TARGETED in failed(audit(source, read_back.read, read_back.rounding)), quant
+        assert quant != "F32" or SAME in failed(check_run(file, source, evidence, quant))
+
+
+@pytest.mark.parametrize("fault", ["gate and up swapped", "one expert lost", "transposed"])
+def test_wrong_packing_is_caught(
+    fault: str, llama4: Path, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    source, evidence = trained["llama4"]
+    file = damaged(llama4, tmp_path / "packed")
+    tensors_of = {tensor.name: tensor for tensor in GGUFReader(file, "r+").tensors}
+    gate, up = (tensors_of[f"blk.1.ffn_{part}_exps.weight"].data for part in ("gate", "up"))
+    if fault == "gate and up swapped":
+        gate[:], up[:] = up.copy(), gate.copy()
+    elif fault == "one expert lost":
+        gate[1] = 0
+    else:
+        gate[:] = gate.transpose(0, 2, 1).copy()
+    gate.base.flush() if hasattr(gate.base, "flush") else None
+    assert TARGETED in failed(weight_checks(file, source))
+    assert SAME in failed(check_run(file, source, evidence, "F32"))
+
+
+def changed_text(file: Path, key: str, old: bytes, new: bytes) -> None:
+    """Replaces bytes of the same length behind a key of the metadata."""
+    data = bytearray(file.read_bytes())
+    start = data.index(old, data.index(key.encode()))
+    assert len(old) == len(new)
+    data[start : start + len(old)] = new
+    file.write_bytes(data)
+
+
+def changed_number(file: Path, key: str, value: int) -> None:
+    field = GGUFReader(file, "r+").fields[key]
+    field.parts[-1][0] = value
+
+
+def test_faults_of_the_tokenizer_are_caught(trained: dict[str, tuple[Source, Evidence]], tmp_path: Path) -> None:
+    source = trained["llama"][0]
+    plain = written(source, tmp_path / "plain", quant="Q8_0")
+    (stock,) = ask_stock(
+        "stock_tokenizer.py", {"directories": [source.base], "strings": NASTY, "conversations": CONVERSATIONS}
+    )
+    assert not failed(compare_vocabulary(plain, source.base, stock))
+    faults = {
+        TEMPLATE: lambda file: changed_text(file, "tokenizer.chat_template", b"role", b"rule"),
+        ENDS: lambda file: changed_number(file, "tokenizer.ggml.eos_token_id", 7),
+        BOS: lambda file: changed_number(file, "tokenizer.ggml.add_bos_token", 0),
+        IDS: lambda file: changed_text(file, "tokenizer.ggml.pre", b"smaug-bpe", b"command-r"),
+    }
+    for name, plant in faults.items():
+        file = damaged(plain, tmp_path / name.replace(":", ""))
+        plant(file)
+        assert name in failed(compare_vocabulary(file, source.base, stock)), name
+
+
+def test_every_tokenizer_gives_its_own_ids(bases: Path, tmp_path: Path) -> None:
+    question = {"directories": [bases / name for name in MODELS], "strings": NASTY, "conversations": []}
+    for name, stock in zip(MODELS, ask_stock("stock_tokenizer.py", question), strict=True):
+        file = written(Source(bases / name, None, name), tmp_path / "out", quant="Q8_0")
+        run = run_llama_cpp(file, texts=NASTY)
+        wrong = [
+            text
+            for text, ours, theirs in zip(NASTY, stock["ids"], run.tokens_with_special, strict=True)
+            if ours != theirs
+        ]
+        # llama.cpp composes no accents (NFC), which Qwen2's tokenizer does
+        assert wrong == [text for text in NASTY if approximated(text) and "combining" in text] * (name == "qwen2"), name
+
+
+def test_llama_cpp_that_aborts_is_an_error_of_ours(llama4: Path, tmp_path: Path) -> None:
+    file = damaged(llama4, tmp_path / "other")
+    changed_text(file, "general.architecture", b"llama4", b"llamaX")
+    with pytest.raises(ExportError, match=r"llama\.cpp failed on .*unknown model architecture"):
+        run_llama_cpp(file, [[1, 2]])
+    with pytest.raises(ExportError, match="did not finish"):
+        run_llama_cpp(llama4, [[1, 2]], timeout_seconds=0.01)
+
+
+def refused(base: Path, tmp_path: Path, **options: Any) -> str:
+    with pytest.raises((ExportError, CheckpointError)) as error:
+        written(Source(base, None, "x"), tmp_path / "out", **options)
+    return str(error.value)
+
+
+def edited(bases: Path, name: str, tmp_path: Path, **config: Any) -> Path:
+    base = tmp_path / name
+    shutil.copytree(bases / name, base, dirs_exist_ok=True)
+    found = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**found, **config}))
+    return base
+
+
+def test_what_llama_cpp_cannot_run_is_refused(bases: Path, tmp_path: Path) -> None:
+    assert "attention_chunk_size is 64" in refused(edited(bases, "llama4", tmp_path, attention_chunk_size=64), tmp_path)
+    assert "norm_topk_prob is False" in refused(edited(bases, "qwen3_moe", tmp_path, norm_topk_prob=False), tmp_path)
+    assert "heads share them" in refused(edited(bases, "olmoe", tmp_path, num_key_value_heads=2), tmp_path)
+    assert "'Q4_9' is no GGUF type" in refused(bases / "qwen3", tmp_path, quant="Q4_9")
+    base = edited(bases, "qwen3", tmp_path)
+    save_tokenizer(bpe_tokenizer(LLAMA3.replace("{1,3}", "{1,2}")), base)
+    message = refused(base, tmp_path)
+    assert "no pre-tokenizer that splits text as this" in message and "{1,2}" in message and "llama-bpe" in message
+    (base / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refused(base, tmp_path)
+
+
+def test_values_that_are_not_finite_are_refused(bases: Path, tmp_path: Path) -> None:
+    base = edited(bases, "qwen3", tmp_path)
+    info = read_index(base)["model.layers.1.mlp.up_proj.weight"]
+    with info.file.open("r+b") as file:
+        file.seek(info.start)
+        file.write(b"\x00\x00\xc0\x7f")
+    assert "blk.1.ffn_up.weight would hold NaN or infinity" in refused(base, tmp_path)
+
+
+def test_an_importance_matrix_of_another_model_is_refused(bases: Path, tmp_path: Path) -> None:
+    file = tmp_path / "importance.gguf"
+    write_importance(file, {"blk.0.ffn_up.weight": torch.ones(1, 8)}, {"blk.0.ffn_up.weight": torch.ones(1)}, 1)
+    assert "it is another model's" in refused(bases / "qwen3", tmp_path, importance=file)
+    file.write_bytes(b"nothing")
+    assert "is no importance matrix" in refused(bases / "qwen3", tmp_path, importance=file)
