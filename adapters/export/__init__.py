@@ -14,9 +14,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.errors import ExportError
+
 if TYPE_CHECKING:
     from adapters.merged import MergedWeights
     from adapters.verify import Check, Evidence
+
+TOOLS = "make export-tools"
+"""The one command that adds what GGUF needs; it is a `pip install` of export-tools.txt, whose hashes are checked."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -91,7 +96,12 @@ class Format:
 
 def _load(place: str) -> Callable[..., Any]:
     module, _, function = place.partition(":")
-    return getattr(import_module(module), function)
+    try:
+        return getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name not in ("gguf", "xllamacpp"):
+            raise
+        raise ExportError(f"GGUF needs the package {error.name}, which is not installed; add it by: {TOOLS}") from None
 
 
 EXPORTERS: dict[str, Format] = {
