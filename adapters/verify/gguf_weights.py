@@ -7,7 +7,6 @@ the rules for which rows go where.
 from __future__ import annotations
 
 import re
-
 from pathlib import Path
 from typing import Any
 
