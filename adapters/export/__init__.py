@@ -127,14 +127,15 @@ EXPORTERS: dict[str, Format] = {
                 title,
                 "adapter",
                 f"adapters.export.{name.replace('-', '_')}:write_{name.replace('-', '_')}",
-                f"adapters.verify.adapter_files:check_{name.replace('-', '_')}",
+                f"adapters.verify.{checker}:check_{name.replace('-', '_')}",
             )
-            for name, title in (
-                ("peft", "adapter, standard PEFT form: stacks"),
-                ("per-expert", "adapter, two-dimensional factors of each expert: vLLM, SGLang"),
-                ("vllm-3d", "adapter, stacks as vLLM takes them"),
-                ("sglang-3d", "adapter, stacks as SGLang takes them"),
-                ("compact", "adapter, each expert with its own rank: this studio"),
+            for name, title, checker in (
+                ("peft", "adapter, standard PEFT form: stacks", "adapter_files"),
+                ("per-expert", "adapter, two-dimensional factors of each expert: vLLM, SGLang", "adapter_files"),
+                ("vllm-3d", "adapter, stacks as vLLM takes them", "adapter_files"),
+                ("sglang-3d", "adapter, stacks as SGLang takes them", "adapter_files"),
+                ("gguf-lora", "adapter as GGUF, for a GGUF of the base: llama.cpp", "gguf_lora"),
+                ("compact", "adapter, each expert with its own rank: this studio", "adapter_files"),
             )
         ),
     )

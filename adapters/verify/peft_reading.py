@@ -75,14 +75,17 @@ class PeftReading:
         with safe_open(self.file, "pt") as file:
             self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         self.keys = frozenset(self.shapes)
+        self._kept: tuple[str, Tensor, Tensor] | None = None
         found = [self._pair(key.removesuffix(".lora_A.weight")) for key in self.keys if ".lora_A." in key]
         self.pairs: Mapping[str, Pair] = {pair.parameter: pair for pair in found}
 
     def factors(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """(lora_A, lora_B) as they lie in the file, float32."""
-        with safe_open(self.file, "pt") as file:
-            first, second = (file.get_tensor(f"{pair.key}.lora_{side}.weight").float() for side in "AB")
-        return first, second
+        """(lora_A, lora_B) as they lie in the file, float32; those of one pair are kept, as all experts need them."""
+        if self._kept is None or self._kept[0] != pair.key:
+            with safe_open(self.file, "pt") as file:
+                first, second = (file.get_tensor(f"{pair.key}.lora_{side}.weight").float() for side in "AB")
+            self._kept = pair.key, first, second
+        return self._kept[1:]
 
     def delta(self, pair: Pair, expert: int | None = None) -> Tensor:
         """What is added to the matrix, or to one expert's of a stack: (out, in) or (d1, d2), float32."""
