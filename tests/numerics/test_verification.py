@@ -474,8 +474,9 @@ def test_patterns_of_ranks_match_as_pefts_own() -> None:
 # -------------------------------------------------------------------- in fresh processes
 
 
-def test_the_whole_verification_in_fresh_processes(exported: Exported) -> None:
-    checks = run.verify_export(exported.out, "safetensors", exported.source, options=Options(dtype="float32"))
+def test_the_whole_verification_in_fresh_processes(one: Exported) -> None:
+    """The other family goes this way in tests/e2e/test_verify.py."""
+    checks = run.verify_export(one.out, "safetensors", one.source, options=Options(dtype="float32"))
     by_name = {check.name: check for check in checks}
     assert {check.status for check in checks} == {"passed"}, by_name
     assert by_name[SAME].measured["kl_mean"] < 1e-8 and "stock transformers" in by_name[SAME].detail
