@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters.checkpoint import TensorInfo
-from adapters.errors import QuantizationError
+from adapters.errors import CheckpointError, QuantizationError
 from adapters.layouts import QUANTIZED_CLASSES, ExpertLayout
 from adapters.quantized import FORMATS, hold
 from adapters.tensor_files import read_tensor
@@ -35,6 +35,7 @@ class HeldBase:
 
     Raises:
         QuantizationError: an unknown format, or experts that do not exist.
+        CheckpointError: when read, a matrix that holds NaN or infinity.
     """
 
     def __init__(
@@ -108,8 +109,11 @@ class HeldBase:
         options: dict[str, Any] = {"double_quant": self._double, "dtype": self._dtype, "device": "cpu"}
         held = hold(kind, 1, *values.shape, **options)
         writer = held.writer(0)
-        writer.put(0, values.contiguous().view(-1))
-        writer.close()
+        try:
+            writer.put(0, values.contiguous().view(-1))
+            writer.close()
+        except QuantizationError as error:
+            raise CheckpointError("the base", [f"{name} {error}"]) from None
         out = torch.empty((1, *values.shape), dtype=self._dtype)
         held.dequantize(0, out)
         return out[0].float()

@@ -151,6 +151,8 @@ class MergedWeights:
     def read(self, key: str, expert: int | None = None, rows: Rows | None = None) -> Tensor:
         """The tensor, or with `expert` that matrix of a stack, or with `rows` some rows of the matrix.
 
+        Fewer rows than 64 may differ from those of the whole matrix in their last bits: BLAS multiplies them otherwise.
+
         Returns:
             float32 where the values are computed, else as in the file.
         """

@@ -23,6 +23,10 @@ from adapters.merged import MergedWeights
 from adapters.tensor_files import DTYPES, read_values
 
 PIECE_VALUES = 1 << 20
+ROWS = 64
+"""Rows of a matrix are merged in multiples of these, and what is left over with the last: a product of a few rows takes
+another kernel, whose last bits differ from those of the whole matrix."""
+
 AHEAD = 4
 """Pieces that are computed before the first of them is written."""
 
@@ -84,10 +88,16 @@ def pieces(merged: MergedWeights, keys: Iterable[str]) -> Iterator[Piece]:
             for start in range(0, values, PIECE_VALUES):
                 yield Piece(key, None, start, min(start + PIECE_VALUES, values), copied=True)
             continue
-        step = max(1, PIECE_VALUES // shape[-1])
         for expert in range(shape[0]) if len(shape) == 3 else (None,):
-            for row in range(0, shape[-2], step):
-                yield Piece(key, expert, row, min(row + step, shape[-2]), copied=False)
+            for first, last in row_runs(*shape[-2:]):
+                yield Piece(key, expert, first, last, copied=False)
+
+
+def row_runs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """A matrix cut into runs of about `PIECE_VALUES` values."""
+    step = max(1, PIECE_VALUES // cols // ROWS) * ROWS
+    starts = [start for start in range(0, rows, step) if start == 0 or rows - start >= ROWS]
+    yield from zip(starts, [*starts[1:], rows], strict=True)
 
 
 def computed(

@@ -197,7 +197,7 @@ def merge(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base and write a model that loads without the studio. Killed, it goes on where it was."""
+    """Merge an adapter into its base: a model that loads without the studio. Killed, the next call goes on."""
     from studio.terminal import merge_progress, merge_view
 
     with merge_progress(output(), quiet=as_json) as progress:

@@ -244,7 +244,14 @@ def _adapter(job: Job, result: dict[str, Any]) -> Markup | None:
     link = el(
         "a", "Download the adapter", href=f"adapter/{quote(job.name, safe='')}", download="", cls="button primary"
     )
-    return el("section", el("div", el("h2", "Adapter"), el("p", words)), link, cls="card take", aria_label="Adapter")
+    export = el("a", "Export", href=f"export?job={quote(job.name, safe='')}", cls="button")
+    return el(
+        "section",
+        el("div", el("h2", "Adapter"), el("p", words)),
+        el("div", export, link, cls="links"),
+        cls="card take",
+        aria_label="Adapter",
+    )
 
 
 def _answers(generations: Sequence[dict[str, str]]) -> Markup | None:

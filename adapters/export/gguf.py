@@ -1,8 +1,8 @@
 """Base + adapter → one GGUF file that llama.cpp, Ollama and LM Studio run.
 
-Everything is known before the first byte: names, shapes, types, so each tensor's place in the file. Then the base is
-read piece by piece, merged in float32, and its rows go straight into ggml's quantiser and to their place. What stands in
-memory is one matrix (one expert of a stack, one band of the embeddings), whatever the model's size.
+Everything is known before the first byte: names, shapes and types, and with them each tensor's place in the file. Then
+the base is read piece by piece, merged in float32, and its rows go straight into ggml's quantiser and to their place.
+What stands in memory is one matrix (one expert of a stack, one band of the embeddings), whatever the model's size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def _by_matrix(first: int, count: int, shape: tuple[int, ...]) -> list[tuple[int
     """(start, stop, number of the matrix) of the runs of `count` rows from `first` on that lie in one matrix each."""
     per_matrix = shape[-2] if len(shape) > 1 else 1
     edges = [0, *range(per_matrix - first % per_matrix, count, per_matrix), count]
-    return [(a, b, (first + a) // per_matrix) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b, (first + a) // per_matrix) for a, b in pairwise(edges)]
 
 
 def _pwrite(descriptor: int, data: Tensor, place: int) -> None:

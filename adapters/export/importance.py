@@ -1,8 +1,8 @@
 """An importance matrix: how much an error in each column of each matrix matters, measured on the user's own data.
 
-For every matrix that multiplies hidden states, the mean of the squared inputs by column; for experts by expert, over the
-tokens routed to it. Files are llama.cpp's own (GGUF, `general.type` "imatrix": sums and counts by tensor), so those that
-its tool llama-imatrix wrote are read as well.
+For every matrix that multiplies hidden states, the mean of the squared inputs by column; for experts by expert, over
+the tokens routed to it. Files are llama.cpp's own (GGUF, `general.type` "imatrix": sums and counts by tensor), so those
+that its tool llama-imatrix wrote are read as well.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Page:
             **self._choose(job, first, None, None, "original", "", ""),
             **chosen,
             **self._show(mode),
-            **({self.view: self._certificate(asked)} if asked else {}),
+            **(self._certificate(asked) if asked else {}),
             self.selected: asked,
             **self.on_tick(mode, asked, {}),
         }
@@ -213,13 +213,14 @@ class Page:
             failure = {self.outcome: gr.update(value=failure_view(run), visible=True)}
             return {**self._show("new"), **failure, self.start: gr.update(interactive=True)}
         name = run.request.out.name
-        return {**self._show("view"), self.view: self._certificate(name), self.selected: name}
+        return {**self._show("view"), **self._certificate(name), self.selected: name}
 
-    def _certificate(self, name: str) -> Markup:
+    def _certificate(self, name: str) -> Updates:
         try:
-            return export_view(studio.read_export(self.places.export(name)))
+            view = export_view(studio.read_export(self.places.export(name)))
         except StudioError as error:
-            return el("section", el("h1", "This export cannot be shown"), el("p", str(error)), cls="card")
+            view = el("section", el("h1", "This export cannot be shown"), el("p", str(error)), cls="card")
+        return {self.view: gr.update(value=view, visible=True)}
 
     def _show(self, mode: str) -> Updates:
         return {
