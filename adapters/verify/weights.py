@@ -92,16 +92,13 @@ class Findings:
 
 
 def audit(
-    source: Source,
-    read: Read,
-    rounding: Rounding | Callable[[str], Rounding | None] | None = None,
-    dtype: str | None = None,
+    source: Source, read: Read, rounding: Callable[[str], Rounding | None] | None = None, dtype: str | None = None
 ) -> list[Check]:
     """Holds every matrix of an export against base and adapter; one matrix of each is in memory at a time.
 
     Args:
         read: gives what was written, as float or in the file's own dtype.
-        rounding: of the format, or of each tensor by its key; None for plain tensors: by their dtype.
+        rounding: of the format, by the tensor's key; None for plain tensors: by the dtype of each.
         dtype: of plain tensors, where it is not the base's.
     """
     index = read_index(source.base)
@@ -111,7 +108,7 @@ def audit(
     base = _base_reader(source, index, deltas)
     found = Findings()
     for key, info in index.items():
-        written, allowed = _dtype(key, info, dtype), rounding(key) if callable(rounding) else rounding
+        written, allowed = _dtype(key, info, dtype), rounding(key) if rounding else None
         if (
             key not in deltas
             and allowed is None
