@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 export DEBIAN_FRONTEND = noninteractive
 
-.PHONY: quickstart test check ui setup chromium clean
+.PHONY: quickstart test check ui setup export-tools chromium clean
 
 quickstart: $(READY)
 	$(BIN)/studio run recipes/quickstart.yaml --overwrite
@@ -29,11 +29,16 @@ ui: $(READY)
 setup: $(READY)
 
 # torch first and alone: the plain CPU build satisfies the others' ranges, so nothing pulls another one in
-$(READY): constraints.txt pyproject.toml
+$(READY): constraints.txt pyproject.toml export-tools.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r export-tools.txt
 	touch $(READY)
+
+# what GGUF exports need, pinned by hash; setup installs it too. Without make: the same pip command
+export-tools:
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r export-tools.txt
 
 # the browser tests need a Chromium; Debian's is installed where that is possible, elsewhere they say they were skipped
 chromium:

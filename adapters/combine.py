@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.adapter_files import CONFIG, WEIGHTS
 from adapters.errors import AdapterFileError, OutputExistsError
 from adapters.export import Progress
 from adapters.export.peft import write_standard
 from adapters.factors import Factors, Part, expert_count, opened, parts_of
 from adapters.merged import MergedWeights
-from adapters.peft_files import CONFIG, WEIGHTS, peft_sidecar
+from adapters.peft_files import peft_sidecar
 from adapters.sidecar import check_base, read_sidecar, write_sidecar
 from adapters.tensor_files import new_directory
 

@@ -28,6 +28,17 @@ from studio.quantities import as_bytes
 DTYPES = ("bfloat16", "float16", "float32")
 QUANT = "Q4_K_M"
 WEIGHTS = ("original", "quantized")
+LIBRARIES = {
+    "gguf": "llama.cpp",
+    "gguf-lora": "llama.cpp",
+    "peft": "stock PEFT",
+    "per-expert": "a reader of its own",
+    "vllm-3d": "a reader of its own",
+    "sglang-3d": "a reader of its own",
+    "compact": "a reader of its own",
+}
+"""What loads a format to verify it, where that is not stock transformers."""
+
 SPARE = 1.02
 """Of the planned bytes: headers, the card, the certificate."""
 
@@ -100,7 +111,7 @@ class ExportPlan:
         licence: of the base.
         files: (what, bytes or None where that is small), in order.
         bytes: about, of all of them. free_bytes: on that disk now.
-        checks: what the verification will compare, in words.
+        verified_in: the library that will load it, "" where verification is switched off. checks: what is compared.
         command: how its consumer is run afterwards; "" for a format alone.
         warnings: what to know before.
     """
@@ -114,6 +125,7 @@ class ExportPlan:
     files: tuple[tuple[str, int | None], ...]
     bytes: int
     free_bytes: int
+    verified_in: str
     checks: tuple[str, ...]
     command: str
     warnings: tuple[str, ...]
@@ -150,6 +162,7 @@ class ExportPlan:
             "files": [{"what": what, "bytes": size} for what, size in self.files],
             "bytes": self.bytes,
             "free_bytes": self.free_bytes,
+            "verified_in": self.verified_in,
             "checks": list(self.checks),
             "command": self.command,
             "warnings": list(self.warnings),
@@ -167,11 +180,12 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     consumer, form = choose(request.consumer, request.format)
     options = _options(request, form)
     _check_tools(form)
+    name = request.out.name
     origin = find_origin(request.what, request.base)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
     licence = read_licence(origin.base, public_name(origin.base_name))
-    licence.check_name(request.out.name)
+    licence.check_name(name)
     licence.check_files()
     warnings = check_base(origin.sidecar, origin.base) if origin.sidecar else []
     index = read_index(origin.base)
@@ -192,9 +206,10 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         files=tuple(_files(form, options, consumer, size, index)),
         bytes=size,
         free_bytes=free,
+        verified_in=LIBRARIES.get(form.name, "stock transformers") if request.verify else "",
         checks=tuple(_checks(request, form, consumer, origin)),
         command=command_of(
-            consumer, request.out.name, str(request.out), origin.path_or_id, origin.adapter, f"{request.out.name}.gguf"
+            consumer, name, str(request.out), origin.path_or_id, origin.adapter, _gguf(name, consumer, options)
         ),
         warnings=tuple(warnings),
     )
@@ -325,6 +340,13 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
+def _gguf(name: str, consumer: Consumer | None, options: Options) -> str:
+    """Where the GGUF file will lie in the folder."""
+    folder = consumer.folder.format(name=name) if consumer else ""
+    file = f"{name}-{options.quant}.gguf" if options.quant else f"{name}.gguf"
+    return f"{folder}/{file}" if folder else file
+
+
 def command_of(consumer: Consumer | None, name: str, folder: str, base: str, adapter: Path | None, gguf: str) -> str:
     """The one command that runs an export; "" for a format alone.
 
@@ -371,13 +393,16 @@ def _files(
 def _checks(request: ExportRequest, form: Format, consumer: Consumer | None, origin: Origin) -> list[str]:
     if not request.verify:
         return []
-    library = {"gguf": "llama.cpp", "gguf-lora": "llama.cpp", "peft": "stock PEFT"}.get(form.name, "stock transformers")
+    library = LIBRARIES.get(form.name, "stock transformers")
     changed = "every adapter tensor is in it, and nothing else has changed" if origin.adapter else "nothing has changed"
     weights = {
         "model": f"Weights: {changed}; finite, names and shapes of the base",
         "adapter": f"Experts: read back, {changed}",
     }
-    behaviour = f"Behaviour: loaded by {library} in a fresh process, its logits against the trained model's"
+    said = (
+        "its logits against the trained model's" if "reader" not in library else "every expert against the trained one"
+    )
+    behaviour = f"Behaviour: loaded by {library} in a fresh process, {said}"
     others = ["Tokenizer, chat template and end tokens agree", "File modes, no pickles, sha256 of every file"]
     ollama = ["Modelfile: its template gives the text of the chat template"] if consumer and consumer.check else []
     return [weights[form.kind], behaviour, *others, *ollama]

@@ -1,12 +1,14 @@
-"""The adapter of a job as one zip file: GET /adapter/NAME."""
+"""Adapters and exports as zip files: GET /adapter/JOB and GET /export/NAME.zip."""
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException
@@ -30,6 +32,15 @@ def add_downloads(app: FastAPI, places: Places) -> None:
         if not has_adapter(job):
             raise HTTPException(404, f"{job.name} has no adapter")
         return _sent(adapter_zip(job), f"{job.name}-adapter.zip")
+
+    @app.get("/export/{name}.zip")
+    def export(name: str) -> StreamingResponse:
+        try:
+            folder = places.export(name)
+        except StudioError as error:
+            raise HTTPException(404, str(error)) from None
+        headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}.zip"}
+        return StreamingResponse(streamed_zip(folder), media_type="application/zip", headers=headers)
 
 
 def has_adapter(job: Job) -> bool:
@@ -58,3 +69,36 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
     with file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
+
+
+class _Sink(io.RawIOBase):
+    """What a zip is written to piece by piece; `taken` gives what has come since, and nothing of it is kept."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        self._pieces.append(bytes(piece))
+        return len(piece)
+
+    def taken(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
+
+
+def streamed_zip(folder: Path) -> Iterator[bytes]:
+    """The files of a folder, in a folder of its name, as a zip that is made while it is sent."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file() or path.is_symlink():
+                continue
+            entry = zipfile.ZipInfo.from_file(path, folder.name / path.relative_to(folder))
+            with path.open("rb") as file, archive.open(entry, "w", force_zip64=True) as target:
+                while chunk := file.read(CHUNK_BYTES):
+                    target.write(chunk)
+                    yield sink.taken()
+    yield sink.taken()

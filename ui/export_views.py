@@ -52,7 +52,10 @@ def _link(export: Export, selected: str | None, now: float) -> Markup:
     line = el("span", el("span", word, cls=f"pill {colour}"), el("span", ago(created, now)), cls="job-line")
     here = "page" if name == selected else None
     return el(
-        "li", el("a", el("span", name, cls="job-name"), line, href=f"?export={quote(name, safe='')}", aria_current=here)
+        "li",
+        el(
+            "a", el("span", name, cls="job-name"), line, href=f"export?export={quote(name, safe='')}", aria_current=here
+        ),
     )
 
 
@@ -68,7 +71,7 @@ def plan_view(plan: ExportPlan) -> Markup:
         figures(
             figure("Size", f"about {as_bytes(plan.bytes)}", plan.format.title),
             figure("Disk", as_bytes(plan.free_bytes), "free where it goes"),
-            figure("Checks", len(checks) or "none", "before the folder appears"),
+            figure("Verified in", plan.verified_in or "nothing", "a fresh process, before the folder appears"),
         ),
         el("div", el("h3", "Files"), el("ul", *(_planned(what, size) for what, size in plan.files)), cls="list"),
         el("div", el("h3", "What is compared"), el("ul", *checks), cls="list") if checks else None,

@@ -48,7 +48,7 @@ def _job_link(job: Job, state: JobState, selected: str | None, now: float) -> Ma
         el("span", job.name, cls="job-name"),
         el("span", pill(state), el("span", ago(state.created_at, now)), cls="job-line"),
     )
-    return el("li", el("a", lines, href=f"?job={quote(job.name, safe='')}", aria_current="page" if here else None))
+    return el("li", el("a", lines, href=f"jobs?job={quote(job.name, safe='')}", aria_current="page" if here else None))
 
 
 def pill(state: JobState) -> Markup:
@@ -244,7 +244,14 @@ def _adapter(job: Job, result: dict[str, Any]) -> Markup | None:
     link = el(
         "a", "Download the adapter", href=f"adapter/{quote(job.name, safe='')}", download="", cls="button primary"
     )
-    return el("section", el("div", el("h2", "Adapter"), el("p", words)), link, cls="card take", aria_label="Adapter")
+    export = el("a", "Export", href=f"export?job={quote(job.name, safe='')}", cls="button")
+    return el(
+        "section",
+        el("div", el("h2", "Adapter"), el("p", words)),
+        el("div", export, link, cls="links"),
+        cls="card take",
+        aria_label="Adapter",
+    )
 
 
 def _answers(generations: Sequence[dict[str, str]]) -> Markup | None:

@@ -14,9 +14,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.errors import ExportError
+
 if TYPE_CHECKING:
     from adapters.merged import MergedWeights
     from adapters.verify import Check, Evidence
+
+TOOLS = "make export-tools"
+"""The one command that adds what GGUF needs; it is a `pip install` of export-tools.txt, whose hashes are checked."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -91,7 +96,12 @@ class Format:
 
 def _load(place: str) -> Callable[..., Any]:
     module, _, function = place.partition(":")
-    return getattr(import_module(module), function)
+    try:
+        return getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name not in ("gguf", "xllamacpp"):
+            raise
+        raise ExportError(f"GGUF needs the package {error.name}, which is not installed; add it by: {TOOLS}") from None
 
 
 EXPORTERS: dict[str, Format] = {
@@ -103,6 +113,13 @@ EXPORTERS: dict[str, Format] = {
             "model",
             "adapters.merge:write_safetensors",
             "adapters.verify.model_files:check_safetensors",
+        ),
+        Format(
+            "gguf",
+            "GGUF for llama.cpp",
+            "model",
+            "adapters.export.gguf:write_gguf",
+            "adapters.verify.gguf_files:check_gguf",
         ),
         Format(
             "bnb-4bit",
@@ -124,14 +141,15 @@ EXPORTERS: dict[str, Format] = {
                 title,
                 "adapter",
                 f"adapters.export.{name.replace('-', '_')}:write_{name.replace('-', '_')}",
-                f"adapters.verify.adapter_files:check_{name.replace('-', '_')}",
+                f"adapters.verify.{checker}:check_{name.replace('-', '_')}",
             )
-            for name, title in (
-                ("peft", "adapter, standard PEFT form: stacks"),
-                ("per-expert", "adapter, two-dimensional factors of each expert: vLLM, SGLang"),
-                ("vllm-3d", "adapter, stacks as vLLM takes them"),
-                ("sglang-3d", "adapter, stacks as SGLang takes them"),
-                ("compact", "adapter, each expert with its own rank: this studio"),
+            for name, title, checker in (
+                ("peft", "adapter, standard PEFT form: stacks", "adapter_files"),
+                ("per-expert", "adapter, two-dimensional factors of each expert: vLLM, SGLang", "adapter_files"),
+                ("vllm-3d", "adapter, stacks as vLLM takes them", "adapter_files"),
+                ("sglang-3d", "adapter, stacks as SGLang takes them", "adapter_files"),
+                ("gguf-lora", "adapter as GGUF, for a GGUF of the base: llama.cpp", "gguf_lora"),
+                ("compact", "adapter, each expert with its own rank: this studio", "adapter_files"),
             )
         ),
     )

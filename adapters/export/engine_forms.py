@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 
+from adapters.adapter_files import CONFIG, WEIGHTS
 from adapters.errors import ExportError, listed
 from adapters.export import Options, Progress, Source
 from adapters.export.parts_file import Laid, factor_dtype, plain, write_parts
@@ -23,11 +24,7 @@ from adapters.factors import Part, both_projections, expert_count, is_router, op
 from adapters.fingerprint import fingerprint
 from adapters.layouts import ExpertLayout
 from adapters.merged import MergedWeights
-from adapters.peft_files import CONFIG, WEIGHTS
 from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be (`vllm/config/lora.py`)."""
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Matrices that SGLang makes one of (`LoRAAdapter.normalize_…`): of an adapter it wants all of a group, or none."""
@@ -65,8 +62,7 @@ def write_form(
     """adapter_model.safetensors, adapter_config.json and the sidecar of one form.
 
     Returns:
-        {"tensors", "parameters", "bytes", "rank", "max_lora_rank"}: the last is what vLLM is to be started with, None
-        where the rank is above all that it takes.
+        {"tensors", "parameters", "bytes", "rank", "made_for"}.
 
     Raises:
         ExportError: the form cannot hold the adapter.
@@ -83,8 +79,9 @@ def write_form(
     facts = write_parts(directory / WEIGHTS, parts, lay, factor_dtype(options.dtype), progress)
     name = str(adapter.config.get("base_model_name_or_path") or source.base)
     _write_config(directory / CONFIG, parts, rank, name)
-    write_sidecar(directory, _sidecar(form, source, merged, name, bool(routers)))
-    return {**facts, "rank": rank, "max_lora_rank": next((one for one in VLLM_RANKS if one >= rank), None)}
+    sidecar = _sidecar(form, source, merged, name, parts)
+    write_sidecar(directory, sidecar)
+    return {**facts, "rank": rank, "made_for": list(sidecar.made_for)}
 
 
 def _lay(part: Part, form: Form, rank: int, layout: ExpertLayout) -> list[Laid]:
@@ -136,9 +133,12 @@ def _write_config(file: Path, parts: list[Part], rank: int, base_name: str) -> N
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _sidecar(form: Form, source: Source, merged: MergedWeights, base_name: str, routers: bool) -> Sidecar:
+def _sidecar(form: Form, source: Source, merged: MergedWeights, base_name: str, parts: list[Part]) -> Sidecar:
     before = read_sidecar(source.adapter) if source.adapter else None
-    sidecar = Sidecar(
+    made_for = tuple(name for name in form.made_for if name not in (left_out := _left_out(form, parts, merged.layout)))
+    if form.name == "per-expert" and _known_to_peft(parts, merged.layout):
+        made_for += ("transformers", "peft")
+    return Sidecar(
         format=form.name,
         base_name=base_name,
         base=fingerprint(source.base),
@@ -146,16 +146,22 @@ def _sidecar(form: Form, source: Source, merged: MergedWeights, base_name: str, 
         peft_version=peft.__version__,
         model_type=merged.layout.model_type,
         experts={"count": expert_count(merged), "orientation": form.orientation, "packing": form.packing},
-        made_for=form.made_for,
-        ignored_by=form.ignored_by,
+        made_for=made_for,
+        ignored_by=tuple(name for name in (*form.ignored_by, *left_out) if name not in made_for),
     )
-    engines = list(form.made_for)
-    if form.name == "per-expert" and merged.layout.peft_fuses:
-        engines += ["transformers", "peft"]  # PEFT reads the names of transformers 4 as stacks
-    if form.name == "per-expert" and merged.layout.model_type in STACKED_IN_VLLM:
-        engines.remove("vllm")
-    ignored = tuple(name for name in form.ignored_by if name not in engines)
-    if not routers or "sglang" not in engines:
-        return replace(sidecar, made_for=tuple(engines), ignored_by=ignored)
-    engines.remove("sglang")  # it leaves adapters of routers out
-    return replace(sidecar, made_for=tuple(engines), ignored_by=(*ignored, "sglang"))
+
+
+def _left_out(form: Form, parts: list[Part], layout: ExpertLayout) -> list[str]:
+    """Engines that the form is for, and that would not take all of this adapter."""
+    found = []
+    if form.name == "per-expert" and layout.model_type in STACKED_IN_VLLM:
+        found.append("vllm")
+    if any(is_router(part, layout) for part in parts):
+        found.append("sglang")
+    return found
+
+
+def _known_to_peft(parts: list[Part], layout: ExpertLayout) -> bool:
+    """PEFT reads the expert names of transformers 4 as stacks, but then misses a shared expert of the same names."""
+    linear = [part.name.removesuffix(".weight") for part in parts if not part.stacked]
+    return layout.peft_fuses and not any(name.endswith(layout.mlp) for name in linear)

@@ -1,7 +1,7 @@
 """ggml's own quantiser, called in this process: float32 rows in, the bytes of a GGUF tensor out.
 
-The functions are C, exported by the shared library inside xllamacpp; they hold no state but tables made once, and let go
-of the interpreter while they run, so rows are quantised by several threads.
+The functions are C, exported by the shared library inside xllamacpp; they hold no state but tables made once, and
+ctypes lets go of the interpreter while they run, so several threads quantise at a time.
 """
 
 from __future__ import annotations

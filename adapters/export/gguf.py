@@ -1,8 +1,8 @@
 """Base + adapter → one GGUF file that llama.cpp, Ollama and LM Studio run.
 
-Everything is known before the first byte: names, shapes, types, so each tensor's place in the file. Then the base is
-read piece by piece, merged in float32, and its rows go straight into ggml's quantiser and to their place. What stands in
-memory is one matrix (one expert of a stack, one band of the embeddings), whatever the model's size.
+Everything is known before the first byte: names, shapes and types, and with them each tensor's place in the file. Then
+the base is read piece by piece, merged in float32, and its rows go straight into ggml's quantiser and to their place.
+What stands in memory is one matrix (one expert of a stack, one band of the embeddings), whatever the model's size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from adapters.export.gguf_metadata import add_metadata, full_config
 from adapters.export.gguf_tensors import Part, Piece, Plan, plan_tensors
 from adapters.export.gguf_tokenizer import read_vocabulary
 from adapters.export.gguf_types import Mixture, tensor_types
-from adapters.export.importance import read_importance
+from adapters.export.importance import importance_for
 
 DEFAULT_QUANT = "Q4_K_M"
 CHUNK_VALUES = 2**20
@@ -39,7 +40,7 @@ def write_gguf(source: Source, directory: Path, options: Options, progress: Prog
     """Writes `NAME-QUANT.gguf` into the empty `directory`.
 
     Args:
-        options: `quant` (a name in `gguf_types.QUANTS`) and `importance` (a file of `adapters.export.importance`).
+        options: `quant` (a name in `gguf_types.QUANTS`) and `importance` (an importance matrix, or examples).
         progress: called with bytes of the base.
 
     Returns:
@@ -52,7 +53,7 @@ def write_gguf(source: Source, directory: Path, options: Options, progress: Prog
     weights, quant = source.open(), options.quant or DEFAULT_QUANT
     plan, config = plan_tensors(weights), full_config(source.base)
     vocabulary = read_vocabulary(source.base, config)
-    importance = read_importance(options.importance, plan.tensors) if options.importance else {}
+    importance = importance_for(options.importance, source, plan.tensors) if options.importance else {}
     types = tensor_types(plan.tensors, mixture_of(config, plan, quant, bool(importance)))
     for kind in set(types.values()):
         prepare(kind)
@@ -166,7 +167,7 @@ def _by_matrix(first: int, count: int, shape: tuple[int, ...]) -> list[tuple[int
     """(start, stop, number of the matrix) of the runs of `count` rows from `first` on that lie in one matrix each."""
     per_matrix = shape[-2] if len(shape) > 1 else 1
     edges = [0, *range(per_matrix - first % per_matrix, count, per_matrix), count]
-    return [(a, b, (first + a) // per_matrix) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b, (first + a) // per_matrix) for a, b in pairwise(edges)]
 
 
 def _pwrite(descriptor: int, data: Tensor, place: int) -> None:

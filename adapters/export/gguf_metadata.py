@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ SIZES = (
 )
 """Method of GGUFWriter, and the keys of config.json that it is from; the first one that is there."""
 
+ONE_HEAD = {"num_key_value_heads": 1, "head_dim": None}
+"""llama.cpp runs MLA with the compressed state as the one head of keys and values."""
+
 LICENCE_KEYS = (("license", "add_license"), ("license_name", "add_license_name"), ("license_link", "add_license_link"))
 
 
@@ -37,8 +41,6 @@ def full_config(base: Path) -> dict[str, Any]:
     """The language model's part of config.json, with the family's defaults for what it leaves out."""
     defaults = AutoConfig.from_pretrained(base)
     written = text_config({**defaults.to_dict(), "text_config": defaults.get_text_config().to_dict()})
-    import json
-
     stated = text_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
     return {**written, **stated}
 
@@ -57,6 +59,8 @@ def add_metadata(writer: GGUFWriter, base: Path, config: Mapping[str, Any], layo
             getattr(writer, method)(found)
     writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
     writer.add_block_count(config["num_hidden_layers"])
+    if layout.model_type == "deepseek_v3":
+        config = {**config, **ONE_HEAD}
     for method, keys in SIZES:
         value = next((config[key] for key in keys if config.get(key) is not None), None)
         if value is not None:
@@ -69,8 +73,8 @@ def add_metadata(writer: GGUFWriter, base: Path, config: Mapping[str, Any], layo
 
 def licence_of(base: Path) -> dict[str, str]:
     """What the base's own card says in its first lines: license, license_name, license_link. Nothing is assumed."""
-    card = base / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    cards = (card for card in (base / "README.md", base / "MODEL_CARD.md") if card.is_file())
+    text = next((card.read_text(encoding="utf-8", errors="replace") for card in cards), "")
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     lines = front[1].splitlines() if front else []
     pairs = (line.split(":", 1) for line in lines if re.match(r"license\w*:\s*\S", line))
@@ -125,9 +129,8 @@ def _gpt_oss(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _deepseek_v3(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
-    """llama.cpp runs MLA with the compressed state as the one head of keys and values, and splits it afterwards."""
+    """Lengths of the compressed state, and of a head's keys and values that are made of it."""
     rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    writer.add_head_count_kv(1)
     writer.add_leading_dense_block_count(config.get("first_k_dense_replace") or 0)
     writer.add_vocab_size(config["vocab_size"])
     if config.get("q_lora_rank") is not None:

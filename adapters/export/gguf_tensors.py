@@ -7,8 +7,8 @@ fills rows of one or two tensors of the GGUF file, wherever they lie there:
                           ─▶ Plan.pieces      what to read, and which rows it fills
 
 Names are llama.cpp's (the package gguf has them). What differs between the two is said by the family: Llama's queries
-and keys are stored with the halves of each head interleaved, experts lie as (E, out, in) stacks of gate, up and down, and
-DeepSeek's compressed keys and values are split by head.
+and keys are stored with the halves of each head interleaved, experts lie as (E, out, in) stacks of gate, up and down,
+and DeepSeek's compressed keys and values are split by head.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     (
         r"\p{N}{1,3}",
         "[一-龥\u3040-ゟ゠-ヿ]+",
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
-        + SPACES,
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+        r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + SPACES,
     ): "deepseek-v3",
 }
 """llama.cpp's names (src/llama-vocab.cpp, llm_tokenizer_bpe) of the expressions in published tokenizer.json files."""
@@ -123,7 +123,7 @@ def read_vocabulary(base: Path, config: Mapping[str, Any]) -> Vocabulary:
     if model["type"] != "BPE":
         raise ExportError(f"a {model['type']} tokenizer is not written as GGUF; BPE and SentencePiece's BPE are")
     spm = bool(model["byte_fallback"])
-    added = {number: token for number, token in tokenizer.added_tokens_decoder.items()}
+    added = dict(tokenizer.added_tokens_decoder)
     tokens = _tokens({**model["vocab"], **{token.content: number for number, token in added.items()}}, size)
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     bare = tokenizer("a", add_special_tokens=False).input_ids

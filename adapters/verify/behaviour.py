@@ -9,7 +9,7 @@ Dimension legend: T tokens of a prompt, V vocabulary, P positions of all prompts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,9 @@ def check_behaviour(
         program: what computed them, e.g. "stock transformers 5.23.0".
     """
     assert evidence.logits is not None
-    tuned, base, moved, choices = [], [], [], []
+    found: dict[str, list[Tensor]] = {name: [] for name in ("tuned", "base", "held", "moved", "choices")}
     with safe_open(evidence.logits, "pt") as reference:
+        has_held = "held.0" in reference.keys()  # noqa: SIM118
         for number in range(len(evidence.prompts)):
             trained, plain = (reference.get_tensor(f"{name}.{number}") for name in ("tuned", "base"))
             logits = _logits(export, number)
@@ -85,27 +86,29 @@ def check_behaviour(
                 shape = None if logits is None else tuple(logits.shape)
                 problem = f"prompt {number}: {program} gave {shape}, expected finite logits {tuple(trained.shape)}"
                 return [Check(SAME, "failed", problem)]
-            tuned.append(divergence(trained, logits))
-            base.append(divergence(plain, logits))
-            moved.append(divergence(trained, plain))
-            choices.append(same_choice(trained, logits))
-    return _judged([torch.cat(found) for found in (tuned, base, moved, choices)], limits, program)
+            found["tuned"].append(divergence(trained, logits))
+            found["base"].append(divergence(plain, logits))
+            found["moved"].append(divergence(trained, plain))
+            found["choices"].append(same_choice(trained, logits))
+            if has_held:
+                found["held"].append(divergence(reference.get_tensor(f"held.{number}"), logits))
+    return _judged({name: torch.cat(rows) for name, rows in found.items() if rows}, limits, program)
 
 
 SAME, APART = "behaviour: as the trained model", "behaviour: apart from the base"
 
 
-def _judged(found: Sequence[Tensor], limits: Limits, program: str) -> list[Check]:
-    tuned_P, base_P, moved_P, choices = found
-    kl, agreement = float(tuned_P.mean()), float(choices.double().mean()) if len(choices) else 1.0
+def _judged(found: Mapping[str, Tensor], limits: Limits, program: str) -> list[Check]:
+    choices = found["choices"]
+    kl, agreement = float(found["tuned"].mean()), float(choices.double().mean()) if len(choices) else 1.0
     measured: dict[str, Any] = {
         "kl_mean": kl,
-        "kl_max": float(tuned_P.max()),
+        "kl_max": float(found["tuned"].max()),
         "kl_limit": limits.kl,
         "top1": agreement,
         "top1_limit": limits.top1,
         "decided_positions": len(choices),
-        "positions": len(tuned_P),
+        "positions": len(found["tuned"]),
         "program": program,
     }
     right = kl <= limits.kl and agreement >= limits.top1
@@ -113,8 +116,11 @@ def _judged(found: Sequence[Tensor], limits: Limits, program: str) -> list[Check
         f"{program}: KL {kl:.1e} to the trained model (limit {limits.kl:.0e}: {limits.reason}), same first choice at "
         f"{100 * agreement:.1f} % of {len(choices)} decided positions (limit {100 * limits.top1:.0f} %)"
     )
-    checks = [Check(SAME, "passed" if right else "failed", detail, measured)]
-    return [*checks, _apart(kl, float(base_P.mean()), float(moved_P.mean()), limits)]
+    if "held" in found:
+        measured["kl_from_quantised_base_of_training"] = drift = float(found["held"].mean())
+        detail += f"; from the adapter on the quantised base of its training, which is another model, {drift:.1e}"
+    same = Check(SAME, "passed" if right else "failed", detail, measured)
+    return [same, _apart(kl, float(found["base"].mean()), float(found["moved"].mean()), limits)]
 
 
 def _apart(kl: float, from_base: float, moved: float, limits: Limits) -> Check:

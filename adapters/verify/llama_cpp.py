@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import ExportError
-
-INSTALL = "make export-tools"
-"""The one command that adds what GGUF needs; without make: pip install --require-hashes -r export-tools.txt."""
+from adapters.export import TOOLS
 
 PROGRAM = Path(__file__).with_name("run_llama_cpp.py")
 SPARE_BYTES = 6 * 2**30
@@ -65,7 +63,7 @@ def llama_cpp_library() -> Path:
     places = (found.submodule_search_locations if found else None) or []
     for file in (file for place in places for file in sorted(Path(place).glob("xllamacpp*.so"))):
         return file
-    raise ExportError(f"GGUF needs llama.cpp, from the package xllamacpp, which is not installed; add it by: {INSTALL}")
+    raise ExportError(f"GGUF needs llama.cpp, from the package xllamacpp, which is not installed; add it by: {TOOLS}")
 
 
 def run_llama_cpp(

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.checkpoint import TensorInfo, read_header, read_index, read_json_object
+from adapters.checkpoint import TensorInfo, read_header, read_index, read_json_object, text_config
 from adapters.errors import CheckpointError, listed
 from adapters.export import Options, Source
 from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import LIMITS, Limits, behaviour_not_run, check_behaviour
 from adapters.verify.fresh import FreshProcessError, ask_stock
 from adapters.verify.tokenizer import check_tokenizer
-from adapters.verify.weights import audit, dtype_names, file_reader
+from adapters.verify.weights import FileReader, Read, Rounding, audit, dtype_names
 
 WHOLE, NAMED, CONFIG, LOADED, TIED = (
     "files: whole",
@@ -39,11 +39,29 @@ def check_safetensors(directory: Path, source: Source, evidence: Evidence, optio
         return [whole]
     before, after = read_index(source.base), read_index(directory)
     named = check_names(before, after, options.dtype)
-    checks = [whole, named, check_config(directory, source.base)]
+    checks = [whole, named, check_config(directory, source.base, options.dtype)]
     if named.status == "passed":
-        checks += audit(source, file_reader(directory), dtype=options.dtype)
+        checks += audit(source, FileReader(directory), dtype=options.dtype)
     checks += check_tokenizer(directory, source.base)
     return [*checks, *check_in_transformers(directory, source, evidence, LIMITS[_coarsest(after)])]
+
+
+def check_quantised(
+    directory: Path, source: Source, evidence: Evidence, read: Read, rounding: Rounding, limits: Limits
+) -> list[Check]:
+    """Every check of a merged model whose weights lie quantised in its files, under whatever names.
+
+    Args:
+        read: gives the value of each of the base's matrices as the files hold it, dequantised.
+        rounding: how far that may lie from the exact value. limits: how far what the model says may.
+    """
+    whole = check_whole(directory)
+    if whole.status == "failed":
+        return [whole]
+    checks = [whole, check_config(directory, source.base, allowed=("quantization_config",))]
+    checks += audit(source, read, rounding)
+    checks += check_tokenizer(directory, source.base)
+    return [*checks, *check_in_transformers(directory, source, evidence, limits)]
 
 
 def check_whole(directory: Path) -> Check:
@@ -94,15 +112,20 @@ def check_names(before: Mapping[str, TensorInfo], after: Mapping[str, TensorInfo
     return Check(NAMED, "failed" if problems else "passed", detail, {"tensors": len(after)})
 
 
-def check_config(directory: Path, base: Path, allowed: tuple[str, ...] = ()) -> Check:
-    """config.json says what the base's says, but for the dtype (and `allowed`): a field lost here changes the model."""
-    before, after = (_plain(read_json_object(path / "config.json"), allowed) for path in (base, directory))
+def check_config(directory: Path, base: Path, dtype: str | None = None, allowed: tuple[str, ...] = ()) -> Check:
+    """config.json says what the base's says, and the dtype that was asked for: a field lost here changes the model."""
+    files = [read_json_object(path / "config.json") for path in (base, directory)]
+    before, after = (_plain(file, allowed) for file in files)
     problems = [
         f"{key} is {after.get(key)!r}, the base's {before.get(key)!r}"
-        for key in before.keys() | after.keys()
+        for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    detail = listed(f"{len(problems)} fields differ", sorted(problems), 8) if problems else f"all {len(before)} fields"
+    said, expected = _named_dtype(files[1]), dtype or _named_dtype(files[0])
+    if said != expected:
+        problems.append(f"its dtype is {said}, expected {expected}")
+    fine = f"all {len(before)} fields, and dtype {said}"
+    detail = listed(f"{len(problems)} fields differ", problems, 8) if problems else fine
     return Check(CONFIG, "failed" if problems else "passed", detail)
 
 
@@ -110,6 +133,13 @@ def _plain(config: Mapping[str, Any], allowed: tuple[str, ...]) -> dict[str, Any
     left_out = {"dtype", "torch_dtype", *allowed}
     found = {key: value for key, value in config.items() if key not in left_out}
     return {key: _plain(value, ()) if isinstance(value, dict) else value for key, value in found.items()}
+
+
+def _named_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype in which programs load the weights if nobody says otherwise."""
+    text = text_config(config)
+    found = next((part[key] for part in (text, config) for key in ("dtype", "torch_dtype") if part.get(key)), None)
+    return str(found) if found else None
 
 
 def check_in_transformers(directory: Path, source: Source, evidence: Evidence, limits: Limits) -> list[Check]:
@@ -141,7 +171,8 @@ def _tied(answer: Mapping[str, Any], base: Path) -> Check:
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
     expected = bool(config.tie_word_embeddings)
-    right = answer["tied"] == expected == answer["head_is_embedding"]
+    own = any(key.endswith("lm_head.weight") for key in read_index(base))  # kept by stock, whatever the flag says
+    right = answer["tied"] == expected and (own or answer["head_is_embedding"] == expected)
     places = {"config": answer["tied"], "as loaded": answer["head_is_embedding"], "the base": expected}
     detail = "; ".join(f"{place}: {'tied' if tied else 'not tied'}" for place, tied in places.items())
     return Check(TIED, "passed" if right else "failed", detail, {"tied": answer["tied"]})

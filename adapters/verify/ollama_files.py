@@ -23,7 +23,10 @@ TEMPLATE, STOPS = "Ollama template", "Ollama stop strings"
 def check_modelfile(base: Path, folder: Path) -> list[Check]:
     """The template, evaluated, must give what the chat template gives; the stop strings must be the EOS tokens."""
     said = read_modelfile((folder / MODELFILE).read_text(encoding="utf-8"))
-    return [_check_from(folder, said), _check_template(base, folder, said), _check_stops(base, said)]
+    from_file = _check_from(folder, said)
+    if from_file.status == "failed":
+        return [from_file]
+    return [from_file, _check_template(base, folder, said), _check_stops(base, said)]
 
 
 def _check_from(folder: Path, said: dict[str, list[str]]) -> Check:
@@ -40,12 +43,12 @@ def _check_template(base: Path, folder: Path, said: dict[str, list[str]]) -> Che
         detail = "the Modelfile has no template: the model's cannot be said in Ollama's language"
         return Check(TEMPLATE, "failed" if wanted else "not run", detail)
     assert jinja is not None
-    before = bos if adds_bos(folder / said["FROM"][0]) else ""
+    left_out = bos if adds_bos(folder / said["FROM"][0]) else ""  # Ollama puts it there itself
     differ = []
     tried = [roles for roles in CONVERSATIONS if "system" not in roles or ("", "system") in (find_joints(jinja) or {})]
     for roles in tried:
         messages = conversation(roles)
-        if before + render(said["TEMPLATE"][0], messages) != jinja(messages, True):
+        if render(said["TEMPLATE"][0], messages) != jinja(messages, True).removeprefix(left_out):
             differ.append(", ".join(roles))
     if differ:
         return Check(TEMPLATE, "failed", f"it differs from the chat template for the roles {'; '.join(differ)}")

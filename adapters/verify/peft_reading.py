@@ -16,13 +16,12 @@ Dimension legend: E experts, r rank, d1 and d2 the axes of an expert's matrix in
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,14 +74,17 @@ class PeftReading:
         with safe_open(self.file, "pt") as file:
             self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         self.keys = frozenset(self.shapes)
+        self._kept: tuple[str, Tensor, Tensor] | None = None
         found = [self._pair(key.removesuffix(".lora_A.weight")) for key in self.keys if ".lora_A." in key]
         self.pairs: Mapping[str, Pair] = {pair.parameter: pair for pair in found}
 
     def factors(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """(lora_A, lora_B) as they lie in the file, float32."""
-        with safe_open(self.file, "pt") as file:
-            first, second = (file.get_tensor(f"{pair.key}.lora_{side}.weight").float() for side in "AB")
-        return first, second
+        """(lora_A, lora_B) as they lie in the file, float32; those of one pair are kept, as all experts need them."""
+        if self._kept is None or self._kept[0] != pair.key:
+            with safe_open(self.file, "pt") as file:
+                first, second = (file.get_tensor(f"{pair.key}.lora_{side}.weight").float() for side in "AB")
+            self._kept = pair.key, first, second
+        return self._kept[1:]
 
     def delta(self, pair: Pair, expert: int | None = None) -> Tensor:
         """What is added to the matrix, or to one expert's of a stack: (out, in) or (d1, d2), float32."""
@@ -144,8 +146,8 @@ class PeftReading:
 
     def _rank_and_scale(self, name: str) -> tuple[int, float]:
         ranks, alphas = self.config.get("rank_pattern") or {}, self.config.get("alpha_pattern") or {}
-        rank = int(ranks.get(get_pattern_key(list(ranks), name), self.config["r"]))
-        alpha = float(alphas.get(get_pattern_key(list(alphas), name), self.config["lora_alpha"]))
+        rank = int(ranks.get(first_match(ranks, name), self.config["r"]))
+        alpha = float(alphas.get(first_match(alphas, name), self.config["lora_alpha"]))
         return rank, alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def _is_transposed(self, module: str) -> bool:
@@ -159,7 +161,7 @@ class PeftReading:
         return sorted(self.keys - used)
 
 
-def as_json(reading: PeftReading) -> dict[str, Any]:
-    """How many tensors, stacks and matrices the adapter has, for a certificate."""
-    stacks = sum(len(pair.shape) == 3 for pair in reading.pairs.values())
-    return {"tensors": len(reading.keys), "stacks": stacks, "matrices": len(reading.pairs) - stacks}
+def first_match(patterns: Iterable[str], name: str) -> str:
+    """The first pattern that is the end of `name`, else `name`: peft.utils.other.get_pattern_key, whose import takes
+    longer than a small model's whole verification."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), name)

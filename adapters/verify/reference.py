@@ -27,13 +27,14 @@ from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.loading import load_base
 from adapters.lora_products import LoraRanks
 from adapters.routed import RoutedExperts, moe_blocks
+from adapters.sidecar import read_sidecar
 from adapters.verify.checker import source_from
 from adapters.verify.peft_reading import Pair, PeftReading
 from adapters.verify.run import Prompt
 
 MOST_PROMPTS, MOST_TOKENS, LEAST_TOKENS = 16, 128, 16
 LOGITS_BYTES = 256_000_000
-"""Of both models' logits together: with 200,000 entries in the vocabulary about 150 positions."""
+"""Of all models' logits together: with 200,000 entries in the vocabulary about 100 positions."""
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,9 +43,9 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
     texts, ids = encode(tokenizer, question["prompts"][:MOST_PROMPTS])
     vocabulary = int(text_config(json.loads((source.base / "config.json").read_text()))["vocab_size"])
-    limit = min(MOST_TOKENS, max(LEAST_TOKENS, LOGITS_BYTES // (8 * vocabulary * max(1, len(ids)))))
+    limit = min(MOST_TOKENS, max(LEAST_TOKENS, LOGITS_BYTES // (12 * vocabulary * max(1, len(ids)))))
     ids = [row[:limit] for row in ids]
-    if question["run"]:
+    if question["run"] and ids:
         save_file(reference_logits(source, ids), question["logits"])
     return {"prompts": ids, "texts": texts}
 
@@ -68,13 +69,27 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, l
 
 
 def reference_logits(source: Source, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """`base.{i}` and `tuned.{i}`, (T, V) float32: the base as `source.held` says, or in its own weights."""
-    held = dict(source.held or {"quantization": "none"})
+    """`base.{i}` and `tuned.{i}`, (T, V) float32: the base as `source.held` says, or in its own weights.
+
+    Where it is in its own weights and training held it quantised, `held.{i}` is the adapter on what training held.
+    """
+    found = _base_and_tuned(source, source.held, prompts)
+    sidecar = read_sidecar(source.adapter) if source.adapter and source.held is None else None
+    if sidecar and sidecar.held and sidecar.held.get("quantization") not in (None, "none"):
+        held = _base_and_tuned(source, sidecar.held, prompts)
+        found |= {name.replace("tuned", "held"): held[name] for name in held if name.startswith("tuned")}
+    return found
+
+
+def _base_and_tuned(
+    source: Source, held: Mapping[str, Any] | None, prompts: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    how = dict(held or {"quantization": "none"})
     model = load_base(
         source.base,
-        quantize=held["quantization"],
-        int8_experts=held.get("int8_experts") or (),
-        double_quant=held.get("double_quant", True),
+        quantize=how["quantization"],
+        int8_experts=how.get("int8_experts") or (),
+        double_quant=how.get("double_quant", True),
         dtype=torch.float32,
     )
     found = {f"base.{i}": logits for i, logits in enumerate(_logits(model, prompts))}

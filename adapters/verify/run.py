@@ -91,6 +91,8 @@ def make_evidence(source: Source, prompts: Sequence[Prompt], folder: Path) -> Ev
         answer: dict[str, Any] = ask_module("adapters.verify.reference", {**question, "run": not why})
     except FreshProcessError as error:
         return Evidence((), (), None, f"the trained model could not be run here: {error}")
+    if not answer["prompts"]:
+        why = why or "no prompt has two tokens or more"
     return Evidence(answer["prompts"], answer["texts"], None if why else folder / "logits.safetensors", why)
 
 

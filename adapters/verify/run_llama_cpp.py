@@ -11,8 +11,10 @@ import ctypes
 import json
 import resource
 import sys
+from collections.abc import Iterator
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
 from pathlib import Path
+from typing import Any, BinaryIO
 
 
 class ModelParams(ctypes.Structure):
@@ -115,15 +117,15 @@ POINTERS_FIRST = [
 class LlamaCpp:
     """The library, with the types of its functions."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self.library = ctypes.CDLL(path)
         self.library.llama_backend_init()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self.library, name)
         function.restype = RESULTS.get(name, c_int32)
 
-        def call(first=None, *rest):
+        def call(first: Any = None, *rest: Any) -> Any:
             if first is None:
                 return function()
             return function(c_void_p(first) if name in POINTERS_FIRST else first, *rest)
@@ -131,7 +133,7 @@ class LlamaCpp:
         return call
 
 
-def check_layout(model, context):
+def check_layout(model: ModelParams, context: ContextParams) -> None:
     """The defaults must stand where this program writes: another version of llama.cpp would be run wrongly."""
     found = (context.n_ctx, context.flash_attn_type, context.type_k, context.type_v, context.defrag_thold)
     if found != (512, -1, 1, 1, -1.0) or model.n_gpu_layers != -1 or not model.use_extra_bufts or model.vocab_only:
@@ -141,7 +143,7 @@ def check_layout(model, context):
 class Model:
     """One loaded model and the context for prompts of up to `length` tokens; without a length the vocabulary alone."""
 
-    def __init__(self, llama, path, length, threads, lora, lora_scale):
+    def __init__(self, llama: LlamaCpp, path: str, length: int, threads: int, lora: str | None, lora_scale: float):
         self.llama, self.length, self.threads = llama, length, threads
         model, context = llama.llama_model_default_params(), llama.llama_context_default_params()
         check_layout(model, context)
@@ -154,22 +156,23 @@ class Model:
         if lora:
             self.add_lora(lora, lora_scale)
 
-    def new_context(self, params):
+    def new_context(self, params: ContextParams) -> int:
         params.n_ctx = params.n_batch = params.n_ubatch = params.n_outputs_max_per_seq = self.length
         params.n_threads = params.n_threads_batch = self.threads
         params.flash_attn_type, params.type_k, params.type_v = 0, 0, 0  # off, float32, float32
-        return self.llama.llama_init_from_model(self.model, params) or sys.exit("llama.cpp makes no context")
+        made: int | None = self.llama.llama_init_from_model(self.model, params)
+        return made or sys.exit("llama.cpp makes no context")
 
-    def add_lora(self, path, scale):
+    def add_lora(self, path: str, scale: float) -> None:
         self.lora = self.llama.llama_adapter_lora_init(self.model, path.encode()) or sys.exit("it refuses the LoRA")
         adapters, scales = (c_void_p * 1)(self.lora), (c_float * 1)(scale)
         if self.llama.llama_set_adapters_lora(self.context, adapters, c_size_t(1), scales):
             sys.exit("llama.cpp does not apply the LoRA")
 
-    def clear(self):
+    def clear(self) -> None:
         self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), c_bool(True))
 
-    def decode(self, tokens, start):
+    def decode(self, tokens: list[int], start: int) -> Iterator[Any]:
         """Logits (as bytes, float32) after each of the tokens, which stand at `start` and after."""
         count = len(tokens)
         one = (c_int32 * 1)(0)
@@ -187,18 +190,16 @@ class Model:
         for place in range(count):
             yield self.llama.llama_get_logits_ith(self.context, c_int32(place))
 
-    def logits(self, tokens, file):
+    def logits(self, tokens: list[int], file: BinaryIO) -> None:
         self.clear()
-        last = None
         for row in self.decode(tokens, 0):
             file.write(ctypes.string_at(row, self.size * 4))
-            last = row
-        return last
 
-    def greedy(self, tokens, count):
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
         """Up to `count` tokens after `tokens`, each the likeliest, until one that ends generation."""
         self.clear()
-        made, rows, place = [], list(self.decode(tokens, 0)), len(tokens)
+        made: list[int] = []
+        rows, place = list(self.decode(tokens, 0)), len(tokens)
         for _ in range(count):
             row = rows[-1]
             made.append(max(range(self.size), key=row[: self.size].__getitem__))
@@ -207,23 +208,23 @@ class Model:
             rows, place = list(self.decode(made[-1:], place)), place + 1
         return made
 
-    def tokenize(self, text, add_special):
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
         raw = text.encode()
         room = len(raw) + 8
         out = (c_int32 * room)()
         flags = (c_bool(add_special), c_bool(True))
         return out[: self.llama.llama_tokenize(self.vocab, raw, len(raw), out, room, *flags)]
 
-    def text(self, tokens):
+    def text(self, tokens: list[int]) -> str:
         """As a server streams it: piece after piece, special tokens written out."""
         return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")
 
-    def piece(self, token):
+    def piece(self, token: int) -> bytes:
         out = ctypes.create_string_buffer(1024)
         flags = (c_int32(len(out)), c_int32(0), c_bool(True))
         return out.raw[: self.llama.llama_token_to_piece(self.vocab, c_int32(token), out, *flags)]
 
-    def facts(self):
+    def facts(self) -> dict[str, Any]:
         one = {name: getattr(self.llama, f"llama_vocab_{name}")(self.vocab) for name in ("bos", "eos", "eot", "pad")}
         ends = [token for token in range(self.size) if self.llama.llama_vocab_is_eog(self.vocab, c_int32(token))]
         template = self.llama.llama_model_chat_template(self.model, None)
@@ -237,7 +238,7 @@ class Model:
         }
 
 
-def main(library, path):
+def main(library: str, path: str) -> None:
     question = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_AS, (question["memory_bytes"],) * 2)
     out, prompts = Path(question["out"]), question["prompts"]

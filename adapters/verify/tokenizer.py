@@ -53,12 +53,18 @@ IDS, TEMPLATE, ENDS = "tokenizer: ids", "tokenizer: chat template", "tokenizer: 
 
 def check_tokenizer(directory: Path, base: Path) -> list[Check]:
     """Ids of nasty strings and of conversations, the template's bytes, and EOS in all the places that name it."""
+    if not any(has_tokenizer(path) for path in (base, directory)):
+        return [Check(IDS, "not run", "the base has no tokenizer, nor has the export")]
     question = {"directories": [base, directory], "strings": NASTY, "conversations": CONVERSATIONS}
     try:
         before, after = ask_stock("stock_tokenizer.py", question)
     except FreshProcessError as error:
         return [Check(IDS, "failed", f"stock transformers cannot load the tokenizer: {error}")]
     return [_ids(before, after), _template(directory, base), check_ends(directory, base, before, after)]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 
 def _ids(before: Mapping[str, Any], after: Mapping[str, Any]) -> Check:

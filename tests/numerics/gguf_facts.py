@@ -12,6 +12,7 @@ from gguf.constants import LlamaFileType
 
 from tests.numerics.gguf_models import DEEPSEEK, GPT4O, LLAMA3, MODELS, QWEN2, drawn
 
+REFERENCE = Path(__file__).with_name("gguf_reference.json")
 QUANTS = {
     "F32": LlamaFileType.ALL_F32,
     **{name: LlamaFileType[f"MOSTLY_{name}"] for name in ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")},

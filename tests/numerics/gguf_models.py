@@ -136,7 +136,7 @@ def spm_tokenizer() -> dict[str, Any]:
         vocab[f"<0x{byte:02X}>"] = len(vocab)
     for letter in dict.fromkeys(WORDS.replace(" ", "▁").replace("\n", "") + "ABCxyz!?,0345"):
         vocab[letter] = len(vocab)
-    for word in (text for word in WORDS.split() if word.isalpha() for text in (word, "▁" + word)):
+    for word in (text for plain in WORDS.split() if plain.isalpha() for text in (plain, "▁" + plain)):
         for end in range(2, len(word) + 1):
             vocab.setdefault(word[:end], len(vocab))
     merges = [[new[:cut], new[cut:]] for new in vocab for cut in range(1, len(new)) if splits(new, cut, vocab)]
@@ -226,7 +226,9 @@ MODELS: dict[str, GgufModel] = {
         moe("num_experts", "moe_intermediate_size", layers=3, count=6, intermediate_size=512, norm_topk_prob=True),
         pattern=QWEN2,
     ),
-    "olmoe": GgufModel("olmoe", moe("num_experts", "intermediate_size", count=6, size=96, num_key_value_heads=4), pattern="gpt2"),
+    "olmoe": GgufModel(
+        "olmoe", moe("num_experts", "intermediate_size", count=6, size=96, num_key_value_heads=4), pattern="gpt2"
+    ),
     "deepseek_v3": GgufModel(
         "deepseek_v3",
         {

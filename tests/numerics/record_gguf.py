@@ -1,9 +1,9 @@
 """Writes tests/numerics/gguf_reference.json: what llama.cpp's own converter and quantiser make of the tiny models.
 
-    python -m tests.numerics.record_gguf --converter LLAMA_CPP_CHECKOUT --libraries DIRECTORY_WITH_LIBLLAMA
+    python -m tests.numerics.record_gguf --converter LLAMA_CPP_CHECKOUT --libraries DIRECTORY_OF_LIBLLAMA
 
-The checkout holds convert_hf_to_gguf.py; `llama_model_quantize` comes from any build of llama.cpp of about the same age,
-for example the npm package @node-llama-cpp/linux-x64. Neither is needed to run the tests.
+The checkout holds convert_hf_to_gguf.py; `llama_model_quantize` comes from any build of llama.cpp of about that age, for
+example the npm package @node-llama-cpp/linux-x64. Neither is needed to run the tests.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.numerics.gguf_facts import (  # noqa: F401: the child's names
+from tests.numerics.gguf_facts import (  # noqa: F401
     PRE_TOKENIZERS,
     QUANTIZED,
     QUANTS,
+    REFERENCE,
     WITH_IMPORTANCE,
     importance_of,
     metadata,
@@ -30,7 +31,6 @@ from tests.numerics.gguf_facts import (  # noqa: F401: the child's names
 )
 from tests.numerics.gguf_models import MODELS
 
-REFERENCE = Path(__file__).with_name("gguf_reference.json")
 CONVERT = """
 import sys
 sys.path[:0] = [sys.argv[1] + "/gguf-py", sys.argv[1]]

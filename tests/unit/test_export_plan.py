@@ -1,0 +1,203 @@
+"""What an export will be, and everything that is refused before a byte is written. No weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import studio
+from adapters.export import EXPORTERS
+from adapters.export.consumers import CONSUMERS, Place
+from adapters.fingerprint import fingerprint
+from adapters.sidecar import Sidecar, write_sidecar
+from studio import AdapterFileError, ExportError, ExportRequest, OutputExistsError, StudioError
+from studio.base import EMBEDDED_DIR
+from studio.export_sizes import GGUF_BITS
+
+HELD = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter directory as far as a plan reads it: config, sidecar, and a file of weights for its size."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"base_model_name_or_path": str(EMBEDDED_DIR), "r": 4, "rank_pattern": {"experts": 24}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(bytes(1000))
+    sidecar = Sidecar("peft", "embedded", dict(fingerprint(EMBEDDED_DIR)), HELD, "0.21.2", "llama4_text", {"count": 16})
+    write_sidecar(folder, sidecar)
+    return folder
+
+
+def request(adapter: Path, consumer: str | None = "transformers", **changes: object) -> ExportRequest:
+    return dataclasses.replace(ExportRequest(str(adapter), adapter.parent / "out" / "pumps", consumer), **changes)
+
+
+def test_a_plan_says_what_will_be_written_and_writes_nothing(adapter: Path) -> None:
+    before = sorted(adapter.parent.rglob("*"))
+    plan = studio.plan_export(request(adapter))
+    assert sorted(adapter.parent.rglob("*")) == before
+    weights = sum(file.stat().st_size for file in EMBEDDED_DIR.glob("*.safetensors"))
+    assert 0.98 < plan.bytes / weights < 1.02
+    assert plan.format.name == "safetensors" and plan.name == "pumps" and plan.checks
+    assert plan.source.adapter == adapter and plan.source.held is None
+    assert json.loads(json.dumps(plan.as_json()))["command"].startswith("python ")
+
+
+def test_the_plan_of_quantised_weights_merges_into_what_training_held(adapter: Path) -> None:
+    assert studio.plan_export(request(adapter, weights="quantized")).source.held == HELD
+
+
+@pytest.mark.parametrize(("quant", "bits"), [("F32", 32), ("Q8_0", 8.5), ("Q4_K_M", 4.9)])
+def test_a_gguf_is_planned_by_the_bits_of_its_type(adapter: Path, quant: str, bits: float) -> None:
+    plan = studio.plan_export(request(adapter, "ollama", quant=quant))
+    assert plan.bytes == pytest.approx(5_327_104 * bits / 8, rel=0.1)
+    assert f"{quant} weights" in plan.files[0][0]
+    assert not plan.warnings
+
+
+def test_the_types_that_are_offered_are_those_that_can_be_written() -> None:
+    from adapters.export.gguf_types import QUANTS
+
+    assert set(GGUF_BITS) == set(QUANTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"consumer": None}, "say what it is for"),
+        ({"consumer": "olama"}, "received --for olama; allowed are transformers"),
+        ({"format": "gguf"}, "received --format gguf; transformers reads safetensors"),
+        ({"quant": "Q4_0"}, "are for the format gguf"),
+        ({"consumer": "ollama", "dtype": "float16"}, "--dtype is for the format safetensors"),
+        ({"consumer": "ollama", "quant": "Q9_9"}, "received --quant Q9_9; allowed are F32"),
+        ({"dtype": "int8"}, "received --dtype int8; allowed are bfloat16"),
+        ({"weights": "best"}, "received --into best; allowed are original, quantized"),
+        ({"consumer": "peft", "weights": "quantized"}, "--into is for merged models"),
+        ({"prompts": Path("nowhere.jsonl")}, "nowhere.jsonl does not exist"),
+        ({"what": str(EMBEDDED_DIR), "consumer": "peft"}, "is a model without an adapter"),
+        ({"what": str(EMBEDDED_DIR), "weights": "quantized"}, "is a model without an adapter"),
+        ({"what": str(EMBEDDED_DIR), "base": "embedded"}, "is no adapter and no job"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_is_allowed(
+    adapter: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ExportError) as raised:
+        studio.plan_export(request(adapter, **changes))  # type: ignore[arg-type]
+    assert words in str(raised.value)
+
+
+def test_a_base_that_has_changed_since_the_training_is_refused(adapter: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED_DIR, base)
+    studio.plan_export(request(adapter, base=str(base)))  # the same model in another place
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
+    with pytest.raises(AdapterFileError, match="differs from it in its config"):
+        studio.plan_export(request(adapter, base=str(base)))
+
+
+def test_another_chat_template_is_said_and_not_refused(adapter: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED_DIR, base)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (warning,) = studio.plan_export(request(adapter, base=str(base))).warnings
+    assert "chat template has changed" in warning
+
+
+def test_a_disk_that_is_too_small_is_said_with_both_sizes(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=5_000_000))
+    with pytest.raises(ExportError, match=r"needs about 10\.9 MB, and 5\.00 MB are free"):
+        studio.plan_export(request(adapter))
+
+
+def test_only_an_export_is_ever_overwritten(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "pumps"
+    out.mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match="exists already"):
+        studio.plan_export(request(adapter))
+    studio.plan_export(request(adapter, overwrite=True))  # empty
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="never overwritten"):
+        studio.plan_export(request(adapter, overwrite=True))
+    (out / "certificate.json").write_text("{}")
+    studio.plan_export(request(adapter, overwrite=True))
+    (out.parent / "link").symlink_to(out)
+    with pytest.raises(OutputExistsError, match="never overwritten"):
+        studio.plan_export(request(adapter, overwrite=True, out=out.parent / "link"))
+
+
+@pytest.mark.parametrize("place", ["adapter", "."])
+def test_what_is_being_exported_is_never_the_output(adapter: Path, tmp_path: Path, place: str) -> None:
+    with pytest.raises(OutputExistsError, match="holds what is being exported"):
+        studio.plan_export(request(adapter, out=tmp_path / place, overwrite=True))
+
+
+def test_a_llama_licence_asks_for_its_name(adapter: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED_DIR, base)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: llama4\n---\n")
+    (base / "LICENSE").write_text("LLAMA 4 COMMUNITY LICENSE AGREEMENT")
+    with pytest.raises(ExportError, match="Llama-pumps"):
+        studio.plan_export(request(adapter, base=str(base)))
+    plan = studio.plan_export(request(adapter, base=str(base), out=tmp_path / "out" / "Llama-pumps"))
+    assert plan.source.name == "Llama-pumps"
+
+
+def test_a_compact_adapter_says_how_to_go_on(adapter: Path) -> None:
+    (adapter / "compact_adapter.safetensors").touch()
+    with pytest.raises(AdapterFileError, match="studio convert"):
+        studio.plan_export(request(adapter))
+
+
+# -------------------------------------------------------------------- consumers
+
+
+def test_every_consumer_reads_a_format_of_one_kind_and_every_format_has_one() -> None:
+    for consumer in CONSUMERS.values():
+        assert len({EXPORTERS[name].kind for name in consumer.formats if name in EXPORTERS}) <= 1, consumer.name
+    read = {name for consumer in CONSUMERS.values() for name in consumer.formats}
+    assert set(EXPORTERS) - read <= {"compact"}, "the compact form is the studio's own"
+
+
+COMMANDS = {
+    "transformers": "python 'my out/run.py' \"your question\"",
+    "peft": "python 'my out/run.py' \"your question\"",
+    "vllm": "vllm serve 'my out' --served-model-name pumps",
+    "vllm-adapter": "vllm serve org/base --enable-lora --max-lora-rank 32 --lora-modules 'pumps=my out'",
+    "sglang": "python -m sglang.launch_server --model-path 'my out' --served-model-name pumps",
+    "sglang-adapter": "python -m sglang.launch_server --model-path org/base --enable-lora --max-lora-rank 24 "
+    "--lora-paths 'pumps=my out'",
+    "tgi": "docker run --gpus all --shm-size 1g -p 8080:80 -v \"$(realpath 'my out')\":/model "
+    "ghcr.io/huggingface/text-generation-inference:3.3.4 --model-id /model",
+    "llama.cpp": "llama-server -m 'my out/pumps-Q4_0.gguf' --jinja",
+    "llama.cpp-adapter": "llama-server -m BASE.gguf --lora 'my out/pumps-Q4_0.gguf' --jinja",
+    "ollama": "cd 'my out' && ollama create pumps -f Modelfile && ollama run pumps",
+    "lm-studio": "mkdir -p ~/.lmstudio/models && cp -r 'my out/moe-studio' ~/.lmstudio/models/",
+}
+
+
+@pytest.mark.parametrize("name", list(CONSUMERS))
+def test_each_consumer_has_its_one_command(name: str) -> None:
+    place = Place("my out", "pumps", "org/base", 24, "pumps-Q4_0.gguf")
+    assert CONSUMERS[name].command(place) == COMMANDS[name]
+
+
+def test_the_plan_knows_the_rank_and_the_base_of_an_adapter(adapter: Path) -> None:
+    plan = studio.plan_export(request(adapter, "vllm-adapter"))
+    assert "--max-lora-rank 32" in plan.command and str(EMBEDDED_DIR) in plan.command
+    assert plan.as_json()["base"] == str(EMBEDDED_DIR) and plan.public_base == "model"
+
+
+def test_no_certificate_no_export(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert studio.list_exports(tmp_path) == [] == studio.list_exports(tmp_path / "nowhere")
+    with pytest.raises(StudioError, match="certificate"):
+        studio.read_export(tmp_path / "a")
