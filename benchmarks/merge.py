@@ -233,12 +233,14 @@ def tensor_hashes(directory: Path) -> dict[str, str]:
 def large(folder: Path, layers: int) -> list[dict[str, Any]]:
     """Merged and written as Q4_K_M without a stop in between, each under the limit."""
     from adapters.export import EXPORTERS
+    from benchmarks.gguf_export import add_tokenizer
     from benchmarks.loading import write_checkpoint
 
     if "gguf" not in EXPORTERS:
         sys.exit("the format gguf is not there")
     base, adapter = folder / "large", folder / "large-adapter"
     size = write_checkpoint(base, "per_expert", layers)
+    add_tokenizer(base)
     write_adapter(base, adapter)
     rows = []
     for way in ("ours", "Q4_K_M"):

@@ -52,7 +52,10 @@ def _link(export: Export, selected: str | None, now: float) -> Markup:
     line = el("span", el("span", word, cls=f"pill {colour}"), el("span", ago(created, now)), cls="job-line")
     here = "page" if name == selected else None
     return el(
-        "li", el("a", el("span", name, cls="job-name"), line, href=f"?export={quote(name, safe='')}", aria_current=here)
+        "li",
+        el(
+            "a", el("span", name, cls="job-name"), line, href=f"export?export={quote(name, safe='')}", aria_current=here
+        ),
     )
 
 

@@ -28,7 +28,7 @@ from adapters.export.gguf_metadata import add_metadata, full_config
 from adapters.export.gguf_tensors import Part, Piece, Plan, plan_tensors
 from adapters.export.gguf_tokenizer import read_vocabulary
 from adapters.export.gguf_types import Mixture, tensor_types
-from adapters.export.importance import read_importance
+from adapters.export.importance import importance_for
 
 DEFAULT_QUANT = "Q4_K_M"
 CHUNK_VALUES = 2**20
@@ -40,7 +40,7 @@ def write_gguf(source: Source, directory: Path, options: Options, progress: Prog
     """Writes `NAME-QUANT.gguf` into the empty `directory`.
 
     Args:
-        options: `quant` (a name in `gguf_types.QUANTS`) and `importance` (a file of `adapters.export.importance`).
+        options: `quant` (a name in `gguf_types.QUANTS`) and `importance` (an importance matrix, or examples).
         progress: called with bytes of the base.
 
     Returns:
@@ -53,7 +53,7 @@ def write_gguf(source: Source, directory: Path, options: Options, progress: Prog
     weights, quant = source.open(), options.quant or DEFAULT_QUANT
     plan, config = plan_tensors(weights), full_config(source.base)
     vocabulary = read_vocabulary(source.base, config)
-    importance = read_importance(options.importance, plan.tensors) if options.importance else {}
+    importance = importance_for(options.importance, source, plan.tensors) if options.importance else {}
     types = tensor_types(plan.tensors, mixture_of(config, plan, quant, bool(importance)))
     for kind in set(types.values()):
         prepare(kind)

@@ -7,7 +7,9 @@ that its tool llama-imatrix wrote are read as well.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,28 @@ from gguf import GGUFReader, GGUFWriter
 from torch import Tensor
 
 from adapters.errors import ExportError
+from adapters.export import Source
+from adapters.verify.fresh import ask_module
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+def importance_for(file: Path, source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The importance that `file` says: an importance matrix, or examples that it is measured on, in another process.
+
+    Args:
+        shapes: of the tensors of the GGUF file to be written.
+
+    Raises:
+        ExportError: the file cannot be read, is of another model, or the model is too large to be run here.
+    """
+    with file.open("rb") as opened:
+        if opened.read(4) == b"GGUF":
+            return read_importance(file, shapes)
+    with tempfile.TemporaryDirectory(prefix="importance-") as folder:
+        measured = Path(folder) / "importance.gguf"
+        ask_module("adapters.export.measure_importance", {"source": asdict(source), "examples": file, "out": measured})
+        return read_importance(measured, shapes)
 
 
 def read_importance(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

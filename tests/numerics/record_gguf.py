@@ -2,8 +2,8 @@
 
     python -m tests.numerics.record_gguf --converter LLAMA_CPP_CHECKOUT --libraries DIRECTORY_OF_LIBLLAMA
 
-The checkout holds convert_hf_to_gguf.py; `llama_model_quantize` comes from any build of llama.cpp of about that age, for
-example the npm package @node-llama-cpp/linux-x64. Neither is needed to run the tests.
+The checkout holds convert_hf_to_gguf.py; `llama_model_quantize` comes from any build of llama.cpp of about that age,
+for example the npm package @node-llama-cpp/linux-x64. Neither is needed to run the tests.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,7 +26,7 @@ from adapters.placement import Placement
 from adapters.sidecar import Sidecar, write_sidecar
 from adapters.verify import Check, Evidence, model_files, run, tokenizer, weights
 from adapters.verify.behaviour import APART, LIMITS, SAME, check_behaviour, divergence
-from adapters.verify.peft_reading import PeftReading
+from adapters.verify.peft_reading import PeftReading, first_match
 from adapters.verify.reference import reference_logits
 from tests.e2e.conftest import build_base
 from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, Tiny, randomise, save
@@ -463,11 +464,19 @@ def test_peft_before_0_19_1_took_every_stack_for_a_transposed_one(tmp_path: Path
         torch.testing.assert_close(old.delta(old.pairs[name], expert), now[expert].t())
 
 
+def test_patterns_of_ranks_match_as_pefts_own() -> None:
+    patterns = ["q_proj", "layers.1.self_attn.q_proj", r".*\.experts.down_proj", "experts"]
+    for name in ("model.layers.1.self_attn.q_proj", "a.qq_proj", "q_proj", "m.experts.down_proj", "m.experts", "other"):
+        assert first_match(patterns, name) == get_pattern_key(patterns, name)
+        assert first_match(patterns[1:], name) == get_pattern_key(patterns[1:], name)
+
+
 # -------------------------------------------------------------------- in fresh processes
 
 
-def test_the_whole_verification_in_fresh_processes(exported: Exported) -> None:
-    checks = run.verify_export(exported.out, "safetensors", exported.source, options=Options(dtype="float32"))
+def test_the_whole_verification_in_fresh_processes(one: Exported) -> None:
+    """The other family goes this way in tests/e2e/test_verify.py."""
+    checks = run.verify_export(one.out, "safetensors", one.source, options=Options(dtype="float32"))
     by_name = {check.name: check for check in checks}
     assert {check.status for check in checks} == {"passed"}, by_name
     assert by_name[SAME].measured["kl_mean"] < 1e-8 and "stock transformers" in by_name[SAME].detail

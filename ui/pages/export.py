@@ -37,8 +37,8 @@ Updates = dict[Any, Any]
 class Page:
     """The components, and what their handlers do.
 
-    `mode` is what the page shows: "new" the form, "run" the export that runs, "view" a certificate. `auto` is the name
-    that the choices give, which stays as long as nobody types another.
+    `mode` is what the page shows: "new" the form, "run" the export that runs, "view" a certificate. `typed` is whether
+    somebody gave a name; else the choices give one.
     """
 
     places: Places
@@ -60,7 +60,7 @@ class Page:
     start: Any
     mode: Any
     selected: Any
-    auto: Any
+    typed: Any
     seen: Any
     timer: Any
     runs: Exports = field(default_factory=Exports)
@@ -85,7 +85,8 @@ class Page:
         first = studio.consumers()[0].name
         chosen = {self.job: gr.update(choices=names, value=job), self.consumer: first}
         return {
-            **self._choose(job, first, None, None, "original", "", ""),
+            **self._choose(job, first, None, None, "original", "", False),
+            self.typed: False,
             **chosen,
             **self._show(mode),
             **(self._certificate(asked) if asked else {}),
@@ -103,10 +104,14 @@ class Page:
         return found
 
     def on_choose(
-        self, job: str | None, consumer: str, form: str, quant: str, weights: str, name: str, auto: str
+        self, job: str | None, consumer: str, form: str, quant: str, weights: str, name: str, typed: bool
     ) -> Updates:
         """What goes with the choices, and the plan of them."""
-        return self._choose(job, consumer, form, quant, weights, name, auto)
+        return self._choose(job, consumer, form, quant, weights, name, typed)
+
+    def on_name(self, job: str | None, consumer: str, form: str, quant: str, weights: str, name: str) -> Updates:
+        """A name that somebody typed, which stays whatever is chosen then."""
+        return {**self._choose(job, consumer, form, quant, weights, name, True), self.typed: True, self.name: gr.skip()}
 
     def _choose(
         self,
@@ -116,7 +121,7 @@ class Page:
         quant: str | None,
         weights: str,
         name: str,
-        auto: str,
+        typed: bool,
     ) -> Updates:
         reads = studio.formats(consumer)
         chosen = next((found for found in reads if found.name == form), reads[0])
@@ -125,8 +130,7 @@ class Page:
         quantized = chosen.kind == "model" and job is not None and self._was_quantized(job)
         weights = weights if quantized else "original"
         wanted = "-".join(part for part in (job, consumer, quant.lower() if quant else "") if part)
-        now = self.places.free_export(wanted)
-        name = now if name in ("", auto) else name
+        name = name if typed else self.places.free_export(wanted)
         note = next(found.note for found in studio.consumers() if found.name == consumer)
         return {
             self.consumer_note: el("p", note, cls="quiet-text"),
@@ -136,7 +140,6 @@ class Page:
             self.quant: gr.update(choices=types, value=quant, visible=bool(types)),
             self.weights: gr.update(value=weights, visible=quantized),
             self.name: name,
-            self.auto: now,
             **self._planned(self._request(job, consumer, chosen.name, quant, weights, name)),
         }
 
@@ -236,14 +239,10 @@ def build(places: Places) -> None:
     """Builds the page in the current Gradio context."""
     page = _layout(places)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 8}
-    typed = {**quiet, "trigger_mode": "always_last", "concurrency_limit": 1}
-    gr.on(
-        [component.input for component in page.choices],
-        page.on_choose,
-        [*page.choices, page.auto],
-        page.outputs,
-        **typed,
-    )
+    typed = {**quiet, "trigger_mode": "always_last", "concurrency_id": "choosing", "concurrency_limit": 1}
+    choices = [component.input for component in page.choices if component is not page.name]
+    gr.on(choices, page.on_choose, [*page.choices, page.typed], page.outputs, **typed)
+    page.name.input(page.on_name, page.choices, page.outputs, **typed)
     page.timer.tick(page.on_tick, [page.mode, page.selected, page.seen], page.outputs, **quiet)
     page.start.click(page.on_start, page.choices, page.outputs, **quiet)
     page.cancel.click(page.on_cancel, None, page.outputs, **quiet)
@@ -317,7 +316,7 @@ def _layout(places: Places) -> Page:
         start=start,
         mode=gr.State("new"),
         selected=gr.State(None),
-        auto=gr.State(""),
+        typed=gr.State(False),
         seen=gr.State({}),
         timer=gr.Timer(LOOK_SECONDS),
     )
