@@ -19,6 +19,7 @@ from adapters.checkpoint import read_config, read_index
 from adapters.errors import CheckpointError, ExportError
 from adapters.export import EXPORTERS, Options, Source
 from adapters.export.gguf import gguf_file, write_gguf
+from adapters.export.gguf_types import Mixture, tensor_types
 from adapters.export.importance import write_importance
 from adapters.layouts import layout_for, moe_shapes
 from adapters.loading import load_base
@@ -34,7 +35,17 @@ from adapters.verify.llama_cpp import run_llama_cpp
 from adapters.verify.tokenizer import CONVERSATIONS, NASTY
 from adapters.verify.weights import TARGETED, audit
 from tests.numerics.conftest import randomise
-from tests.numerics.gguf_facts import QUANTS, REFERENCE, WITH_IMPORTANCE, importance_of, metadata, tensors, types
+from tests.numerics.gguf_facts import (
+    DEEP,
+    QUANTS,
+    REFERENCE,
+    WITH_IMPORTANCE,
+    counted,
+    importance_of,
+    metadata,
+    tensors,
+    types,
+)
 from tests.numerics.gguf_models import LLAMA3, MODELS, bpe_tokenizer, save_tokenizer
 
 PROMPTS = ("Please refund the order 1234's\n\n ok Ü printing on the ticket.", "  12 the printer   on fire! ß don't")
@@ -79,6 +90,17 @@ def test_every_type_has_llama_cpps_own_bytes(name: str, bases: Path, tmp_path: P
         assert types(file) == expected["types"][quant], quant
 
 
+@pytest.mark.parametrize("name", DEEP)
+def test_types_of_deep_models_are_llama_cpps(name: str) -> None:
+    deep, expected = DEEP[name], reference()["deep"][name]
+    for quant, found in expected.items():
+        kind, _, importance = quant.partition(" ")
+        seventy = deep.layers == 80
+        mixture = Mixture(kind, deep.experts, deep.heads_per_key, deep.layers, deep.tied, bool(importance), seventy)
+        types_of = tensor_types(deep.shapes(), mixture)
+        assert counted(" ".join(types_of[tensor] for tensor in sorted(types_of))) == found, quant
+
+
 @pytest.mark.parametrize("name", ["llama4", "llama"])
 def test_an_importance_matrix_gives_llama_cpps_bytes(name: str, bases: Path, tmp_path: Path) -> None:
     source, file = Source(bases / name, None, name), tmp_path / "importance.gguf"
@@ -106,10 +128,12 @@ def test_metadata_is_the_converters(name: str, bases: Path, tmp_path: Path) -> N
 def trained(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Source, Evidence]]:
     """Every model with an adapter on attention and experts, and what the studio's engine says."""
     root = tmp_path_factory.mktemp("trained")
-    return {name: train(bases / name, root / name) for name in MODELS}
+    question = {"directories": [bases / name for name in MODELS], "strings": PROMPTS, "conversations": []}
+    answers = ask_stock("stock_tokenizer.py", question)
+    return {name: train(bases / name, root / name, found["ids"]) for name, found in zip(MODELS, answers, strict=True)}
 
 
-def train(base: Path, out: Path) -> tuple[Source, Evidence]:
+def train(base: Path, out: Path, prompts: list[list[int]]) -> tuple[Source, Evidence]:
     index, config = read_index(base), read_config(base)
     shapes = moe_shapes(layout_for(config, index), index, config)
     routed = same_experts_everywhere(2, len(shapes), shapes[0].experts, [1, 2]) if shapes else ()
@@ -117,9 +141,8 @@ def train(base: Path, out: Path) -> tuple[Source, Evidence]:
     model = attach(load_base(base, quantize="none"), placement).eval()
     randomise(model, std=0.1)
     save_adapter(model, placement, out / "adapter", base_name="base")
-    (answer,) = ask_stock("stock_tokenizer.py", {"directories": [base], "strings": PROMPTS, "conversations": []})
-    save_file(logits_of(model, answer["ids"]), out / "logits.safetensors")
-    return Source(base, out / "adapter", base.name), Evidence(answer["ids"], PROMPTS, out / "logits.safetensors")
+    save_file(logits_of(model, prompts), out / "logits.safetensors")
+    return Source(base, out / "adapter", base.name), Evidence(prompts, PROMPTS, out / "logits.safetensors")
 
 
 def logits_of(model: PeftModel, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
