@@ -15,7 +15,10 @@ from typing import Any
 
 from adapters.errors import CheckpointError, StudioError, listed
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1} | {
+    "U8": 1,
+    "BOOL": 1,
+}
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CONFIG_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -136,7 +136,7 @@ class _Writing:
     ):
         self.merged, self.directory, self.dtype = merged, directory, dtype
         self.specs = {key: (written_dtype(merged, key, dtype), info.shape) for key, info in merged.index.items()}
-        self.shards = self._own_shards() if shard_bytes is None else self._shards_of(shard_bytes)
+        self.shards = own_shards(merged) if shard_bytes is None else self._shards_of(shard_bytes)
         self.total = sum(spec_bytes(*spec) for spec in self.specs.values())
         self.squares: dict[str, Squares] = {}
         self.sha256: dict[str, str] = {}
@@ -146,16 +146,8 @@ class _Writing:
         sizes = {name: [str(self.specs[key]) for key in keys] for name, keys in self.shards.items()}
         self.journal = Journal(directory, [1, plan, seen, str(dtype), sizes])
 
-    def _own_shards(self) -> dict[str, list[str]]:
-        """The base's files, and in each the keys in the order in which they lie there."""
-        ordered = sorted(self.merged.index, key=lambda key: (self.merged.index[key].file, self.merged.index[key].start))
-        shards: dict[str, list[str]] = {}
-        for key in ordered:
-            shards.setdefault(self.merged.index[key].file.name, []).append(key)
-        return shards
-
     def _shards_of(self, shard_bytes: int) -> dict[str, list[str]]:
-        keys = [key for shard in self._own_shards().values() for key in shard]
+        keys = [key for shard in own_shards(self.merged).values() for key in shard]
         groups: list[list[str]] = [[]]
         size = 0
         for key in keys:
@@ -210,9 +202,7 @@ class _Writing:
     def _copy_rest(self) -> None:
         """Config, tokenizer and the like as they are: the base's own text, but for a dtype that was asked for."""
         base = self.merged.base
-        for file in sorted({file for pattern in COPIED for file in base.glob(pattern)}):
-            if not file.name.endswith(".index.json") and file.name != "config.json":
-                _copy(file, self.directory)
+        copy_rest(base, self.directory)
         if (base / INDEX).exists() or len(self.shards) > 1:
             weight_map = {key: name for name, keys in self.shards.items() for key in keys}
             found = json.loads((base / INDEX).read_text()).get("metadata", {}) if (base / INDEX).exists() else {}
@@ -255,6 +245,22 @@ def rounding_warnings(deltas: tuple[TensorDelta, ...], dtype: str) -> list[str]:
         f"most in {worst.key}: ‖Δ‖ is {worst.relative:.2%} of ‖W‖, and {worst.lost:.0%} of it is rounding. "
         "float32 keeps it (--dtype float32), or leave the adapter unmerged"
     ]
+
+
+def own_shards(merged: MergedWeights) -> dict[str, list[str]]:
+    """The base's files, and in each the keys in the order in which they lie there."""
+    ordered = sorted(merged.index, key=lambda key: (merged.index[key].file, merged.index[key].start))
+    shards: dict[str, list[str]] = {}
+    for key in ordered:
+        shards.setdefault(merged.index[key].file.name, []).append(key)
+    return shards
+
+
+def copy_rest(base: Path, directory: Path) -> None:
+    """Tokenizer, generation config and the like, as they are; not config.json, which comes last."""
+    for file in sorted({file for pattern in COPIED for file in base.glob(pattern)}):
+        if not file.name.endswith(".index.json") and file.name != "config.json":
+            _copy(file, directory)
 
 
 def check_room(directory: Path, needed_bytes: int) -> None:

@@ -53,7 +53,7 @@ def _linear_4bit(stock: nn.Linear, held: FourBit, dtype: torch.dtype) -> Linear4
         quant_type=held.kind,
         device="meta",
     )
-    linear.quant_state = _quant_state(held, dtype)
+    linear.quant_state = quant_state(held, dtype)
     linear.weight = Params4bit(
         held.packed[0].view(-1, 1),
         quant_state=linear.quant_state,
@@ -69,7 +69,8 @@ def _linear_4bit(stock: nn.Linear, held: FourBit, dtype: torch.dtype) -> Linear4
     return linear.requires_grad_(False)
 
 
-def _quant_state(held: FourBit, dtype: torch.dtype) -> bnb.QuantState:
+def quant_state(held: FourBit, dtype: torch.dtype) -> bnb.QuantState:
+    """bitsandbytes' own description of a matrix that is dequantised to `dtype`, over the same tensors."""
     state: dict[str, Any] = {
         "absmax": held.absmax[0],
         "shape": torch.Size((held.rows, held.cols)),

@@ -90,7 +90,8 @@ def _job(job: Path | None) -> Job | None:
 def _front(source: Source, base_name: str, licence: Licence, format: str) -> str:
     fields: dict[str, Any] = dict(licence.fields)
     if licence.llama and not fields:
-        fields = {"license": "other", "license_name": f"llama{licence.llama.version}"}
+        link = next(file.name for file in licence.files if "licen" in file.name.casefold())
+        fields = {"license": "other", "license_name": f"llama{licence.llama.version}", "license_link": link}
     if HUB_ID.fullmatch(base_name):
         fields["base_model"] = base_name
     fields["library_name"] = {"gguf": "gguf"}.get(
@@ -106,7 +107,7 @@ def _opening(source: Source, base_name: str, licence: Licence, format: str, cons
     kind = EXPORTERS[format]
     what = "An adapter for" if kind.kind == "adapter" else "A fine-tune of" if source.adapter else "An export of"
     base = "the embedded base of MoE Studio" if base_name == "embedded" else f"`{base_name}`"
-    lines = [f"{what} {base}, written as {kind.title}{f' for {consumer}' if consumer else ''} by MoE Studio."]
+    lines = [f"{what} {base}, written by MoE Studio{f' for {consumer}' if consumer else ''} ({kind.title})."]
     if licence.llama and licence.llama.built_with:
         lines.append(f"**{licence.llama.built_with}**")
     return "\n\n".join(lines)

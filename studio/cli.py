@@ -225,8 +225,9 @@ def export(
     quant: Annotated[str | None, typer.Option("--quant", metavar="TYPE", help="GGUF type, if not Q4_K_M.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number type of safetensors, if not the base's.")] = None,
     into: Annotated[
-        str, typer.Option("--into", metavar="original|quantized", help="The weights that an adapter is merged into.")
-    ] = "original",
+        str,
+        typer.Option("--into", metavar="auto|original|quantized", help="The weights that an adapter is merged into."),
+    ] = "auto",
     base: Annotated[str | None, typer.Option(help="The base of an adapter, if not the one that it names.")] = None,
     importance: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Examples that tell the GGUF quantiser which weights matter.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from studio.errors import AdapterFileError, ExportError, JobError, OutputExistsE
 from studio.export_sizes import GGUF_BITS, format_bytes
 from studio.jobs import Job, open_job
 from studio.licence import Licence, read_licence
+from studio.merge_choice import INTO
 from studio.models import resolve_base
 from studio.quantities import as_bytes
 
 DTYPES = ("bfloat16", "float16", "float32")
 QUANT = "Q4_K_M"
-WEIGHTS = ("original", "quantized")
 LIBRARIES = {
     "gguf": "llama.cpp",
     "gguf-lora": "llama.cpp",
@@ -55,8 +56,9 @@ class ExportRequest:
         base: the base of an adapter, if not the one that it names.
         quant: the GGUF type; None is Q4_K_M.
         dtype: of plain weights: bfloat16, float16 or float32; None keeps the base's.
-        weights: what the adapter is merged into: the base's own weights, or these as training held them, quantised.
-        importance: text from which the GGUF quantiser learns what matters; None for none.
+        into: what the adapter is merged into: "original", the base's own weights; "quantized", these as training held
+            them; "auto", what has the lower loss on held-out data.
+        importance: examples from which the GGUF quantiser learns what matters, or an importance matrix; None for none.
         prompts: held-out examples to verify with; None takes the job's, else a few built-in texts.
         verify: hold the result against the trained model.
         overwrite: replace an export that exists.
@@ -69,7 +71,7 @@ class ExportRequest:
     base: str | None = None
     quant: str | None = None
     dtype: str | None = None
-    weights: str = "original"
+    into: str = "auto"
     importance: Path | None = None
     prompts: Path | None = None
     verify: bool = True
@@ -143,10 +145,14 @@ class ExportPlan:
         """The base as cards and certificates call it: never a path of this machine."""
         return public_name(self.origin.base_name)
 
-    @property
-    def source(self) -> Source:
-        held = self.origin.held if self.request.weights == "quantized" else None
+    def source(self, held: Mapping[str, Any] | None = None) -> Source:
+        """What is written. `held`: merged into the base as training held it."""
         return Source(self.origin.base, self.origin.adapter, self.name, held)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is something to measure: what an adapter that was trained on quantised weights merges into."""
+        return self.format.kind == "model" and self.request.into == "auto" and self.origin.held is not None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for --json and the browser."""
@@ -302,18 +308,18 @@ def _check_tools(form: Format) -> None:
 
 
 def _check_origin(request: ExportRequest, origin: Origin, form: Format) -> None:
-    if request.weights not in WEIGHTS:
-        raise ExportError(f"received --into {request.weights}; allowed are {', '.join(WEIGHTS)}")
+    if request.into not in INTO:
+        raise ExportError(f"received --into {request.into}; allowed are {', '.join(INTO)}")
     if form.kind == "adapter" and origin.adapter is None:
         raise ExportError(f"{request.what} is a model without an adapter; {form.title} is a form of an adapter")
-    if request.weights == "quantized" and origin.held is None:
+    if request.into == "quantized" and origin.held is None:
         reason = (
             "is a model without an adapter"
             if origin.adapter is None
             else "does not say that it was trained on quantised weights"
         )
         raise ExportError(f"{request.what} {reason}; leave --into out, or give --into original")
-    if request.weights == "quantized" and form.kind == "adapter":
+    if request.into == "quantized" and form.kind == "adapter":
         raise ExportError(f"--into is for merged models; {form.title} holds the adapter alone")
 
 

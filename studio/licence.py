@@ -111,8 +111,8 @@ class Licence:
         if self.llama and not any("licen" in file.name.casefold() for file in self.files):
             raise ExportError(
                 f"{self.base_name} is under the {self.name}, which asks that a copy of it goes along with every "
-                "export, and the base's folder has none; put the LICENSE file of the model's repository there "
-                f"(hf download {self.base_name} LICENSE USE_POLICY.md)"
+                "export, and the base's folder has none; put the LICENSE file there that came with the model, or with "
+                "Meta's own"
             )
 
     def carry(self, directory: Path) -> list[str]:

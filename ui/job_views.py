@@ -48,7 +48,7 @@ def _job_link(job: Job, state: JobState, selected: str | None, now: float) -> Ma
         el("span", job.name, cls="job-name"),
         el("span", pill(state), el("span", ago(state.created_at, now)), cls="job-line"),
     )
-    return el("li", el("a", lines, href=f"?job={quote(job.name, safe='')}", aria_current="page" if here else None))
+    return el("li", el("a", lines, href=f"jobs?job={quote(job.name, safe='')}", aria_current="page" if here else None))
 
 
 def pill(state: JobState) -> Markup:

@@ -121,6 +121,20 @@ EXPORTERS: dict[str, Format] = {
             "adapters.export.gguf:write_gguf",
             "adapters.verify.gguf_files:check_gguf",
         ),
+        Format(
+            "bnb-4bit",
+            "merged model, bitsandbytes 4-bit, as stock transformers holds it",
+            "model",
+            "adapters.export.bnb_4bit:write_bnb_4bit",
+            "adapters.export.bnb_4bit:check_bnb_4bit",
+        ),
+        Format(
+            "fp8",
+            "merged model, FP8 in the compressed-tensors layout",
+            "model",
+            "adapters.export.fp8:write_fp8",
+            "adapters.export.fp8:check_fp8",
+        ),
         *(
             Format(
                 name,

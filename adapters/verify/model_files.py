@@ -20,7 +20,7 @@ from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import LIMITS, Limits, behaviour_not_run, check_behaviour
 from adapters.verify.fresh import FreshProcessError, ask_stock
 from adapters.verify.tokenizer import check_tokenizer
-from adapters.verify.weights import FileReader, Read, Rounding, audit, dtype_names
+from adapters.verify.weights import FileReader, audit, dtype_names
 
 WHOLE, NAMED, CONFIG, LOADED, TIED = (
     "files: whole",
@@ -44,24 +44,6 @@ def check_safetensors(directory: Path, source: Source, evidence: Evidence, optio
         checks += audit(source, FileReader(directory), dtype=options.dtype)
     checks += check_tokenizer(directory, source.base)
     return [*checks, *check_in_transformers(directory, source, evidence, LIMITS[_coarsest(after)])]
-
-
-def check_quantised(
-    directory: Path, source: Source, evidence: Evidence, read: Read, rounding: Rounding, limits: Limits
-) -> list[Check]:
-    """Every check of a merged model whose weights lie quantised in its files, under whatever names.
-
-    Args:
-        read: gives the value of each of the base's matrices as the files hold it, dequantised.
-        rounding: how far that may lie from the exact value. limits: how far what the model says may.
-    """
-    whole = check_whole(directory)
-    if whole.status == "failed":
-        return [whole]
-    checks = [whole, check_config(directory, source.base, allowed=("quantization_config",))]
-    checks += audit(source, read, rounding)
-    checks += check_tokenizer(directory, source.base)
-    return [*checks, *check_in_transformers(directory, source, evidence, limits)]
 
 
 def check_whole(directory: Path) -> Check:

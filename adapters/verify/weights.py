@@ -91,12 +91,14 @@ class Findings:
         self.worst = max(self.worst, parts.worst)
 
 
-def audit(source: Source, read: Read, rounding: Rounding | None = None, dtype: str | None = None) -> list[Check]:
+def audit(
+    source: Source, read: Read, rounding: Callable[[str], Rounding | None] | None = None, dtype: str | None = None
+) -> list[Check]:
     """Holds every matrix of an export against base and adapter; one matrix of each is in memory at a time.
 
     Args:
         read: gives what was written, as float or in the file's own dtype.
-        rounding: of the format; None for plain tensors: by the dtype of each.
+        rounding: of the format, by the tensor's key; None for plain tensors: by the dtype of each.
         dtype: of plain tensors, where it is not the base's.
     """
     index = read_index(source.base)
@@ -106,9 +108,10 @@ def audit(source: Source, read: Read, rounding: Rounding | None = None, dtype: s
     base = _base_reader(source, index, deltas)
     found = Findings()
     for key, info in index.items():
-        written = _dtype(key, info, dtype)
+        written, allowed = _dtype(key, info, dtype), rounding(key) if rounding else None
         if (
             key not in deltas
+            and allowed is None
             and isinstance(read, FileReader)
             and not source.held
             and read.index[key].dtype == info.dtype
@@ -117,7 +120,7 @@ def audit(source: Source, read: Read, rounding: Rounding | None = None, dtype: s
             continue
         for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
             delta = deltas[key](expert) if key in deltas else None
-            _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, rounding)
+            _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, allowed)
     checks = [_check(FINITE, found, f"every value of {len(index)} tensors"), _targeted(found), _untouched(found)]
     return [*checks, *([_used(reading, deltas, index)] if reading else [])]
 

@@ -166,7 +166,8 @@ def test_merge_equals_stock_pefts_merge_in_the_bases_own_files(trained: Trained,
         assert torch.equal(parameter, theirs[name]), name  # bit for bit
     merge_adapter(trained.base, trained.adapter, tmp_path / "rounded", dtype=torch.bfloat16)
     for name, parameter in stock_model(tmp_path / "rounded", dtype=torch.bfloat16).named_parameters():
-        assert torch.equal(parameter, theirs[name].to(parameter.dtype)), name  # rounded once, from float32
+        rounded = theirs[name].bfloat16().to(parameter.dtype)  # some routers are held in float32 even so
+        assert torch.equal(parameter, rounded), name
     with torch.no_grad():
         merged, adapted = merged.double(), adapted.double()  # what is left is the rounding of the files to float32
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=5e-5)

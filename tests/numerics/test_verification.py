@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,7 +27,7 @@ from adapters.placement import Placement
 from adapters.sidecar import Sidecar, write_sidecar
 from adapters.verify import Check, Evidence, model_files, run, tokenizer, weights
 from adapters.verify.behaviour import APART, LIMITS, SAME, check_behaviour, divergence
-from adapters.verify.peft_reading import PeftReading
+from adapters.verify.peft_reading import PeftReading, first_match
 from adapters.verify.reference import reference_logits
 from tests.e2e.conftest import build_base
 from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, Tiny, randomise, save
@@ -238,21 +240,24 @@ def test_the_distance_from_what_training_held_is_told(exported: Exported, tmp_pa
     assert same.measured["kl_from_quantised_base_of_training"] > 1e-4 and "quantised base" in same.detail
 
 
+@pytest.mark.parametrize("shrunk", [400, 20_000])
 @pytest.mark.parametrize("fault", ["dropped expert", "dropped layer", "orientation"])
-def test_a_delta_smaller_than_the_rounding_is_still_missed(exported: Exported, tmp_path: Path, fault: str) -> None:
-    """In bfloat16, a delta of a thousandth of the weights: no value tells, the whole matrix does."""
+def test_a_delta_smaller_than_the_rounding_is_still_missed(
+    exported: Exported, tmp_path: Path, fault: str, shrunk: int
+) -> None:
+    """In bfloat16, a delta of less than a thousandth of the weights: it shows in the values that it tips."""
     adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 60}))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / shrunk}))
     source = Source(exported.source.base, adapter, "tiny")
     exact = load_file(write(source, tmp_path / "exact", "float32") / WEIGHTS)
     directory = write(source, tmp_path / "out", None)
     read = weights.FileReader
     right = {check.name: check for check in weights.audit(source, read(directory))}
-    assert not failed(right) and right[weights.TARGETED].measured["eaten"] == 0
+    assert not failed(right) and right[weights.TARGETED].measured["eaten"] < 4, "small matrices alone"
     base = {key: tensor.float() for key, tensor in load_file(source.base / WEIGHTS).items()}
     change = max(float((exact[k] - base[k]).norm() / base[k].norm()) for k in base if ".experts." in k)
-    assert change < 2**-8, "the test would not be about rounding"
+    assert change < 1e-3, "the test would not be about rounding"
     FAULTS[fault](exact, base, directory)
     save_file({k: t.bfloat16().contiguous() for k, t in exact.items()}, directory / WEIGHTS, metadata={"format": "pt"})
     assert failed({check.name: check for check in weights.audit(source, read(directory))}) == {weights.TARGETED}
@@ -273,16 +278,62 @@ def test_a_delta_that_rounding_eats_for_the_most_part_is_no_fault(exported: Expo
     assert checks[weights.TARGETED].measured["eaten"] > 0 and "rounding hides" in checks[weights.TARGETED].detail
 
 
-def test_a_tensor_that_nobody_targets_must_stay_the_bases(exported: Exported, tmp_path: Path) -> None:
-    directory = exported.copy(tmp_path / "out")
-    change_tensors(directory, lambda tensors: tensors["model.norm.weight"].mul_(1.001))
-    assert weights.UNTOUCHED in failed(exported.checked(directory))
-
-
-def test_a_value_that_is_not_finite_is_caught(exported: Exported, tmp_path: Path) -> None:
-    directory = exported.copy(tmp_path / "out")
+@pytest.mark.parametrize("dtype", [None, "float32"], ids=["by bytes", "by value"])
+def test_what_nobody_targets_must_stay_the_bases_and_be_finite(
+    exported: Exported, tmp_path: Path, dtype: str | None
+) -> None:
+    directory = write(exported.source, tmp_path / "out", dtype)
+    audit = partial(weights.audit, exported.source, dtype=dtype)
+    assert not failed({check.name: check for check in audit(weights.FileReader(directory))})
+    change_tensors(directory, lambda tensors: tensors["model.norm.weight"][5].mul_(1.01))
+    checks = {check.name: check for check in audit(weights.FileReader(directory))}
+    assert failed(checks) == {weights.UNTOUCHED} and "model.norm.weight" in checks[weights.UNTOUCHED].detail
     change_tensors(directory, lambda tensors: tensors["model.embed_tokens.weight"][3].fill_(float("inf")))
+    checks = {check.name: check for check in audit(weights.FileReader(directory))}
+    assert weights.FINITE in failed(checks) and "model.embed_tokens.weight" in checks[weights.FINITE].detail
+
+
+def test_a_targeted_value_that_is_not_finite_is_caught(exported: Exported, tmp_path: Path) -> None:
+    directory = exported.copy(tmp_path / "out")
+    change_tensors(directory, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"][3].fill_(float("nan")))
     assert weights.FINITE in failed(exported.checked(directory))
+
+
+COARSE = weights.Rounding(relative=0.04, ulp=None, exact=False)
+"""Of values of 4 significant bits, as fp8 has them."""
+
+
+def coarse(directory: Path) -> weights.Read:
+    """The export as it would be read back from files of 8-bit values with a scale for each tensor."""
+    plain = weights.FileReader(directory)
+
+    def read(key: str, expert: int | None) -> Tensor:
+        tensor = plain(key, expert).float()
+        scale = tensor.abs().max() / 448
+        return (tensor / scale).to(torch.float8_e4m3fn).float() * scale
+
+    return read
+
+
+@pytest.mark.parametrize("fault", [None, "orientation", "dropped layer", "dropped expert", "another base"])
+def test_weights_that_lie_quantised_are_held_against_the_exact_ones(
+    exported: Exported, tmp_path: Path, fault: str | None
+) -> None:
+    """A tenth of the delta is below the error of 8 bits: what is lost shows along the delta alone."""
+    adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 10}))
+    source = Source(exported.source.base, adapter, "tiny")
+    directory = write(source, tmp_path / "out", "float32")
+    base = {key: tensor.float() for key, tensor in load_file(source.base / WEIGHTS).items()}
+    if fault in FAULTS:
+        change_tensors(directory, lambda merged: FAULTS[fault](merged, base, directory))
+    elif fault:
+        change_tensors(directory, lambda merged: merged["model.embed_tokens.weight"].add_(0.01))
+    checks = {check.name: check for check in weights.audit(source, coarse(directory), lambda _: COARSE)}
+    assert failed(checks) == (
+        {weights.UNTOUCHED} if fault == "another base" else {weights.TARGETED} if fault else set()
+    )
 
 
 def test_a_lost_or_renamed_tensor_is_caught(exported: Exported, tmp_path: Path) -> None:
@@ -463,11 +514,19 @@ def test_peft_before_0_19_1_took_every_stack_for_a_transposed_one(tmp_path: Path
         torch.testing.assert_close(old.delta(old.pairs[name], expert), now[expert].t())
 
 
+def test_patterns_of_ranks_match_as_pefts_own() -> None:
+    patterns = ["q_proj", "layers.1.self_attn.q_proj", r".*\.experts.down_proj", "experts"]
+    for name in ("model.layers.1.self_attn.q_proj", "a.qq_proj", "q_proj", "m.experts.down_proj", "m.experts", "other"):
+        assert first_match(patterns, name) == get_pattern_key(patterns, name)
+        assert first_match(patterns[1:], name) == get_pattern_key(patterns[1:], name)
+
+
 # -------------------------------------------------------------------- in fresh processes
 
 
-def test_the_whole_verification_in_fresh_processes(exported: Exported) -> None:
-    checks = run.verify_export(exported.out, "safetensors", exported.source, options=Options(dtype="float32"))
+def test_the_whole_verification_in_fresh_processes(one: Exported) -> None:
+    """The other family goes this way in tests/e2e/test_verify.py."""
+    checks = run.verify_export(one.out, "safetensors", one.source, options=Options(dtype="float32"))
     by_name = {check.name: check for check in checks}
     assert {check.status for check in checks} == {"passed"}, by_name
     assert by_name[SAME].measured["kl_mean"] < 1e-8 and "stock transformers" in by_name[SAME].detail

@@ -190,9 +190,14 @@ def test_a_llama_licence_is_met_in_every_point(tmp_path: Path) -> None:
     ids=["card", "text", "publisher"],
 )
 def test_a_llama_licence_is_recognised(tmp_path: Path, card: str, text: str, base_name: str) -> None:
-    licence = read_licence(llama_base(tmp_path / "base", card, text), base_name)
+    base = llama_base(tmp_path / "base", card, text)
+    licence = read_licence(base, base_name)
     assert licence.llama is not None and licence.llama.version == "3.3" and not licence.llama.multimodal_eu
     assert licence.name == "Llama 3.3 Community License"
+    if not text:
+        (base / "LICENSE.txt").write_text("the text")
+    front = card_of(exported(tmp_path / "Llama-x", base, "Llama-x", base_name=base_name)).split("---\n")[1]
+    assert card in front and (card or f"license_link: LICENSE{'' if text else '.txt'}" in front)
 
 
 def test_the_architecture_alone_is_no_llama_licence() -> None:
@@ -318,7 +323,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(Hub, "seen", [])
     monkeypatch.setattr(Hub, "tokens", [])
     server = HTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

@@ -13,7 +13,7 @@ import studio
 from adapters.export import EXPORTERS
 from adapters.export.consumers import CONSUMERS, Place
 from adapters.fingerprint import fingerprint
-from adapters.sidecar import Sidecar, write_sidecar
+from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
 from studio import AdapterFileError, ExportError, ExportRequest, OutputExistsError, StudioError
 from studio.base import EMBEDDED_DIR
 from studio.export_sizes import GGUF_BITS
@@ -45,12 +45,18 @@ def test_a_plan_says_what_will_be_written_and_writes_nothing(adapter: Path) -> N
     weights = sum(file.stat().st_size for file in EMBEDDED_DIR.glob("*.safetensors"))
     assert 0.98 < plan.bytes / weights < 1.02
     assert plan.format.name == "safetensors" and plan.name == "pumps" and plan.checks
-    assert plan.source.adapter == adapter and plan.source.held is None
+    assert plan.source().adapter == adapter and plan.chooses
     assert json.loads(json.dumps(plan.as_json()))["command"].startswith("python ")
 
 
-def test_the_plan_of_quantised_weights_merges_into_what_training_held(adapter: Path) -> None:
-    assert studio.plan_export(request(adapter, weights="quantized")).source.held == HELD
+def test_what_to_merge_into_is_measured_where_nobody_says_it_and_training_quantised(adapter: Path) -> None:
+    assert not studio.plan_export(request(adapter, into="quantized")).chooses
+    assert not studio.plan_export(request(adapter, "peft")).chooses
+    assert not studio.plan_export(request(adapter, what="embedded")).chooses
+    sidecar = read_sidecar(adapter)
+    assert sidecar and sidecar.held == HELD
+    write_sidecar(adapter, dataclasses.replace(sidecar, held={**HELD, "quantization": "none"}))
+    assert not studio.plan_export(request(adapter)).chooses
 
 
 @pytest.mark.parametrize(("quant", "bits"), [("F32", 32), ("Q8_0", 8.5), ("Q4_K_M", 4.9)])
@@ -77,11 +83,11 @@ def test_the_types_that_are_offered_are_those_that_can_be_written() -> None:
         ({"consumer": "ollama", "dtype": "float16"}, "--dtype is for the format safetensors"),
         ({"consumer": "ollama", "quant": "Q9_9"}, "received --quant Q9_9; allowed are F32"),
         ({"dtype": "int8"}, "received --dtype int8; allowed are bfloat16"),
-        ({"weights": "best"}, "received --into best; allowed are original, quantized"),
-        ({"consumer": "peft", "weights": "quantized"}, "--into is for merged models"),
+        ({"into": "best"}, "received --into best; allowed are auto, original, quantized"),
+        ({"consumer": "peft", "into": "quantized"}, "--into is for merged models"),
         ({"prompts": Path("nowhere.jsonl")}, "nowhere.jsonl does not exist"),
         ({"what": str(EMBEDDED_DIR), "consumer": "peft"}, "is a model without an adapter"),
-        ({"what": str(EMBEDDED_DIR), "weights": "quantized"}, "is a model without an adapter"),
+        ({"what": str(EMBEDDED_DIR), "into": "quantized"}, "is a model without an adapter"),
         ({"what": str(EMBEDDED_DIR), "base": "embedded"}, "is no adapter and no job"),
     ],
 )
@@ -148,7 +154,7 @@ def test_a_llama_licence_asks_for_its_name(adapter: Path, tmp_path: Path) -> Non
     with pytest.raises(ExportError, match="Llama-pumps"):
         studio.plan_export(request(adapter, base=str(base)))
     plan = studio.plan_export(request(adapter, base=str(base), out=tmp_path / "out" / "Llama-pumps"))
-    assert plan.source.name == "Llama-pumps"
+    assert plan.source().name == "Llama-pumps"
 
 
 def test_a_compact_adapter_says_how_to_go_on(adapter: Path) -> None:
