@@ -209,8 +209,7 @@ def merge(
 
 
 @app.command(
-    epilog="Examples: studio export runs/quickstart --for transformers --out exports/quickstart; "
-    "studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
+    epilog="Example: studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
 )
 @reported
 def export(

@@ -440,5 +440,6 @@ def _checks(request: ExportRequest, form: Format, consumer: Consumer | None, ori
     )
     behaviour = f"Behaviour: loaded by {library} in a fresh process, {said}"
     others = ["Tokenizer, chat template and end tokens agree", "File modes, no pickles, sha256 of every file"]
-    ollama = ["Modelfile: its template gives the text of the chat template"] if consumer and consumer.check else []
+    modelfile = consumer is not None and consumer.name == "ollama"
+    ollama = ["Modelfile: its template gives the text of the chat template"] if modelfile else []
     return [weights[form.kind], behaviour, *others, *ollama]

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters.verify import Check
+
 if TYPE_CHECKING:
     from adapters.export import Source
-    from adapters.verify import Check
 
 PUBLISHER = "moe-studio"
 """The first of the two folders that LM Studio finds a model in."""
@@ -125,7 +126,13 @@ def _add_modelfile(source: Source, folder: Path, name: str) -> None:
 def _check_modelfile(source: Source, folder: Path) -> list[Check]:
     from adapters.verify.ollama_files import check_modelfile
 
-    return check_modelfile(source.base, folder)
+    return [*check_modelfile(source.base, folder), *_not_run("Ollama", "llama.cpp")(source, folder)]
+
+
+def _not_run(program: str, library: str) -> Callable[[Source, Path], list[Check]]:
+    """Says of a program that this machine does not run what loaded the same files in its place."""
+    detail = f"{program} is not run here: {library} loaded the same files"
+    return lambda source, folder: [Check(f"behaviour in {program}", "not run", detail)]
 
 
 def gguf_in(folder: Path) -> Path:
@@ -199,6 +206,7 @@ CONSUMERS: dict[str, Consumer] = {
             ("safetensors", "fp8", "bnb-4bit"),
             lambda place: f"vllm serve {place.quoted} --served-model-name {shlex.quote(place.name)}",
             "Merged: nothing is added to a request.",
+            check=_not_run("vLLM", "stock transformers"),
         ),
         Consumer(
             "vllm-adapter",
@@ -217,6 +225,7 @@ CONSUMERS: dict[str, Consumer] = {
                 f"--served-model-name {shlex.quote(place.name)}"
             ),
             "Merged: nothing is added to a request.",
+            check=_not_run("SGLang", "stock transformers"),
         ),
         Consumer(
             "sglang-adapter",
@@ -232,6 +241,7 @@ CONSUMERS: dict[str, Consumer] = {
             ("safetensors",),
             _tgi,
             "Merged; TGI loads no adapters on experts.",
+            check=_not_run("TGI", "stock transformers"),
         ),
         Consumer(
             "llama.cpp",
@@ -263,6 +273,7 @@ CONSUMERS: dict[str, Consumer] = {
             lambda place: f"mkdir -p ~/.lmstudio/models && cp -r {place.inside(PUBLISHER)} ~/.lmstudio/models/",
             "A GGUF file in the two folders in which LM Studio looks for it.",
             folder=PUBLISHER + "/{name}",
+            check=_not_run("LM Studio", "llama.cpp"),
         ),
     )
 }
