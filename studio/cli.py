@@ -302,18 +302,21 @@ def combine(
 ) -> None:
     """Combine several adapters of one base into one."""
     from studio.combining import summary
+    from studio.terminal import merge_progress
 
-    report = studio.combine(
-        adapters,
-        out,
-        weights=weight,
-        method=method,
-        rank=rank,
-        density=density,
-        seed=seed,
-        base=base,
-        overwrite=overwrite,
-    )
+    with merge_progress(output(), quiet=as_json, what="combining") as progress:
+        report = studio.combine(
+            adapters,
+            out,
+            weights=weight,
+            method=method,
+            rank=rank,
+            density=density,
+            seed=seed,
+            base=base,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
         print_json(report)
     else:

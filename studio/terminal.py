@@ -284,14 +284,14 @@ def _memory_fact(predicted: float, measured: float) -> str:
 
 
 @contextmanager
-def merge_progress(console: Console, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes read, as the callback that `studio.merge` takes; None where nothing is to be shown."""
+def merge_progress(console: Console, quiet: bool, what: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of bytes, as the callback that `studio.merge` and `combine` take; None where nothing is to be shown."""
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True))
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console) as bars:
-        task = bars.add_task("merging", total=None)
+        task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
