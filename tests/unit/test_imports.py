@@ -35,6 +35,7 @@ LIGHT = (
     "studio.pushing",
     "studio.combining",
     "studio.exporting",
+    "studio.export_origin",
     "studio.export_plan",
     "studio.export_sizes",
     "studio.export_view",
