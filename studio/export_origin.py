@@ -29,6 +29,11 @@ class Origin:
     sidecar: Sidecar | None = None
 
     @property
+    def model_type(self) -> str:
+        """The base's family."""
+        return str(read_json_object(self.base / "config.json").get("model_type"))
+
+    @property
     def path_or_id(self) -> str:
         """The base as other programs find it."""
         return str(self.base) if self.base_name == "embedded" else self.base_name

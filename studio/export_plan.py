@@ -15,7 +15,7 @@ from typing import Any
 
 from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_index, read_json_object
 from adapters.export import EXPORTERS, Format, Options, Source
-from adapters.export.consumers import CONSUMERS, Consumer, Place
+from adapters.export.consumers import CONSUMERS, STACKED_IN_VLLM, Consumer, Place, mixed_in_vllm
 from adapters.sidecar import check_base
 from studio.card import public_name
 from studio.certificate import CERTIFICATE
@@ -161,6 +161,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     _check_tools(form)
     name = request.out.name
     origin = find_origin(request.what, request.base)
+    form = _as_vllm_has_it(request, origin, form)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
     licence = read_licence(origin.base, public_name(origin.base_name))
@@ -188,7 +189,13 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         verified_in=LIBRARIES.get(form.name, "stock transformers") if request.verify else "",
         checks=tuple(_checks(request, form, consumer, origin)),
         command=command_of(
-            consumer, name, str(request.out), origin.path_or_id, origin.adapter, _gguf(name, consumer, options)
+            consumer,
+            name,
+            str(request.out),
+            origin.path_or_id,
+            origin.adapter,
+            _gguf(name, consumer, options),
+            mixed_in_vllm(form.name, origin.model_type),
         ),
         warnings=tuple(warnings),
     )
@@ -244,6 +251,15 @@ def _check_tools(form: Format) -> None:
         )
 
 
+def _as_vllm_has_it(request: ExportRequest, origin: Origin, form: Format) -> Format:
+    """The form of an adapter for vLLM: stacks for the families whose class there has stacks."""
+    if request.consumer != "vllm-adapter" or form.name != "per-expert" or origin.model_type not in STACKED_IN_VLLM:
+        return form
+    if request.format is not None:
+        raise ExportError(f"vLLM takes no per-expert adapters of {origin.model_type} models; give --format vllm-3d")
+    return EXPORTERS["vllm-3d"]
+
+
 def _check_origin(request: ExportRequest, origin: Origin, form: Format) -> None:
     if request.into not in INTO:
         raise ExportError(f"received --into {request.into}; allowed are {', '.join(INTO)}")
@@ -290,15 +306,24 @@ def _gguf(name: str, consumer: Consumer | None, options: Options) -> str:
     return f"{folder}/{file}" if folder else file
 
 
-def command_of(consumer: Consumer | None, name: str, folder: str, base: str, adapter: Path | None, gguf: str) -> str:
+def command_of(
+    consumer: Consumer | None,
+    name: str,
+    folder: str,
+    base: str,
+    adapter: Path | None,
+    gguf: str,
+    mixed: bool = False,
+) -> str:
     """The one command that runs an export; "" for a format alone.
 
     Args:
         folder: as it is to be said. base, adapter: of what was exported. gguf: the GGUF file in the folder.
+        mixed: stacks for a family that vLLM has by expert.
     """
     if consumer is None:
         return ""
-    return consumer.command(Place(folder, name, base, _largest_rank(adapter), gguf))
+    return consumer.command(Place(folder, name, base, _largest_rank(adapter), gguf, mixed))
 
 
 def _largest_rank(adapter: Path | None) -> int:

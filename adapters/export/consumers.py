@@ -8,6 +8,7 @@ llama.cpp's server README, Ollama's docs/modelfile.md, LM Studio's "Import Model
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -27,6 +28,10 @@ PUBLISHER = "moe-studio"
 RUN = "run.py"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
+
+STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text")
+"""Families whose class in vLLM is `is_3d_moe_weight` (`vllm/model_executor/models/gpt_oss.py`, `qwen3_5.py`): their
+adapters come as stacks, and it takes no per-expert names. Other families take stacks only where that is switched on."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -48,6 +53,7 @@ class Place:
         name: the model's.
         base: the base model of an adapter. rank: the largest rank in it.
         gguf: the GGUF file in the folder.
+        mixed: stacks for a family that vLLM has by expert.
     """
 
     folder: str
@@ -55,6 +61,7 @@ class Place:
     base: str = "BASE"
     rank: int = 0
     gguf: str = "model.gguf"
+    mixed: bool = False
 
     @property
     def quoted(self) -> str:
@@ -140,10 +147,19 @@ def gguf_in(folder: Path) -> Path:
 
 def _vllm_adapter(place: Place) -> str:
     rank = next((rank for rank in VLLM_RANKS if rank >= place.rank), place.rank)
+    module, mixed = f"{place.name}={place.folder}", ""
+    if place.mixed:  # without both, vLLM would put the factors into the wrong buffers and say nothing
+        module = json.dumps({"name": place.name, "path": place.folder, "is_3d_lora_weight": True})
+        mixed = "--enable-mixed-moe-lora-format "
     return (
-        f"vllm serve {shlex.quote(place.base)} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {shlex.quote(f'{place.name}={place.folder}')}"
+        f"vllm serve {shlex.quote(place.base)} --enable-lora {mixed}--max-lora-rank {rank} "
+        f"--lora-modules {shlex.quote(module)}"
     )
+
+
+def mixed_in_vllm(form: str, model_type: str) -> bool:
+    """Whether vLLM has to be told that this form's experts are stacks: see STACKED_IN_VLLM."""
+    return form == "vllm-3d" and model_type not in STACKED_IN_VLLM
 
 
 def _sglang_adapter(place: Place) -> str:

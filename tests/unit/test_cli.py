@@ -304,6 +304,12 @@ def test_merge_reports_a_missing_adapter(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_merge_says_what_it_can_be_merged_into(tmp_path: Path) -> None:
+    result = studio("merge", tmp_path, "--out", tmp_path / "out", "--into", "8-bit", "--base", "embedded")
+    assert result.exit_code == 1 and "allowed are auto, original, quantized" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 # -------------------------------------------------------------------- cache
 
 

@@ -250,6 +250,20 @@ def test_the_plan_knows_the_rank_and_the_base_of_an_adapter(adapter: Path) -> No
     assert plan.as_json()["base"] == str(EMBEDDED_DIR) and plan.public_base == "model"
 
 
+def test_vllm_is_told_of_stacks_where_it_has_single_experts(adapter: Path) -> None:
+    command = studio.plan_export(request(adapter, "vllm-adapter", format="vllm-3d")).command
+    assert "--enable-mixed-moe-lora-format" in command and '"is_3d_lora_weight": true' in command
+    assert "--enable-mixed" not in studio.plan_export(request(adapter, "vllm-adapter")).command
+
+
+def test_vllm_gets_stacks_of_the_families_that_it_has_as_stacks(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studio.export_plan.Origin.model_type", "gpt_oss")
+    plan = studio.plan_export(request(adapter, "vllm-adapter"))
+    assert plan.format.name == "vllm-3d" and "--enable-mixed" not in plan.command
+    with pytest.raises(ExportError, match="no per-expert adapters of gpt_oss models; give --format vllm-3d"):
+        studio.plan_export(request(adapter, "vllm-adapter", format="per-expert"))
+
+
 def test_no_certificate_no_export(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     assert studio.list_exports(tmp_path) == [] == studio.list_exports(tmp_path / "nowhere")

@@ -27,6 +27,8 @@ LIGHT = (
     "studio.placing",
     "studio.models",
     "studio.merging",
+    "studio.merge_choice",
+    "adapters.journal",
     "studio.certificate",
     "studio.card",
     "studio.licence",
