@@ -271,7 +271,9 @@ def _facts(job: Job, result: dict[str, Any]) -> Table:
         places["pictures"] = job.path / "pictures"
     for name, place in places.items():
         facts.add_row(name.replace("_", " ").capitalize(), Text(clean(str(place))))
-    facts.add_row("Next", Text(clean(f"studio merge {shlex.quote(str(job.path))} --out merged/{job.name}")))
+    facts.add_row(
+        "Next", Text(clean(f"studio export {shlex.quote(str(job.path))} --for transformers --out exports/{job.name}"))
+    )
     return facts
 
 

@@ -131,7 +131,7 @@ def _check_modelfile(source: Source, folder: Path) -> list[Check]:
 
 def _not_run(program: str, library: str) -> Callable[[Source, Path], list[Check]]:
     """Says of a program that this machine does not run what loaded the same files in its place."""
-    detail = f"{program} is not run here: {library} loaded the same files"
+    detail = f"{program} is not run on this machine: what {library} found stands for it as far as that goes"
     return lambda source, folder: [Check(f"behaviour in {program}", "not run", detail)]
 
 

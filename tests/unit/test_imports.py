@@ -37,6 +37,7 @@ LIGHT = (
     "studio.pushing",
     "studio.combining",
     "studio.exporting",
+    "studio.export_origin",
     "studio.export_plan",
     "studio.export_sizes",
     "studio.export_view",
