@@ -30,9 +30,9 @@ PATH = "export"
 
 LOOK_SECONDS = 1.0
 INTO = [
-    ("whichever has the lower held-out loss", "auto"),
+    ("the better of both, measured", "auto"),
     ("its own weights", "original"),
-    ("its weights as training held them, quantised", "quantized"),
+    ("as training held them, quantised", "quantized"),
 ]
 
 Updates = dict[Any, Any]
@@ -322,7 +322,7 @@ def _layout(places: Places) -> Page:
                         interactive=True,
                     )
                     with gr.Row(equal_height=True):
-                        form_of = gr.Dropdown([], label="Format", **_field())
+                        form_of = gr.Dropdown([], label="Format", info="What the program reads.", **_field())
                         quant = gr.Dropdown(
                             [], label="Type", info="The figure is about the bits a weight takes.", **_field()
                         )
@@ -330,7 +330,7 @@ def _layout(places: Places) -> Page:
                             INTO,
                             value="auto",
                             label="Merged into the base in",
-                            info="Training held the base quantised, and learnt to live with its errors.",
+                            info="Training held the base quantised.",
                             **_field(),
                         )
                 with gr.Column(elem_classes=["card", "plan-panel"]):
