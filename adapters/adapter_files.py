@@ -32,6 +32,7 @@ from torch import Tensor
 from adapters.checkpoint import TensorInfo, check_links, read_header, read_json_object
 from adapters.errors import AdapterFileError, CheckpointError, listed
 from adapters.layouts import PROJECTIONS, ExpertLayout
+from adapters.sidecar import read_sidecar
 from adapters.tensor_files import DTYPES, read_tensor, read_values
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -322,6 +323,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 hint = "; this one is in the compact form: `studio convert ADAPTER OUT --to peft` first"
             raise AdapterFileError(f"{directory} has no {name}: expected a PEFT adapter directory{hint}")
     check_links(directory, AdapterFileError)
+    sidecar = read_sidecar(directory)
+    if sidecar is not None and sidecar.format != "peft":
+        raise AdapterFileError(
+            f"{directory} is an adapter in the form {sidecar.format!r}, for {' and '.join(sidecar.made_for)} alone; "
+            "give the standard adapter that it was exported from"
+        )
     config = read_json_object(directory / CONFIG, AdapterFileError)
     if config.get("peft_type") != "LORA":
         raise AdapterFileError(

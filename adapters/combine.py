@@ -40,7 +40,7 @@ from adapters.sidecar import check_base, read_sidecar, write_sidecar
 from adapters.tensor_files import new_directory
 
 RECORD = "combination.json"
-LARGE = 1024
+LARGE = 256
 """From this side on a dense delta is factored by the randomised algorithm: exact would take minutes a matrix."""
 
 Matrices = list[tuple[Tensor, Tensor]]

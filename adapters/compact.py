@@ -30,6 +30,7 @@ from adapters.adapter_files import COMPACT_WEIGHTS, CONFIG, PREFIX, WEIGHTS, ran
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, OutputExistsError
 from adapters.layouts import PROJECTIONS
+from adapters.sidecar import in_form, read_sidecar, write_sidecar
 from adapters.tensor_files import new_directory
 
 FACTS = "compact_adapter"
@@ -87,6 +88,8 @@ def _convert(
     with new_directory(out, overwrite) as directory:
         shutil.copytree(adapter, directory, ignore=shutil.ignore_patterns(*names), dirs_exist_ok=True)
         save_file(tensors, directory / target.name, metadata=facts)
+        if sidecar := read_sidecar(adapter):
+            write_sidecar(directory, in_form(sidecar, "peft" if target.name == WEIGHTS else "compact"))
     return {"bytes_before": source.stat().st_size, "bytes": target.stat().st_size, "experts": experts}
 
 

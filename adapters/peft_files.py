@@ -26,7 +26,7 @@ from adapters.fingerprint import fingerprint
 from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.lora import ExpertLora, expert_count, lora_targets, target_suffixes
 from adapters.placement import Placement
-from adapters.sidecar import Sidecar, write_sidecar
+from adapters.sidecar import FORMS, Sidecar, write_sidecar
 from adapters.tensor_files import new_directory
 
 
@@ -93,13 +93,9 @@ def peft_sidecar(
         held=held,
         peft_version=peft.__version__,
         model_type=layout.model_type,
-        experts={
-            "count": experts,
-            "orientation": side,
-            "packing": "lora_A (E·r, ·) expert-major; lora_B (·, r·E) rank-major; gate and up fused",
-        },
-        made_for=("transformers", "peft"),
-        ignored_by=("vllm", "sglang", "llama.cpp"),
+        experts={"count": experts, "orientation": side, "packing": FORMS["peft"]["packing"]},
+        made_for=FORMS["peft"]["made_for"],
+        ignored_by=FORMS["peft"]["ignored_by"],
     )
 
 

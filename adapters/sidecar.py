@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,20 @@ from adapters.fingerprint import PARTS, fingerprint
 
 SIDECAR = "studio_adapter.json"
 VERSION = 1
+
+FORMS: dict[str, dict[str, Any]] = {
+    "peft": {
+        "packing": "lora_A (E·r, ·) expert-major; lora_B (·, r·E) rank-major; gate and up fused",
+        "made_for": ("transformers", "peft"),
+        "ignored_by": ("vllm", "sglang", "llama.cpp"),
+    },
+    "compact": {
+        "packing": "rows of each expert's own rank, one expert after the other, ranks in metadata; gate and up fused",
+        "made_for": ("moe-studio",),
+        "ignored_by": (),
+    },
+}
+"""What the sidecar says of the two forms that one becomes the other of."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,13 @@ class Sidecar:
     experts: Mapping[str, Any]
     made_for: tuple[str, ...] = ()
     ignored_by: tuple[str, ...] = ()
+
+
+def in_form(sidecar: Sidecar, form: str) -> Sidecar:
+    """The sidecar of the same adapter in another of FORMS."""
+    facts = FORMS[form]
+    experts = {**sidecar.experts, "packing": facts["packing"]}
+    return replace(sidecar, format=form, experts=experts, made_for=facts["made_for"], ignored_by=facts["ignored_by"])
 
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:

@@ -209,8 +209,7 @@ def merge(
 
 
 @app.command(
-    epilog="Examples: studio export runs/quickstart --for transformers --out exports/quickstart; "
-    "studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
+    epilog="Example: studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
 )
 @reported
 def export(
@@ -225,8 +224,9 @@ def export(
     quant: Annotated[str | None, typer.Option("--quant", metavar="TYPE", help="GGUF type, if not Q4_K_M.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number type of safetensors, if not the base's.")] = None,
     into: Annotated[
-        str, typer.Option("--into", metavar="original|quantized", help="The weights that an adapter is merged into.")
-    ] = "original",
+        str,
+        typer.Option("--into", metavar="auto|original|quantized", help="The weights that an adapter is merged into."),
+    ] = "auto",
     base: Annotated[str | None, typer.Option(help="The base of an adapter, if not the one that it names.")] = None,
     importance: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Examples that tell the GGUF quantiser which weights matter.")
@@ -302,18 +302,21 @@ def combine(
 ) -> None:
     """Combine several adapters of one base into one."""
     from studio.combining import summary
+    from studio.terminal import merge_progress
 
-    report = studio.combine(
-        adapters,
-        out,
-        weights=weight,
-        method=method,
-        rank=rank,
-        density=density,
-        seed=seed,
-        base=base,
-        overwrite=overwrite,
-    )
+    with merge_progress(output(), quiet=as_json, what="combining") as progress:
+        report = studio.combine(
+            adapters,
+            out,
+            weights=weight,
+            method=method,
+            rank=rank,
+            density=density,
+            seed=seed,
+            base=base,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
         print_json(report)
     else:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from studio.export_plan import ExportPlan
 from studio.follow import EndsIn, PhaseBar
+from studio.progress import merged_into
 from studio.quantities import as_bytes
 from studio.terminal import clean, warning_text
 
@@ -30,6 +31,8 @@ def plan_view(plan: ExportPlan) -> RenderableType:
     if plan.origin.adapter:
         shown.add_row("Adapter", Text(clean(str(plan.origin.adapter))))
     shown.add_row("Base", Text(clean(plan.origin.base_name)))
+    if plan.chooses:
+        shown.add_row("Merged into", "whichever has the lower held-out loss: its own weights, or as training held them")
     shown.add_row("Folder", Text(clean(str(plan.out))))
     for number, (what, size) in enumerate(plan.files):
         shown.add_row("" if number else "Files", Text(clean(what + (f", about {as_bytes(size)}" if size else ""))))
@@ -76,6 +79,8 @@ def certificate_view(report: Mapping[str, Any]) -> RenderableType:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     facts.add_row("Export", Text(clean(str(report["out"]))))
+    if into := merged_into(report["facts"]):
+        facts.add_row("Merged into", Text(clean(into)))
     facts.add_row("Verified", verdict(report["checks"]))
     if report.get("command"):
         facts.add_row("Run it", Text(clean(report["command"])))

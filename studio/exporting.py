@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import listed
-from adapters.export import EXPORTERS, Format
-from adapters.export.consumers import CONSUMERS, Consumer, consumers_of
+from adapters.export import EXPORTERS, Format, Source
+from adapters.export.consumers import CONSUMERS, Consumer, consumers_of, mixed_in_vllm
+from adapters.sidecar import read_sidecar
 from adapters.verify import Check
 from studio.errors import ExportError, VerificationError
 from studio.export_plan import ExportPlan, ExportRequest, command_of, plan_export
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all); the total is 0 where it is not known."""
 
-WRITING, VERIFYING, CERTIFYING = EXPORT_STAGES
+CHOOSING, WRITING, VERIFYING, CERTIFYING = EXPORT_STAGES
 SWITCHED_OFF = Check("verification", "not run", "it was switched off (--no-verify): nothing was compared")
 
 
@@ -50,30 +51,43 @@ def export(request: ExportRequest, progress: Progress | None = None) -> dict[str
 
     told = progress or (lambda stage, done, total: None)
     plan = plan_export(request)
-    plan.source.open()  # every adapter tensor finds its place, or nothing is written
+    plan.source().open()  # every adapter tensor finds its place, or nothing is written
+    source, into = _choose(plan, told)
     with new_directory(plan.out, request.overwrite) as staged:
-        certificate = as_json(_export_to(staged, plan, told))
+        certificate = as_json(_export_to(staged, plan, source, into, told))
     return {**certificate, "out": str(plan.out), "command": _command(plan, plan.out, str(plan.out))}
 
 
-def _export_to(staged: Path, plan: ExportPlan, told: Progress) -> Certificate:
+def _choose(plan: ExportPlan, told: Progress) -> tuple[Source, dict[str, Any]]:
+    """The source, merged into what was asked for or has the lower held-out loss; and the reason, as a fact."""
+    from studio.merge_choice import choose_into
+
+    if plan.origin.adapter is None or plan.format.kind == "adapter":
+        return plan.source(), {}
+    if plan.chooses:
+        told(CHOOSING, 0, 0)
+    choice = choose_into(plan.origin.adapter, plan.origin.base, plan.request.into)
+    return plan.source(choice.held), {"into": {"chosen": choice.into, "why": choice.why, "losses": choice.losses}}
+
+
+def _export_to(staged: Path, plan: ExportPlan, source: Source, into: dict[str, Any], told: Progress) -> Certificate:
     """Fills the folder, up to its certificate."""
     from studio.certificate import write_certificate
     from studio.held_out import held_out_prompts
 
     inside = plan.consumer.inside(staged, plan.name) if plan.consumer else staged
     inside.mkdir(parents=True, exist_ok=True)
-    facts = _fill(plan, inside, told)
+    facts = _fill(plan, source, inside, told) | into
     told(VERIFYING, 0, 0)
     prompts = held_out_prompts(job=plan.origin.job.path if plan.origin.job else None, file=plan.request.prompts)
-    checks = _verified(plan, inside, prompts.items) if plan.request.verify else [SWITCHED_OFF]
+    checks = _verified(plan, source, inside, prompts.items) if plan.request.verify else [SWITCHED_OFF]
     _refuse(plan, checks)
     told(CERTIFYING, 0, 0)
     origin = prompts.origin if plan.request.verify else ""
-    _write_card(plan, staged, checks, origin)
+    _write_card(plan, source, staged, checks, origin)
     return write_certificate(
         staged,
-        source=plan.source,
+        source=source,
         base_name=plan.public_base,
         format=plan.format.name,
         checks=checks,
@@ -84,23 +98,23 @@ def _export_to(staged: Path, plan: ExportPlan, told: Progress) -> Certificate:
     )
 
 
-def _fill(plan: ExportPlan, inside: Path, told: Progress) -> dict[str, Any]:
+def _fill(plan: ExportPlan, source: Source, inside: Path, told: Progress) -> dict[str, Any]:
     """The format's files, and what the consumer wants beside them, readable for everyone."""
     told(WRITING, 0, plan.bytes)
-    facts = plan.format.write(plan.source, inside, plan.options, lambda done, total: told(WRITING, done, total))
+    facts = plan.format.write(source, inside, plan.options, lambda done, total: told(WRITING, done, total))
     if plan.consumer and plan.consumer.finish:
-        plan.consumer.finish(plan.source, inside, plan.name)
+        plan.consumer.finish(source, inside, plan.name)
     for path in inside.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return facts
 
 
-def _verified(plan: ExportPlan, inside: Path, prompts: Sequence[Any]) -> list[Check]:
+def _verified(plan: ExportPlan, source: Source, inside: Path, prompts: Sequence[Any]) -> list[Check]:
     """Every check of the format and of the consumer."""
     from adapters.verify.run import verify_export
 
-    checks = verify_export(inside, plan.format.name, plan.source, prompts, options=plan.options)
-    return checks + plan.consumer.check(plan.source, inside) if plan.consumer and plan.consumer.check else checks
+    checks = verify_export(inside, plan.format.name, source, prompts, options=plan.options)
+    return checks + plan.consumer.check(source, inside) if plan.consumer and plan.consumer.check else checks
 
 
 def _refuse(plan: ExportPlan, checks: Sequence[Check]) -> None:
@@ -111,12 +125,12 @@ def _refuse(plan: ExportPlan, checks: Sequence[Check]) -> None:
         raise VerificationError(listed(title, lines), checks)
 
 
-def _write_card(plan: ExportPlan, staged: Path, checks: Sequence[Check], prompts_from: str) -> None:
+def _write_card(plan: ExportPlan, source: Source, staged: Path, checks: Sequence[Check], prompts_from: str) -> None:
     from studio.card import write_card
 
     write_card(
         staged,
-        source=plan.source,
+        source=source,
         base_name=plan.public_base,
         licence=plan.licence,
         format=plan.format.name,
@@ -131,7 +145,8 @@ def _write_card(plan: ExportPlan, staged: Path, checks: Sequence[Check], prompts
 def _command(plan: ExportPlan, written: Path, folder: str, base: str = "") -> str:
     """The consumer's command for what was written; `folder` as it is to be said."""
     base = base or plan.origin.path_or_id
-    return command_of(plan.consumer, plan.name, folder, base, plan.origin.adapter, _gguf(written))
+    mixed = mixed_in_vllm(plan.format.name, plan.origin.model_type)
+    return command_of(plan.consumer, plan.name, folder, base, plan.origin.adapter, _gguf(written), mixed)
 
 
 def _gguf(folder: Path) -> str:
@@ -167,7 +182,9 @@ def read_export(folder: Path | str) -> dict[str, Any]:
     folder = Path(folder)
     found = as_json(read_certificate(folder))
     consumer = CONSUMERS.get(found["consumer"])
-    command = command_of(consumer, found["name"], str(folder), found["base"]["name"], folder, _gguf(folder))
+    sidecar = read_sidecar(folder)
+    mixed = sidecar is not None and mixed_in_vllm(sidecar.format, sidecar.model_type)
+    command = command_of(consumer, found["name"], str(folder), found["base"]["name"], folder, _gguf(folder), mixed)
     return {**found, "out": str(folder), "command": command}
 
 

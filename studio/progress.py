@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,13 @@ from studio.errors import JobError
 from studio.jobs import Job, JobState, list_jobs
 from studio.quantities import as_bytes, as_count, as_duration
 
-EXPORT_STAGES = ("Writing", "Verifying in fresh processes", "Card and certificate")
+EXPORT_STAGES = (
+    "Choosing the weights to merge into",
+    "Writing",
+    "Verifying in fresh processes",
+    "Card and certificate",
+)
+MERGED_INTO = {"original": "the base's own weights", "quantized": "the base as training held it, quantised"}
 PHASES = ("loading", "evaluating base", "training", "evaluating tuned", "saving")
 Rows = Sequence[dict[str, Any]]
 Counts = tuple[int, int]
@@ -85,6 +91,18 @@ def waiting_for(job: Job) -> str | None:
 
 def steps(state: JobState) -> str:
     return f"{state.step:,}/{state.total_steps:,}"
+
+
+def merged_into(facts: Mapping[str, Any]) -> str:
+    """What the adapter of an export was merged into, and why; "" where there was nothing to choose."""
+    into = facts.get("into")
+    if not into:
+        return ""
+    losses = into.get("losses") or {}
+    said = [f"{name} {losses[name]:.4f}" for name in ("original", "quantized") if name in losses]
+    return f"{MERGED_INTO.get(into['chosen'], into['chosen'])}: {into['why']}" + (
+        f" ({', '.join(said)})" if said else ""
+    )
 
 
 def ran_for(state: JobState, now: float | None = None) -> str:

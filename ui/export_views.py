@@ -11,7 +11,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from studio import ExportPlan, consumers
-from studio.progress import EXPORT_STAGES
+from studio.progress import EXPORT_STAGES, merged_into
 from studio.quantities import as_bytes, as_duration
 from ui.exporting import Run
 from ui.html import Child, el, join
@@ -99,12 +99,14 @@ def progress_view(run: Run, now: float) -> Markup:
         for number, stage in enumerate(EXPORT_STAGES)
     ]
     words = "Clearing up" if run.status == "cancelling" else run.stage or "Checking that everything fits"
+    left = run.seconds_left(now)
+    ends = f"{as_duration(left)} left" if left else ""
     counted = f"{as_bytes(run.done)} / {as_bytes(run.total)}" if run.total else ""
     return el(
         "div",
         el("div", el("h1", run.request.out.name), el("span", run.status, cls="pill running"), cls="job-head"),
         el("ol", *stages, cls="stages", aria_label="Stages"),
-        meter(words, run.done, run.total, counted, f"for {as_duration(now - run.started_at)}"),
+        meter(words, run.done, run.total, counted, ends, f"for {as_duration(now - run.started_at)}"),
     )
 
 
@@ -148,11 +150,10 @@ def _head(export: Export, name: str) -> Markup:
 
 
 def _facts(export: Export) -> list[Markup]:
-    held = export["held"]
     facts = {
         "Folder": export["out"],
         "Base": export["base"]["name"],
-        "Merged into": f"the base as training held it ({held['quantization']})" if held else None,
+        "Merged into": merged_into(export["facts"]) or None,
         "Options": ", ".join(f"{key} {value}" for key, value in export["options"].items()) or None,
         "Verified with": export["prompts"] or None,
     }

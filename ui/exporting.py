@@ -31,7 +31,7 @@ class Run:
     """One export, as far as it is.
 
     Attributes:
-        stage: "" until it has begun. done, total: bytes; total 0 where it is not known.
+        stage: "" until it has begun; since: when that was. done, total: bytes; total 0 where it is not known.
         error: why it failed. checks: then all that were made, if it came that far.
     """
 
@@ -39,6 +39,7 @@ class Run:
     started_at: float
     status: Literal["running", "cancelling", "succeeded", "failed", "cancelled"] = "running"
     stage: str = ""
+    since: float = 0.0
     done: int = 0
     total: int = 0
     error: str = ""
@@ -48,6 +49,10 @@ class Run:
     @property
     def ended(self) -> bool:
         return self.status in ("succeeded", "failed", "cancelled")
+
+    def seconds_left(self, now: float) -> float | None:
+        """To the end of this stage, at its speed so far; None where that is not known."""
+        return (now - self.since) * (self.total - self.done) / self.done if self.done and self.total else None
 
 
 class Exports:
@@ -103,8 +108,10 @@ class Exports:
             assert self._run is not None
             if self._run.status == "cancelling" and said.get("status") == "failed":
                 said = {"status": "cancelled"}
-            ended: Row = {"ended_at": time.time()} if "status" in said else {}
-            self._run = replace(self._run, **said, **ended)
+            now = {"ended_at": time.time()} if "status" in said else {}
+            if said.get("stage", self._run.stage) != self._run.stage:
+                now = {"since": time.time()}
+            self._run = replace(self._run, **{**said, **now})
 
 
 def _make_sure(child: BaseProcess) -> None:

@@ -123,7 +123,7 @@ EXPORTERS: dict[str, Format] = {
         ),
         Format(
             "bnb-4bit",
-            "merged model, bitsandbytes 4-bit: linear layers in nf4, routed experts as they are",
+            "merged model, bitsandbytes 4-bit, as stock transformers holds it",
             "model",
             "adapters.export.bnb_4bit:write_bnb_4bit",
             "adapters.export.bnb_4bit:check_bnb_4bit",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adapters.compact import compact_in_place
 from adapters.export import Options, Progress, Source
 from adapters.export.peft import write_peft
-from adapters.sidecar import read_sidecar, write_sidecar
+from adapters.sidecar import in_form, read_sidecar, write_sidecar
 
 
 def write_compact(
@@ -23,9 +22,5 @@ def write_compact(
     facts = write_peft(source, directory, options, progress)
     sidecar = read_sidecar(directory)
     assert sidecar is not None
-    packing = "rows of every expert's own rank one after the other, ranks in the file's metadata; gate and up fused"
-    experts = {**sidecar.experts, "packing": packing}
-    write_sidecar(
-        directory, replace(sidecar, format="compact", experts=experts, made_for=("moe-studio",), ignored_by=())
-    )
+    write_sidecar(directory, in_form(sidecar, "compact"))
     return {**facts, **compact_in_place(directory)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from adapters.checkpoint import TensorInfo
 from adapters.errors import ExportError
 from adapters.export import Options, Progress, Source
-from adapters.export.quantized_files import Encoding, Specs, check_encoded, write_encoded
+from adapters.export.quantized_files import Encoding, Matrix, Specs, check_encoded, write_encoded
 from adapters.merged import MergedWeights
 from adapters.tensor_files import read_tensor
 from adapters.verify import Check, Evidence
@@ -46,6 +46,7 @@ class Fp8(Encoding):
     title = "FP8 in the compressed-tensors layout"
     rounding = Rounding(relative=0.05, ulp=None, exact=False)
     limits = "fp8"
+    split = STACKED
 
     def __init__(self, merged: MergedWeights):
         super().__init__(merged)
@@ -60,39 +61,19 @@ class Fp8(Encoding):
     def quantizes(self, key: str) -> bool:
         return super().quantizes(key) and not any(part in key for part in NEVER)
 
-    def names(self, key: str, expert: int) -> list[str]:
-        """What the halves of one expert of a stack are called, without `.weight`."""
-        prefix, _, projection = key.rpartition(".")
-        gate, up, down = self.merged.layout.parts
-        return [f"{prefix}.{expert}.{part}" for part in ((gate, up) if projection == "gate_up_proj" else (down,))]
+    def parts(self, matrix: Matrix) -> Specs:
+        scales = (matrix.shape[0], 1)
+        return {f"{matrix.name}.weight": (FP8, matrix.shape), f"{matrix.name}.weight_scale": (torch.float32, scales)}
 
-    def parts(self, key: str) -> Specs:
-        shape = self.merged.index[key].shape
-        if len(shape) == 2:
-            return _pair(key.removesuffix(".weight"), shape)
-        inputs, outputs = shape[1:] if self.merged.layout.stack_order == "in_out" else (shape[2], shape[1])
-        found: Specs = {}
-        for expert in range(shape[0]):
-            names = self.names(key, expert)
-            for name in names:
-                found |= _pair(name, (outputs // len(names), inputs))
-        return found
+    def encode(self, matrix: Matrix, values: Tensor) -> Iterator[Tensor]:
+        """Each channel's largest value becomes 448."""
+        scale = values.abs().amax(1, keepdim=True).div_(MOST).clamp_(min=torch.finfo(torch.float32).tiny)
+        yield (values / scale).clamp_(-MOST, MOST).to(FP8)
+        yield scale
 
-    def encode(self, key: str) -> Iterator[Tensor]:
-        if len(self.merged.index[key].shape) == 2:
-            yield from quantized(self.merged.read(key).float())
-            return
-        for expert in range(self.merged.index[key].shape[0]):
-            matrix = self.merged.read(key, expert).float()
-            matrix = matrix.t() if self.merged.layout.stack_order == "in_out" else matrix
-            for half in matrix.chunk(len(self.names(key, expert))):
-                yield from quantized(half.contiguous())
-
-    def decode(self, directory: Path, index: Mapping[str, TensorInfo], key: str, expert: int | None) -> Tensor:
-        if expert is None:
-            return _dequantized(index, key.removesuffix(".weight"))
-        matrix = torch.cat([_dequantized(index, name) for name in self.names(key, expert)])
-        return matrix.t().contiguous() if self.merged.layout.stack_order == "in_out" else matrix
+    def decode(self, index: Mapping[str, TensorInfo], matrix: Matrix) -> Tensor:
+        weight, scale = (read_tensor(index[f"{matrix.name}.{part}"]) for part in ("weight", "weight_scale"))
+        return weight.float() * scale
 
     def config(self) -> dict[str, Any]:
         weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
@@ -112,20 +93,6 @@ class Fp8(Encoding):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-
-
-def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) float32 ▶ float8_e4m3fn, and (out, 1) float32 scales: each channel's largest value becomes 448."""
-    scale = matrix.abs().amax(1, keepdim=True).div_(MOST).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (matrix / scale).clamp_(-MOST, MOST).to(FP8), scale
-
-
-def _pair(name: str, shape: tuple[int, ...]) -> Specs:
-    return {f"{name}.weight": (FP8, shape), f"{name}.weight_scale": (torch.float32, (shape[0], 1))}
-
-
-def _dequantized(index: Mapping[str, TensorInfo], name: str) -> Tensor:
-    return read_tensor(index[f"{name}.weight"]).float() * read_tensor(index[f"{name}.weight_scale"])
 
 
 def write_fp8(source: Source, directory: Path, options: Options, progress: Progress | None = None) -> dict[str, Any]:

@@ -53,30 +53,35 @@ def write_gguf(source: Source, directory: Path, options: Options, progress: Prog
     weights, quant = source.open(), options.quant or DEFAULT_QUANT
     plan, config = plan_tensors(weights), full_config(source.base)
     vocabulary = read_vocabulary(source.base, config)
-    importance = importance_for(options.importance, source, plan.tensors) if options.importance else {}
-    types = tensor_types(plan.tensors, mixture_of(config, plan, quant, bool(importance)))
+    types = tensor_types(plan.tensors, mixture_of(config, plan, quant, options.importance is not None))
     for kind in set(types.values()):
         prepare(kind)
+    importance = importance_for(options.importance, source, plan.tensors) if options.importance else {}
     file = directory / f"{file_stem(source.name)}-{quant}.gguf"
-    writer = GGUFWriter(file, plan.architecture.name)
-    for name, shape in plan.tensors.items():
-        size = math.prod(shape[:-1]) * row_bytes(types[name], shape[-1])
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=GGMLQuantizationType[types[name]])
+    writer = _listing(file, plan, types)
     add_metadata(writer, source.base, config, weights.layout, source.name)
     writer.add_file_type(LlamaFileType["ALL_F32" if quant == "F32" else f"MOSTLY_{quant}"])
     vocabulary.write(writer)
-    start, places = _write_header(writer, file)
-    _Filler(file, plan, types, {name: start + place for name, place in places.items()}, importance).run(progress)
-    counted = {kind: list(types.values()).count(kind) for kind in sorted(set(types.values()))}
+    places = _write_header(writer, file)
+    _Filler(file, plan, types, places, importance).run(progress)
     return {
         "file": file.name,
         "quant": quant,
         "bytes": file.stat().st_size,
         "architecture": plan.architecture.name,
         "tensors": len(types),
-        "types": counted,
+        "types": {kind: list(types.values()).count(kind) for kind in sorted(set(types.values()))},
         "importance": bool(importance),
     }
+
+
+def _listing(file: Path, plan: Plan, types: dict[str, str]) -> GGUFWriter:
+    """A writer that knows every tensor's shape, type and size, and has none of their values."""
+    writer = GGUFWriter(file, plan.architecture.name)
+    for name, shape in plan.tensors.items():
+        size = math.prod(shape[:-1]) * row_bytes(types[name], shape[-1])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=GGMLQuantizationType[types[name]])
+    return writer
 
 
 def file_stem(name: str) -> str:
@@ -100,8 +105,8 @@ def mixture_of(config: dict[str, Any], plan: Plan, quant: str, importance: bool)
     )
 
 
-def _write_header(writer: GGUFWriter, file: Path) -> tuple[int, dict[str, int]]:
-    """Writes all but the tensors' bytes, makes the file as long as it will be; (their start, each one's offset)."""
+def _write_header(writer: GGUFWriter, file: Path) -> dict[str, int]:
+    """Writes all but the tensors' bytes, and makes the file as long as it will be; where each tensor starts."""
     places, end = {}, 0
     for name, info in writer.tensors[0].items():
         places[name] = end
@@ -115,7 +120,7 @@ def _write_header(writer: GGUFWriter, file: Path) -> tuple[int, dict[str, int]]:
     start = GGUFWriter.ggml_pad(file.stat().st_size, writer.data_alignment)
     with file.open("r+b") as opened:
         opened.truncate(start + end)
-    return start, places
+    return {name: start + place for name, place in places.items()}
 
 
 class _Filler:

@@ -31,6 +31,7 @@ from adapters.export.gguf_tensors import STACKS, Architecture, architecture_of
 from adapters.factors import Factors, Part, expert_count, halves, opened, parts_of
 from adapters.fingerprint import fingerprint
 from adapters.layouts import LAYER, ExpertLayout
+from adapters.merge import check_room
 from adapters.merged import MergedWeights
 from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
 
@@ -94,11 +95,12 @@ def write_gguf_lora(
     tensors = planned(parts_of(adapter), merged, architecture)
     name = str(adapter.config.get("base_model_name_or_path") or source.base)
     file = directory / f"{file_stem(source.name)}-lora.gguf"
+    parameters = sum(int(np.prod(shape)) for one in tensors for shape in one.shapes().values())
+    check_room(directory, parameters * dtype.itemsize)
     writer = GGUFWriter(file, architecture.name)
     _add_metadata(writer, source.name, name, dtype)
     _write(writer, tensors, dtype, progress)
     write_sidecar(directory, _sidecar(source, merged, name))
-    parameters = sum(int(np.prod(shape)) for one in tensors for shape in one.shapes().values())
     return {
         "file": file.name,
         "tensors": 2 * len(tensors),

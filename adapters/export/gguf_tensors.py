@@ -53,17 +53,20 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
+NO_WINDOW = {"use_sliding_window": False}
 ARCHITECTURES = {
     "llama4_text": Architecture("llama4", fixed={"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1}),
-    "mixtral": Architecture("llama", permuted=True),
-    "qwen3_moe": Architecture("qwen3moe", fixed={"norm_topk_prob": True}),
+    "mixtral": Architecture("llama", permuted=True, fixed={"sliding_window": None}),
+    "qwen3_moe": Architecture(
+        "qwen3moe", fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], **NO_WINDOW}
+    ),
     "olmoe": Architecture("olmoe", fixed={"norm_topk_prob": False, "clip_qkv": None}),
-    "deepseek_v3": Architecture("deepseek2"),
+    "deepseek_v3": Architecture("deepseek2", fixed={"rope_interleave": True}),
     "gpt_oss": Architecture("gpt-oss", fixed={"swiglu_limit": 7.0}),
     "llama": Architecture("llama", permuted=True),
     "mistral": Architecture("llama", permuted=True, fixed={"sliding_window": None}),
-    "qwen2": Architecture("qwen2", fixed={"use_sliding_window": False}),
-    "qwen3": Architecture("qwen3", fixed={"use_sliding_window": False}),
+    "qwen2": Architecture("qwen2", fixed=NO_WINDOW),
+    "qwen3": Architecture("qwen3", fixed=NO_WINDOW),
 }
 
 
@@ -82,16 +85,38 @@ def architecture_of(config: Mapping[str, Any], model_type: str) -> Architecture:
     found = ARCHITECTURES[model_type]
     other = [
         f"{key} is {config[key]!r}; llama.cpp computes {found.name} with {value!r} only"
-        for key, value in found.fixed.items()
+        for key, value in {"hidden_act": "silu", **found.fixed}.items()
         if key in config and config[key] != value
     ]
-    if model_type == "olmoe" and config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
-        other.append("llama.cpp norms the keys of OLMoE as if each head had its own; here heads share them")
-    if model_type == "llama4_text" and config.get("use_qk_norm", True) != (config["num_local_experts"] != 128):
-        other.append("llama.cpp norms queries and keys of Llama 4 unless it has 128 experts; here use_qk_norm differs")
+    other += FURTHER[model_type](config) if model_type in FURTHER else []
     if other:
         raise ExportError(listed(f"llama.cpp would run this {model_type} model wrongly", other))
     return found
+
+
+def _further_llama4(config: Mapping[str, Any]) -> list[str]:
+    problems, layers = [], range(config["num_hidden_layers"])
+    if config.get("use_qk_norm", True) != (config["num_local_experts"] != 128):
+        problems.append("use_qk_norm differs: llama.cpp norms queries and keys of Llama 4 unless it has 128 experts")
+    if not config.get("attn_temperature_tuning", True):
+        problems.append("attn_temperature_tuning is off; llama.cpp always has it on")
+    if list(config.get("no_rope_layers") or []) not in ([], [int((layer + 1) % 4 > 0) for layer in layers]):
+        problems.append("no_rope_layers is not every fourth layer, which is all that llama.cpp has")
+    return problems
+
+
+def _further_olmoe(config: Mapping[str, Any]) -> list[str]:
+    shared = config.get("num_key_value_heads") not in (None, config["num_attention_heads"])
+    return ["llama.cpp norms the keys of OLMoE as if each head had its own; here heads share them"] * shared
+
+
+def _further_deepseek(config: Mapping[str, Any]) -> list[str]:
+    """llama.cpp takes models of 26 and 27 layers for the small ones that have no compressed queries."""
+    small, plain = config["num_hidden_layers"] in (26, 27), config.get("q_lora_rank") is None
+    return [f"q_lora_rank is {config.get('q_lora_rank')}, llama.cpp has it only in other sizes"] * (small != plain)
+
+
+FURTHER = {"llama4_text": _further_llama4, "olmoe": _further_olmoe, "deepseek_v3": _further_deepseek}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def importance_for(file: Path, source: Source, shapes: Mapping[str, tuple[int, .
         ExportError: the file cannot be read, is of another model, or the model is too large to be run here.
     """
     with file.open("rb") as opened:
-        if opened.read(4) == b"GGUF":
+        if opened.read(4) == b"GGUF" or file.suffix == ".gguf":
             return read_importance(file, shapes)
     with tempfile.TemporaryDirectory(prefix="importance-") as folder:
         measured = Path(folder) / "importance.gguf"
@@ -55,7 +55,7 @@ def read_importance(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     """
     try:
         tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in GGUFReader(file).tensors}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise ExportError(f"{file} is no importance matrix (a GGUF file with sums and counts): {error}") from None
     found = {}
     for name in (name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)):

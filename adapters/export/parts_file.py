@@ -14,6 +14,7 @@ from adapters.adapter_files import PREFIX
 from adapters.errors import AdapterFileError, ExportError, listed
 from adapters.export import Progress
 from adapters.factors import Factors, Part
+from adapters.merge import check_room
 from adapters.tensor_files import write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,12 +56,14 @@ def write_parts(
 
     Raises:
         AdapterFileError: a value is not finite, as it is or in `dtype`.
+        ExportError: the disk has no room; nothing is written then.
     """
     laid = {one.key: (part, one) for part in parts for one in lay(part)}
     specs = {key: (dtype, one.shape) for key, (_, one) in laid.items()}
     total = sum(torch.Size(shape).numel() for _, shape in specs.values())
     if not laid:
         raise AdapterFileError("the adapter adapts nothing: there is nothing to write")
+    check_room(path.parent, total * dtype.itemsize)
     held: dict[tuple[str, int], Factors] = {}
     done = 0
 

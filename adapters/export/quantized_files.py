@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +41,52 @@ CONFIG_KEY = "quantization_config"
 NAMED = "weights: names, shapes and dtypes"
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix (out, in) as it is written.
+
+    Attributes:
+        name: of its module in the files.
+        key: of the base's tensor that it comes from. expert: in a stack.
+        half, halves: its place among the equal runs of rows that the expert's matrix is written as.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    half: int = 0
+    halves: int = 1
+
+
 class Encoding(ABC):
     """One format for one model.
 
     Attributes:
         title: for messages.
         rounding: how far a quantised matrix may lie from base + adapter. limits: a name in `LIMITS`.
+        split: families whose stacks are written as one matrix for each part of each expert, `experts.{e}.gate_proj`.
     """
 
     title: str
     rounding: Rounding
     limits: str
+    split: tuple[str, ...] = ()
 
     def __init__(self, merged: MergedWeights):
         self.merged = merged
 
     @abstractmethod
-    def parts(self, key: str) -> Specs:
-        """The tensors that a quantised tensor of the base becomes, in order."""
+    def parts(self, matrix: Matrix) -> Specs:
+        """The tensors that a matrix becomes, in order."""
 
     @abstractmethod
-    def encode(self, key: str) -> Iterator[Tensor]:
-        """Their values, in the same order."""
+    def encode(self, matrix: Matrix, values: Tensor) -> Iterator[Tensor]:
+        """Theirs, in the same order, of `values` (out, in) float32."""
 
     @abstractmethod
-    def decode(self, directory: Path, index: Mapping[str, TensorInfo], key: str, expert: int | None) -> Tensor:
-        """One matrix of the base's tensor `key`, float32, from the files."""
+    def decode(self, index: Mapping[str, TensorInfo], matrix: Matrix) -> Tensor:
+        """(out, in) float32 from the files."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -74,28 +95,67 @@ class Encoding(ABC):
     def quantizes(self, key: str) -> bool:
         """Whether the tensor is quantised: a matrix of a linear layer or a stack, not the router, not the head."""
         layout, info = self.merged.layout, self.merged.index[key]
-        if len(info.shape) < 2 or layout.model_key(key) is None or info.dtype not in ("F32", "F16", "BF16"):
+        if layout.model_key(key) is None or info.dtype not in ("F32", "F16", "BF16"):
             return False
-        return layout.tensor_class(key) in QUANTIZED_CLASSES and layout.takes_lora(key)
+        if len(info.shape) == 3 and layout.model_type not in self.split:
+            return False
+        return len(info.shape) > 1 and layout.tensor_class(key) in QUANTIZED_CLASSES and layout.takes_lora(key)
+
+    def matrices(self, key: str) -> list[Matrix]:
+        """What a quantised tensor of the base is written as."""
+        shape = self.merged.index[key].shape
+        if len(shape) == 2:
+            return [Matrix(key.removesuffix(".weight"), key, (shape[0], shape[1]))]
+        inputs, outputs = shape[1:] if self.merged.layout.stack_order == "in_out" else (shape[2], shape[1])
+        prefix, _, projection = key.rpartition(".")
+        gate, up, down = self.merged.layout.parts
+        names = (gate, up) if projection == "gate_up_proj" else (down,)
+        size = outputs // len(names), inputs
+        return [
+            Matrix(f"{prefix}.{expert}.{name}", key, size, expert, half, len(names))
+            for expert in range(shape[0])
+            for half, name in enumerate(names)
+        ]
 
     def left(self) -> list[str]:
         """Modules with a matrix that is not quantised, by their names in the files and in the model."""
-        names = set()
-        for key, info in self.merged.index.items():
-            if len(info.shape) == 2 and key.endswith(".weight") and not self.quantizes(key):
-                names |= {name.removesuffix(".weight") for name in (key, self.merged.layout.model_key(key) or key)}
-        return sorted(names)
+        plain = {key: info for key, info in self.merged.index.items() if not self.quantizes(key)}
+        names = {
+            key.removesuffix(".weight") for key, i in plain.items() if len(i.shape) == 2 and key.endswith(".weight")
+        }
+        for key in filter(self.quantizes, self.merged.index):
+            names |= {matrix.name for matrix in self.matrices(key) if len(self.parts(matrix)) == 1}
+        in_model = {self.merged.layout.model_key(f"{name}.weight") or name for name in names}
+        return sorted(names | {name.removesuffix(".weight") for name in in_model})
 
     def specs(self, key: str) -> Specs:
+        """The tensors in the files that the base's tensor `key` becomes."""
         info = self.merged.index[key]
-        return self.parts(key) if self.quantizes(key) else {key: (DTYPES[info.dtype], info.shape)}
+        if not self.quantizes(key):
+            return {key: (DTYPES[info.dtype], info.shape)}
+        return {name: spec for matrix in self.matrices(key) for name, spec in self.parts(matrix).items()}
 
     def tensors(self, key: str) -> Iterator[Tensor]:
-        if self.quantizes(key):
-            yield from self.encode(key)
+        """Theirs, in the same order, in pieces."""
+        if not self.quantizes(key):
+            for piece in pieces(self.merged, [key]):
+                yield compute(self.merged, piece, DTYPES[self.merged.index[key].dtype])[0]
             return
-        for piece in pieces(self.merged, [key]):
-            yield compute(self.merged, piece, DTYPES[self.merged.index[key].dtype])[0]
+        values = torch.empty(0)
+        for matrix in self.matrices(key):
+            if matrix.half == 0:
+                values = self.merged.read(key, matrix.expert).float()
+                if matrix.expert is not None and self.merged.layout.stack_order == "in_out":
+                    values = values.t()
+            yield from self.encode(matrix, values.chunk(matrix.halves)[matrix.half].contiguous())
+
+    def read_back(self, index: Mapping[str, TensorInfo], key: str, expert: int | None) -> Tensor:
+        """One matrix of the base's tensor `key` from the files, in the base's axis order."""
+        if not self.quantizes(key):
+            return read_tensor(index[key], expert)
+        halves = [self.decode(index, matrix) for matrix in self.matrices(key) if matrix.expert == expert]
+        transposed = expert is not None and self.merged.layout.stack_order == "in_out"
+        return torch.cat(halves).t().contiguous() if transposed else torch.cat(halves)
 
 
 def write_encoded(encoding: Encoding, directory: Path, progress: Progress | None) -> dict[str, Any]:
@@ -152,28 +212,33 @@ def check_encoded(
     Args:
         stock: stock transformers of this machine reads the form; else it is given the values read back.
     """
+    checks = check_values(encoding, directory, source)
+    if any(check.status == "failed" for check in checks):
+        return checks
+    checks += [check_config(directory, source.base, allowed=(CONFIG_KEY,)), *check_tokenizer(directory, source.base)]
+    limits = LIMITS[encoding.limits]
+    if stock or evidence.logits is None:
+        return [*checks, *check_in_transformers(directory, source, evidence, limits)]
+    with tempfile.TemporaryDirectory(prefix="studio-values-") as folder:
+        _write_values(encoding, directory, Path(folder))
+        return [*checks, *check_in_transformers(Path(folder), source, evidence, limits)]
+
+
+def check_values(encoding: Encoding, directory: Path, source: Source) -> list[Check]:
+    """The files whole, the names those of the form, and every value against base + adapter."""
     whole = check_whole(directory)
     if whole.status == "failed":
         return [whole]
-    index, merged = read_index(directory), encoding.merged
+    index = read_index(directory)
     named = _check_names(encoding, index)
-    checks = [whole, named, check_config(directory, source.base, allowed=(CONFIG_KEY,))]
-    if named.status == "passed":
-
-        def read(key: str, expert: int | None) -> Tensor:
-            if encoding.quantizes(key):
-                return encoding.decode(directory, index, key, expert)
-            return read_tensor(index[key], expert)
-
-        checks += audit(source, read, lambda key: encoding.rounding if encoding.quantizes(key) else None)
-    checks += check_tokenizer(directory, source.base)
-    limits = LIMITS[encoding.limits]
-    if stock or evidence.logits is None or named.status == "failed":
-        return [*checks, *check_in_transformers(directory, source, evidence, limits)]
-    with tempfile.TemporaryDirectory(prefix="studio-values-") as folder:
-        values = Path(folder)
-        _write_values(merged, read, values)
-        return [*checks, *check_in_transformers(values, source, evidence, limits)]
+    if named.status == "failed":
+        return [whole, named]
+    found = audit(
+        source,
+        lambda key, expert: encoding.read_back(index, key, expert),
+        lambda key: encoding.rounding if encoding.quantizes(key) else None,
+    )
+    return [whole, named, *found]
 
 
 def _check_names(encoding: Encoding, index: Mapping[str, TensorInfo]) -> Check:
@@ -189,8 +254,9 @@ def _check_names(encoding: Encoding, index: Mapping[str, TensorInfo]) -> Check:
     return Check(NAMED, "failed" if problems else "passed", detail, {"tensors": len(index)})
 
 
-def _write_values(merged: MergedWeights, read: Any, directory: Path) -> None:
-    """A plain model of what was read back, in float32."""
+def _write_values(encoding: Encoding, source: Path, directory: Path) -> None:
+    """A plain model of what is read back, in float32."""
+    merged, index = encoding.merged, read_index(source)
     dtypes = {key: DTYPES[info.dtype] for key, info in merged.index.items()}
     floats = {key: torch.float32 if dtype.is_floating_point else dtype for key, dtype in dtypes.items()}
     specs = {key: (floats[key], info.shape) for key, info in merged.index.items()}
@@ -198,8 +264,8 @@ def _write_values(merged: MergedWeights, read: Any, directory: Path) -> None:
     def produce(key: str) -> Tensor:
         info = merged.index[key]
         if len(info.shape) == 3:
-            return torch.stack([read(key, expert) for expert in range(info.shape[0])])
-        return read(key, None)
+            return torch.stack([encoding.read_back(index, key, expert) for expert in range(info.shape[0])])
+        return encoding.read_back(index, key, None)
 
     write_tensors(directory / "model.safetensors", specs, produce)
     copy_rest(merged.base, directory)

@@ -73,7 +73,7 @@ def check_gguf(directory: Path, source: Source, evidence: Evidence, options: Opt
     size = {"bytes": file.stat().st_size, "tensors": len(weights.tensors)}
     checks = [Check(WHOLE, "passed", f"{len(weights.tensors)} tensors", size), check_metadata(weights, source, quant)]
     try:
-        checks += audit(source, weights.read, lambda _: weights.rounding, "float32" if quant == "F32" else None)
+        checks += audit(source, weights.read, weights.rounding, "float32" if quant == "F32" else None)
     except ExportError as error:
         checks.append(Check("weights: names and shapes", "failed", str(error)))
     return [*checks, *check_vocabulary(file, source.base), *check_run(file, source, evidence, quant)]

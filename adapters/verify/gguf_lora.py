@@ -23,7 +23,8 @@ from adapters.export.gguf import gguf_file, write_gguf
 from adapters.layouts import layout_for
 from adapters.verify import Check, Evidence
 from adapters.verify.adapter_files import CLOSE, Trained, check_beside, compare
-from adapters.verify.behaviour import Limits, behaviour_not_run, check_behaviour
+from adapters.verify.behaviour import behaviour_not_run, check_behaviour
+from adapters.verify.gguf_files import limits_of
 from adapters.verify.llama_cpp import run_llama_cpp
 
 METADATA, LOADED = "file: metadata", "loads in llama.cpp"
@@ -41,10 +42,6 @@ NAMES = {
     "ffn_down_shexp": "{block}.{shared}.down_proj",
 }
 """llama.cpp's names of weights (`src/llama-arch.cpp`), and what stock transformers calls the same."""
-LIMITS = {
-    "float32": Limits(1e-6, 1.0, "right files measure near 1e-11, one layer's lost delta 4e-2"),
-    "float16": Limits(1e-3, 0.99, "factors of 11 bits"),
-}
 
 
 class LoraFile:
@@ -138,6 +135,7 @@ def check_in_llama_cpp(file: Path, source: Source, evidence: Evidence, dtype: st
             run = run_llama_cpp(gguf_file(Path(folder)), evidence.prompts, lora=file)
         except ExportError as error:
             return [Check(LOADED, "failed", str(error))]
+    limits = limits_of(source.base, "F32" if dtype == "float32" else "F16")
     said = {f"export.{number}": logits for number, logits in enumerate(run.logits)}
     program = f"llama.cpp {run.version}, LoRA over an F32 base"
-    return [Check(LOADED, "passed", program), *check_behaviour(evidence, said, LIMITS[dtype], program)]
+    return [Check(LOADED, "passed", program), *check_behaviour(evidence, said, limits, program)]

@@ -49,7 +49,7 @@ class GgufWeights:
     """The weights of one GGUF file under the names of the base's files.
 
     Attributes:
-        reader: of the file. rounding: what the coarsest of its types loses at most.
+        reader: of the file.
     """
 
     def __init__(self, file: Path, base: Path):
@@ -61,7 +61,11 @@ class GgufWeights:
         number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         self.names = gguf.get_tensor_name_map(number, self.config["num_hidden_layers"])
         kinds = {tensor.tensor_type.name for tensor in self.reader.tensors}
-        self.rounding = max((ROUNDING_OF_TYPES[kind] for kind in kinds), key=lambda found: found.relative)
+        self._coarsest = max((ROUNDING_OF_TYPES[kind] for kind in kinds), key=lambda found: found.relative)
+
+    def rounding(self, _key: str) -> Rounding:
+        """What a tensor loses at most: as much as the coarsest of the file's types."""
+        return self._coarsest
 
     def read(self, key: str, expert: int | None = None) -> Tensor:
         """The tensor that the base's files call `key`, or its matrix [expert], float32 in their axis order.

@@ -76,9 +76,10 @@ def choose_what_it_is_for(page: Page) -> None:
     expect(field(page, "Name")).to_have_value("pumps-transformers")
     expect(planned(page, "Verified in")).to_contain_text("stock transformers")
     page.get_by_label("Ollama").check()
-    expect(field(page, "Name")).to_have_value("pumps-ollama-q4_k_m")
+    expect(field(page, "Name")).to_have_value("pumps-ollama")
     expect(page.get_by_text("Modelfile: template, stop strings, context", exact=True)).to_be_visible()
-    expect(page.get_by_text("ollama create pumps-ollama-q4_k_m -f Modelfile")).to_be_visible()
+    page.get_by_label("Measure what matters on the training data").check()
+    expect(page.get_by_text("ollama create pumps-ollama -f Modelfile")).to_be_visible()
     field(page, "Type").click()
     page.get_by_role("option", name="F32", exact=True).click()
     expect(planned(page, "Size")).to_contain_text("about 21.3 MB")
@@ -89,7 +90,7 @@ def choose_what_it_is_for(page: Page) -> None:
     expect(field(page, "Type")).to_have_count(0)
     field(page, "Merged into the base in").click()
     expect(page.get_by_role("option", name=re.compile("as training held them"))).to_be_visible()
-    page.keyboard.press("Escape")
+    page.get_by_role("option", name="its own weights", exact=True).click()
     expect(page.get_by_text("pumps-transformers/run.py")).to_be_visible()
 
 

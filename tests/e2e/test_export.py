@@ -58,7 +58,7 @@ def ask(folder: Path) -> str:
 
 def test_for_transformers_it_is_a_model_that_stock_loads_and_that_is_the_trained_one(job: Path, tmp_path: Path) -> None:
     out = tmp_path / "pumps"
-    report = exported(job, out, "--for", "transformers", "--dtype", "float32")
+    report = exported(job, out, "--for", "transformers", "--dtype", "float32", "--into", "original")
     assert report["verdict"] == "verified" and not failures(report)
     command = [sys.executable, "-I", str(STOCK), str(EMBEDDED_DIR), str(job / "adapter"), str(out)]
     said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout)
@@ -87,6 +87,8 @@ def test_an_adapter_for_peft_answers_by_its_own_script(job: Path, tmp_path: Path
 
 def test_for_ollama_it_is_a_quantised_file_and_a_modelfile_proven_in_llama_cpp(job: Path, tmp_path: Path) -> None:
     report = exported(job, tmp_path / "pumps", "--for", "ollama", "--quant", "q8_0")
+    losses = report["facts"]["into"]["losses"]  # measured, as nobody said what to merge into
+    assert report["facts"]["into"]["chosen"] == min(losses, key=losses.get) and len(losses) == 2
     assert not [check for check in report["checks"] if check["status"] == "failed"]
     names = {check["name"] for check in report["checks"] if check["status"] == "passed"}
     assert names >= {"Ollama template", "Ollama stop strings", "loads in llama.cpp", "behaviour: as the trained model"}
@@ -95,7 +97,9 @@ def test_for_ollama_it_is_a_quantised_file_and_a_modelfile_proven_in_llama_cpp(j
 
 
 def test_lm_studio_finds_its_two_folders_and_what_was_not_verified_says_so(job: Path, tmp_path: Path) -> None:
-    report = exported(job, tmp_path / "pumps", "--for", "lm-studio", "--quant", "Q4_0", "--no-verify")
+    report = exported(
+        job, tmp_path / "pumps", "--for", "lm-studio", "--quant", "Q4_0", "--no-verify", "--into", "original"
+    )
     assert report["verdict"] == "not verified"
     assert "moe-studio/pumps/pumps-Q4_0.gguf" in report["files"]
     assert (tmp_path / "pumps" / "moe-studio" / "pumps" / "pumps-Q4_0.gguf").is_file()
@@ -126,7 +130,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failed_check_leaves_the_output_as_it_was(job: Path, tmp_path: Path, faulty: None) -> None:
-    request = ExportRequest(str(job), tmp_path / "pumps", "transformers", overwrite=True)
+    request = ExportRequest(str(job), tmp_path / "pumps", "transformers", into="original", overwrite=True)
     (tmp_path / "pumps").mkdir()
     (tmp_path / "pumps" / "certificate.json").write_text("of the old one")
     with pytest.raises(VerificationError, match="was not written: 1 of") as raised:
@@ -176,7 +180,7 @@ def ended(exports: Exports) -> Run:
 
 
 def test_the_apps_process_says_how_far_it_is_and_can_be_stopped(job: Path, tmp_path: Path) -> None:
-    exports, request = Exports(), ExportRequest(str(job), tmp_path / "pumps", "transformers")
+    exports, request = Exports(), ExportRequest(str(job), tmp_path / "pumps", "transformers", into="original")
     exports.start(request)
     with pytest.raises(StudioError, match="one export runs at a time"):
         exports.start(request)
@@ -192,7 +196,7 @@ def test_what_goes_wrong_in_the_apps_process_comes_back(job: Path, tmp_path: Pat
     exports.start(ExportRequest(str(job), tmp_path / "pumps", "transformers", format="gguf"))
     assert (run := ended(exports)).status == "failed" and "transformers reads safetensors" in run.error
     wait_for(lambda: not multiprocessing.active_children())
-    exports.start(ExportRequest(str(job), tmp_path / "pumps", "transformers"))
+    exports.start(ExportRequest(str(job), tmp_path / "pumps", "transformers", into="original"))
     wait_for(lambda: bool(multiprocessing.active_children()))
     (child,) = multiprocessing.active_children()
     os.kill(child.pid or 0, signal.SIGKILL)

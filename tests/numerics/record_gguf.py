@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.numerics.gguf_facts import (  # noqa: F401
+    DEEP,
     PRE_TOKENIZERS,
     QUANTIZED,
     QUANTS,
     REFERENCE,
     WITH_IMPORTANCE,
+    Deep,
+    counted,
     importance_of,
     metadata,
     tensors,
     types,
+    write_deep,
 )
 from tests.numerics.gguf_models import MODELS
 
@@ -123,6 +127,14 @@ def record(name: str, checkout: Path, libraries: Path, work: Path) -> dict[str, 
     }
 
 
+def record_deep(libraries: Path, work: Path, deep: Deep) -> dict[str, Any]:
+    """Types alone, of models too large to be built: their matrices are cut to 8 rows of zeros."""
+    write_deep(work / "F32.gguf", deep)
+    quantized(libraries, work / "F32.gguf", work)
+    names = [*QUANTIZED, *(f"{quant} importance" for quant in WITH_IMPORTANCE)]
+    return {found: counted(types(work / f"{found}.gguf")[0]) for found in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--converter", type=Path, required=True)
@@ -134,6 +146,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             reference[name] = record(name, options.converter.resolve(), options.libraries.resolve(), Path(work))
         print(name, len(reference[name]["metadata"]), "metadata keys")
+    for name, deep in DEEP.items():
+        with tempfile.TemporaryDirectory() as work:
+            reference.setdefault("deep", {})[name] = record_deep(options.libraries.resolve(), Path(work), deep)
     REFERENCE.write_text(json.dumps(reference, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters.adapter_files import COMPACT_WEIGHTS, CONFIG, WEIGHTS
+from adapters.compact import to_compact, to_standard
 from adapters.errors import AdapterFileError, ExportError
 from adapters.export import EXPORTERS, Options, Source
-from adapters.export.engine_forms import STACKED_IN_VLLM
+from adapters.export.consumers import STACKED_IN_VLLM
 from adapters.lora import attach
 from adapters.peft_files import save_adapter
 from adapters.placement import Placement
@@ -353,11 +355,39 @@ def test_what_an_engine_makes_one_matrix_of_is_there_whole(tmp_path: Path) -> No
         assert any("gate" in key or "base_layer" in key for key in keys)
 
 
-def test_forms_of_nothing_and_of_odd_types_are_refused(one: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["compact", *ENGINES])
+def test_a_form_for_others_is_no_source(one: Made, tmp_path: Path, form: str) -> None:
+    """The stacks of some look like PEFT's own, and would be read wrongly."""
+    out = one.written(form, tmp_path)
+    said = "studio convert" if form == "compact" else f"is an adapter in the form '{form}', for"
+    with pytest.raises(AdapterFileError, match=said):
+        replace(one.source, adapter=out).open()
+
+
+def test_the_sidecar_follows_the_adapter_into_its_other_form(one: Made, tmp_path: Path) -> None:
+    assert one.source.adapter is not None
+    to_compact(one.source.adapter, tmp_path / "compact")
+    compact = read_sidecar(tmp_path / "compact")
+    assert compact is not None and (compact.format, compact.made_for) == ("compact", ("moe-studio",))
+    to_standard(tmp_path / "compact", tmp_path / "again")
+    files = [(folder / "studio_adapter.json").read_bytes() for folder in (one.source.adapter, tmp_path / "again")]
+    assert files[0] == files[1]
+    replace(one.source, adapter=tmp_path / "again").open()
+
+
+def test_forms_of_nothing_of_odd_types_and_without_room_are_refused(
+    one: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AdapterFileError, match="this form is of an adapter"):
         EXPORTERS["per-expert"].write(replace(one.source, adapter=None), tmp_path, Options())
     with pytest.raises(ExportError, match="dtype 'int8': an adapter is written as float32, bfloat16, float16"):
         EXPORTERS["vllm-3d"].write(one.source, tmp_path, Options(dtype="int8"))
+    monkeypatch.setattr("adapters.merge.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    for form in ("peft", *ENGINES):
+        with pytest.raises(ExportError, match="GB are to be written"):
+            one.written(form, tmp_path)
+        assert list((tmp_path / form).iterdir()) == []
+    monkeypatch.undo()
     big = load_file(one.source.adapter / WEIGHTS)  # type: ignore[operator]
     key = next(iter(big))
     (tmp_path / "big").mkdir()

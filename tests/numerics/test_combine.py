@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner, Result
 
 from adapters.adapter_files import CONFIG, WEIGHTS, AdapterFile
 from adapters.combine import RECORD, Settings, combine, compressed, dare, factored, seed_of, ties
@@ -22,6 +23,7 @@ from adapters.merged import MergedWeights
 from adapters.peft_files import save_adapter
 from adapters.placement import Placement
 from adapters.sidecar import read_sidecar
+from studio.cli import app
 from tests.numerics.conftest import EACH, Tiny, load_plain, randomise, save
 from tests.numerics.test_expert_lora import UNEVEN
 from tests.numerics.test_families import placement, stock_model
@@ -313,3 +315,31 @@ def test_adapters_of_other_bases_and_outputs_in_use_are_refused(pair: Any, squar
     with pytest.raises(AdapterFileError, match="NaN or infinity"):
         combine(base, adapters, tmp_path / "never", both, base_name="base")
     assert not (tmp_path / "never").exists() and not list(tmp_path.glob(".never*"))
+
+
+def test_the_command_combines_jobs_and_adapters_and_says_what_it_lost(pair: Any, tmp_path: Path) -> None:
+    base, adapters = pair
+    job = tmp_path / "job"
+    job.mkdir()
+    adapters[0].rename(job / "adapter")
+
+    def studio(*arguments: object) -> Result:
+        return CliRunner().invoke(app, ["combine", *map(str, arguments)])
+
+    given = (job, adapters[1], "--weight", "0.7", "--weight", "-0.3", "--base", base)
+    told = studio(*given, "--out", tmp_path / "out", "--json")
+    assert told.exit_code == 0, told.output
+    report = json.loads(told.output)
+    assert (report["method"], report["adapters"], report["rank"]) == ("sum", 2, 11)
+    deltas = [dense(base, adapter) for adapter in (job / "adapter", adapters[1])]
+    names = deltas[0].keys() | deltas[1].keys()
+    wanted = {name: torch.stack(weighted(deltas, (0.7, -0.3), name)).sum(0) for name in names}
+    close(dense(base, tmp_path / "out"), wanted)
+    told = studio(*given, "--out", tmp_path / "small", "--rank", 1)
+    assert told.exit_code == 0 and "rank 1" in told.output and "Left out by the rank" in told.output
+    assert "warning: rank 1 leaves out up to" in told.output
+    told = studio(job, adapters[1], "--out", tmp_path / "never", "--method", "mean", "--base", base)
+    assert told.exit_code == 1 and "allowed are sum, ties, dare" in told.output
+    told = studio(job, adapters[1], "--out", tmp_path / "never", "--density", "0.5", "--base", base)
+    assert told.exit_code == 1 and "a sum keeps every value" in told.output
+    assert not (tmp_path / "never").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -28,7 +29,11 @@ TITLE = "Export"
 PATH = "export"
 
 LOOK_SECONDS = 1.0
-HELD = [("its own weights", "original"), ("its weights as training held them, quantised", "quantized")]
+INTO = [
+    ("whichever has the lower held-out loss", "auto"),
+    ("its own weights", "original"),
+    ("its weights as training held them, quantised", "quantized"),
+]
 
 Updates = dict[Any, Any]
 
@@ -55,6 +60,7 @@ class Page:
     format: Any
     quant: Any
     weights: Any
+    importance: Any
     name: Any
     plan: Any
     start: Any
@@ -67,7 +73,7 @@ class Page:
 
     @property
     def choices(self) -> list[Any]:
-        return [self.job, self.consumer, self.format, self.quant, self.weights, self.name]
+        return [self.job, self.consumer, self.format, self.quant, self.weights, self.importance, self.name]
 
     @property
     def outputs(self) -> list[Any]:
@@ -85,7 +91,7 @@ class Page:
         first = studio.consumers()[0].name
         chosen = {self.job: gr.update(choices=names, value=job), self.consumer: first}
         return {
-            **self._choose(job, first, None, None, "original", "", False),
+            **self._choose(job, first, None, None, "auto", False, "", False),
             self.typed: False,
             **chosen,
             **self._show(mode),
@@ -104,14 +110,28 @@ class Page:
         return found
 
     def on_choose(
-        self, job: str | None, consumer: str, form: str, quant: str, weights: str, name: str, typed: bool
+        self,
+        job: str | None,
+        consumer: str,
+        form: str,
+        quant: str,
+        weights: str,
+        important: bool,
+        name: str,
+        typed: bool,
     ) -> Updates:
         """What goes with the choices, and the plan of them."""
-        return self._choose(job, consumer, form, quant, weights, name, typed)
+        return self._choose(job, consumer, form, quant, weights, important, name, typed)
 
-    def on_name(self, job: str | None, consumer: str, form: str, quant: str, weights: str, name: str) -> Updates:
+    def on_name(
+        self, job: str | None, consumer: str, form: str, quant: str, weights: str, important: bool, name: str
+    ) -> Updates:
         """A name that somebody typed, which stays whatever is chosen then."""
-        return {**self._choose(job, consumer, form, quant, weights, name, True), self.typed: True, self.name: gr.skip()}
+        return {
+            **self._choose(job, consumer, form, quant, weights, important, name, True),
+            self.typed: True,
+            self.name: gr.skip(),
+        }
 
     def _choose(
         self,
@@ -120,6 +140,7 @@ class Page:
         form: str | None,
         quant: str | None,
         weights: str,
+        important: bool,
         name: str,
         typed: bool,
     ) -> Updates:
@@ -128,9 +149,8 @@ class Page:
         types = studio.gguf_types() if chosen.name == "gguf" else []
         quant = (quant or "Q4_K_M") if types else None
         quantized = chosen.kind == "model" and job is not None and self._was_quantized(job)
-        weights = weights if quantized else "original"
-        wanted = "-".join(part for part in (job, consumer, quant.lower() if quant else "") if part)
-        name = name if typed else self.places.free_export(wanted)
+        weights, important = weights if quantized else "auto", important and bool(types)
+        name = name if typed else self.places.free_export(f"{job}-{consumer}" if job else consumer)
         note = next(found.note for found in studio.consumers() if found.name == consumer)
         return {
             self.consumer_note: el("p", note, cls="quiet-text"),
@@ -139,8 +159,9 @@ class Page:
             ),
             self.quant: gr.update(choices=types, value=quant, visible=bool(types)),
             self.weights: gr.update(value=weights, visible=quantized),
+            self.importance: gr.update(value=important, visible=bool(types)),
             self.name: name,
-            **self._planned(self._request(job, consumer, chosen.name, quant, weights, name)),
+            **self._planned(self._request(job, consumer, chosen.name, quant, weights, important, name)),
         }
 
     def _was_quantized(self, job: str) -> bool:
@@ -149,12 +170,25 @@ class Page:
         return False
 
     def _request(
-        self, job: str | None, consumer: str, form: str, quant: str | None, weights: str, name: str
+        self,
+        job: str | None,
+        consumer: str,
+        form: str,
+        quant: str | None,
+        weights: str,
+        important: bool,
+        name: str,
     ) -> ExportRequest | None:
         if job is None:
             return None
         what, out = self.places.jobs_root / job, self.places.exports_root / name
-        return ExportRequest(str(what), out, consumer, form, quant=quant, weights=weights)
+        data = self._training_data(job) if important and quant else None
+        return ExportRequest(str(what), out, consumer, form, quant=quant, into=weights, importance=data)
+
+    def _training_data(self, job: str) -> Path | None:
+        with suppress(StudioError):
+            return self.places.job(job).recipe().data.train
+        return None
 
     def _planned(self, request: ExportRequest | None) -> Updates:
         """The plan, or why there can be none."""
@@ -179,9 +213,11 @@ class Page:
 
     # ---------------------------------------------------------------- running
 
-    def on_start(self, job: str, consumer: str, form: str, quant: str, weights: str, name: str) -> Updates:
+    def on_start(
+        self, job: str, consumer: str, form: str, quant: str, weights: str, important: bool, name: str
+    ) -> Updates:
         """Starts the export in its own process, and shows it."""
-        request = self._request(job, consumer, form, quant if form == "gguf" else None, weights, name)
+        request = self._request(job, consumer, form, quant if form == "gguf" else None, weights, important, name)
         if request is None:
             return {self.start: gr.update(interactive=False)}
         try:
@@ -278,16 +314,23 @@ def _layout(places: Places) -> Page:
                         )
                     consumer = gr.Radio(titles, label="For", elem_classes=["field", "consumers"], interactive=True)
                     consumer_note = show()
+                    importance = gr.Checkbox(
+                        False,
+                        label="Measure what matters on the training data",
+                        info="The quantiser spends its bits on the weights that your data uses most.",
+                        elem_classes="field",
+                        interactive=True,
+                    )
                     with gr.Row(equal_height=True):
                         form_of = gr.Dropdown([], label="Format", **_field())
                         quant = gr.Dropdown(
                             [], label="Type", info="The figure is about the bits a weight takes.", **_field()
                         )
                         weights = gr.Dropdown(
-                            HELD,
-                            value="original",
+                            INTO,
+                            value="auto",
                             label="Merged into the base in",
-                            info="Training held the base quantised; its own weights are finer.",
+                            info="Training held the base quantised, and learnt to live with its errors.",
                             **_field(),
                         )
                 with gr.Column(elem_classes=["card", "plan-panel"]):
@@ -311,6 +354,7 @@ def _layout(places: Places) -> Page:
         format=form_of,
         quant=quant,
         weights=weights,
+        importance=importance,
         name=name,
         plan=plan,
         start=start,
