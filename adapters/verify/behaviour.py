@@ -125,6 +125,9 @@ def _judged(found: Mapping[str, Tensor], limits: Limits, program: str) -> list[C
 
 def _apart(kl: float, from_base: float, moved: float, limits: Limits) -> Check:
     measured = {"kl_export_from_base": from_base, "kl_trained_from_base": moved, "kl_export_from_trained": kl}
+    if not moved:
+        detail = "the trained model says just what the base says: there is no adapter, or it changes nothing"
+        return Check(APART, "passed", detail, measured)
     if moved <= limits.kl / 10:
         detail = f"the adapter moves the model by a KL of {moved:.1e} alone: only the weights can tell the two apart"
         return Check(APART, "passed", detail, measured)
