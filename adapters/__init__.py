@@ -19,6 +19,8 @@ loading torch.
     deltas          how far training moved each expert
     peft_files      the standard PEFT adapter directory, written and read
     compact         the adapter with each expert's own rank; to the standard form and back
+    factors         an adapter as a list of parts: what is combined, and what every adapter form is made of
+    combine         several adapters as one: sums, TIES, DARE
     merge           base + adapter, tensor by tensor
 """
 

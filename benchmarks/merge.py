@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 WAYS = ("plain", "PEFT", "PEFT float32", "ours")
 CHECKPOINTS = ("per_expert", "stacked")
 RANK = 16
-LARGE_LAYERS, LARGE_LIMIT_BYTES = 90, 2 * 10**9
+LARGE_LAYERS, LARGE_LIMIT_BYTES = 105, 2 * 10**9
 
 
 def main() -> None:
@@ -43,12 +44,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a twelfth of the size, one repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
-    parser.add_argument("--large", action="store_true", help="the 20 GB checkpoint instead; needs 35 GB of disk")
+    parser.add_argument("--large", action="store_true", help="the 20 GB checkpoint instead; needs 45 GB of disk")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are written for the time of the run")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--limit-bytes", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         way, *paths = options.one
+        if options.limit_bytes:  # of all memory that is not a file's: more is refused, not only counted
+            resource.setrlimit(resource.RLIMIT_DATA, (options.limit_bytes, options.limit_bytes))
         print("RESULT" + json.dumps(measure(way, *map(Path, paths))))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -95,14 +99,13 @@ def compare(folder: Path, kind: str, layers: int, repeats: int) -> list[dict[str
 
 
 def child(way: str, base: Path, adapter: Path, out: Path, limit_bytes: int | None = None) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", way, str(base), str(adapter), str(out)]
+    limited = ["--limit-bytes", str(limit_bytes)] if limit_bytes else []
+    command = [sys.executable, __file__, "--one", way, str(base), str(adapter), str(out), *limited]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{way}: {done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.rpartition("RESULT")[2])
-    if limit_bytes is not None and result["peak_bytes"] > limit_bytes:
-        sys.exit(f"{way}: peak {result['peak_bytes'] / 1e9:.2f} GB, more than {limit_bytes / 1e9:.2f} GB")
     return result
 
 

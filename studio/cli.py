@@ -209,8 +209,7 @@ def merge(
 
 
 @app.command(
-    epilog="Examples: studio export runs/quickstart --for transformers --out exports/quickstart; "
-    "studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
+    epilog="Example: studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
 )
 @reported
 def export(
@@ -303,18 +302,21 @@ def combine(
 ) -> None:
     """Combine several adapters of one base into one."""
     from studio.combining import summary
+    from studio.terminal import merge_progress
 
-    report = studio.combine(
-        adapters,
-        out,
-        weights=weight,
-        method=method,
-        rank=rank,
-        density=density,
-        seed=seed,
-        base=base,
-        overwrite=overwrite,
-    )
+    with merge_progress(output(), quiet=as_json, what="combining") as progress:
+        report = studio.combine(
+            adapters,
+            out,
+            weights=weight,
+            method=method,
+            rank=rank,
+            density=density,
+            seed=seed,
+            base=base,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
         print_json(report)
     else:

@@ -15,16 +15,15 @@ from typing import Any
 
 from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_index, read_json_object
 from adapters.export import EXPORTERS, Format, Options, Source
-from adapters.export.consumers import CONSUMERS, Consumer, Place
-from adapters.sidecar import Sidecar, check_base, read_sidecar
+from adapters.export.consumers import CONSUMERS, STACKED_IN_VLLM, Consumer, Place, mixed_in_vllm
+from adapters.sidecar import check_base
 from studio.card import public_name
 from studio.certificate import CERTIFICATE
-from studio.errors import AdapterFileError, ExportError, JobError, OutputExistsError
+from studio.errors import AdapterFileError, ExportError, OutputExistsError
+from studio.export_origin import Origin, find_origin
 from studio.export_sizes import GGUF_BITS, format_bytes
-from studio.jobs import Job, open_job
 from studio.licence import Licence, read_licence
 from studio.merge_choice import INTO
-from studio.models import resolve_base
 from studio.quantities import as_bytes
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -37,6 +36,7 @@ LIBRARIES = {
     "vllm-3d": "a reader of its own",
     "sglang-3d": "a reader of its own",
     "compact": "a reader of its own",
+    "fp8": "a reader of its own",
 }
 """What loads a format to verify it, where that is not stock transformers."""
 
@@ -76,33 +76,6 @@ class ExportRequest:
     prompts: Path | None = None
     verify: bool = True
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What an export is made from.
-
-    Attributes:
-        base_name: the base as its job or adapter calls it.
-        sidecar: the adapter's; None without one.
-    """
-
-    base: Path
-    base_name: str
-    adapter: Path | None = None
-    job: Job | None = None
-    sidecar: Sidecar | None = None
-
-    @property
-    def path_or_id(self) -> str:
-        """The base as other programs find it."""
-        return str(self.base) if self.base_name == "embedded" else self.base_name
-
-    @property
-    def held(self) -> dict[str, Any] | None:
-        """How training held the base, if it was quantised."""
-        held = dict(self.sidecar.held or {}) if self.sidecar else {}
-        return held if held.get("quantization") not in (None, "none") else None
 
 
 @dataclass(frozen=True)
@@ -188,6 +161,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     _check_tools(form)
     name = request.out.name
     origin = find_origin(request.what, request.base)
+    form = _as_vllm_has_it(request, origin, form)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
     licence = read_licence(origin.base, public_name(origin.base_name))
@@ -215,7 +189,13 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         verified_in=LIBRARIES.get(form.name, "stock transformers") if request.verify else "",
         checks=tuple(_checks(request, form, consumer, origin)),
         command=command_of(
-            consumer, name, str(request.out), origin.path_or_id, origin.adapter, _gguf(name, consumer, options)
+            consumer,
+            name,
+            str(request.out),
+            origin.path_or_id,
+            origin.adapter,
+            _gguf(name, consumer, options),
+            mixed_in_vllm(form.name, origin.model_type),
         ),
         warnings=tuple(warnings),
     )
@@ -238,42 +218,6 @@ def choose(consumer: str | None, form: str | None) -> tuple[Consumer | None, For
         reads = f"{found.title} reads {', '.join(found.formats)}" if found else f"allowed are {', '.join(allowed)}"
         raise ExportError(f"received --format {form}; {reads}")
     return found, EXPORTERS[form]
-
-
-def find_origin(what: str, base: str | None = None) -> Origin:
-    """The base and the adapter that `what` stands for.
-
-    Raises:
-        StudioError: there is no such job, adapter or model, the job has no adapter, or its base is not here.
-    """
-    path = Path(what).expanduser()
-    if (path / "recipe.yaml").is_file():
-        return _from_job(open_job(path), base)
-    if (path / "compact_adapter.safetensors").is_file():
-        raise AdapterFileError(
-            f"{path} is in the compact form; write the standard one first: studio convert {path} OUT"
-        )
-    if (path / "adapter_config.json").is_file():
-        return _from_adapter(path, base)
-    if base is not None:
-        raise ExportError(f"{what} is no adapter and no job, so it has no --base; leave --base out to export a model")
-    return Origin(resolve_base(what), what)
-
-
-def _from_job(job: Job, base: str | None) -> Origin:
-    if not (job.path / "adapter" / "adapter_config.json").is_file():
-        raise JobError(f"{job.name} has no adapter: it is {job.state().status}. Export a job that succeeded")
-    name = base or job.recipe().model.base
-    adapter = job.path / "adapter"
-    return Origin(resolve_base(name), name, adapter, job, read_sidecar(adapter))
-
-
-def _from_adapter(adapter: Path, base: str | None) -> Origin:
-    name = base or read_json_object(adapter / "adapter_config.json", AdapterFileError).get("base_model_name_or_path")
-    if not name:
-        raise AdapterFileError(f"{adapter / 'adapter_config.json'} does not name its base model; give it with --base")
-    job = open_job(adapter.parent) if adapter.name == "adapter" and (adapter.parent / "recipe.yaml").is_file() else None
-    return Origin(resolve_base(str(name)), str(name), adapter, job, read_sidecar(adapter))
 
 
 def _options(request: ExportRequest, form: Format) -> Options:
@@ -305,6 +249,15 @@ def _check_tools(form: Format) -> None:
         raise ExportError(
             f"{form.title} needs {' and '.join(missing)}; one command adds what is missing: make export-tools"
         )
+
+
+def _as_vllm_has_it(request: ExportRequest, origin: Origin, form: Format) -> Format:
+    """The form of an adapter for vLLM: stacks for the families whose class there has stacks."""
+    if request.consumer != "vllm-adapter" or form.name != "per-expert" or origin.model_type not in STACKED_IN_VLLM:
+        return form
+    if request.format is not None:
+        raise ExportError(f"vLLM takes no per-expert adapters of {origin.model_type} models; give --format vllm-3d")
+    return EXPORTERS["vllm-3d"]
 
 
 def _check_origin(request: ExportRequest, origin: Origin, form: Format) -> None:
@@ -353,15 +306,24 @@ def _gguf(name: str, consumer: Consumer | None, options: Options) -> str:
     return f"{folder}/{file}" if folder else file
 
 
-def command_of(consumer: Consumer | None, name: str, folder: str, base: str, adapter: Path | None, gguf: str) -> str:
+def command_of(
+    consumer: Consumer | None,
+    name: str,
+    folder: str,
+    base: str,
+    adapter: Path | None,
+    gguf: str,
+    mixed: bool = False,
+) -> str:
     """The one command that runs an export; "" for a format alone.
 
     Args:
         folder: as it is to be said. base, adapter: of what was exported. gguf: the GGUF file in the folder.
+        mixed: stacks for a family that vLLM has by expert.
     """
     if consumer is None:
         return ""
-    return consumer.command(Place(folder, name, base, _largest_rank(adapter), gguf))
+    return consumer.command(Place(folder, name, base, _largest_rank(adapter), gguf, mixed))
 
 
 def _largest_rank(adapter: Path | None) -> int:
@@ -406,9 +368,10 @@ def _checks(request: ExportRequest, form: Format, consumer: Consumer | None, ori
         "adapter": f"Experts: read back, {changed}",
     }
     said = (
-        "its logits against the trained model's" if "reader" not in library else "every expert against the trained one"
+        "its logits against the trained model's" if "reader" not in library else "every value against the trained one"
     )
     behaviour = f"Behaviour: loaded by {library} in a fresh process, {said}"
     others = ["Tokenizer, chat template and end tokens agree", "File modes, no pickles, sha256 of every file"]
-    ollama = ["Modelfile: its template gives the text of the chat template"] if consumer and consumer.check else []
+    modelfile = consumer is not None and consumer.name == "ollama"
+    ollama = ["Modelfile: its template gives the text of the chat template"] if modelfile else []
     return [weights[form.kind], behaviour, *others, *ollama]

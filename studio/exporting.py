@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import listed
 from adapters.export import EXPORTERS, Format, Source
-from adapters.export.consumers import CONSUMERS, Consumer, consumers_of
+from adapters.export.consumers import CONSUMERS, Consumer, consumers_of, mixed_in_vllm
+from adapters.sidecar import read_sidecar
 from adapters.verify import Check
 from studio.errors import ExportError, VerificationError
 from studio.export_plan import ExportPlan, ExportRequest, command_of, plan_export
@@ -144,7 +145,8 @@ def _write_card(plan: ExportPlan, source: Source, staged: Path, checks: Sequence
 def _command(plan: ExportPlan, written: Path, folder: str, base: str = "") -> str:
     """The consumer's command for what was written; `folder` as it is to be said."""
     base = base or plan.origin.path_or_id
-    return command_of(plan.consumer, plan.name, folder, base, plan.origin.adapter, _gguf(written))
+    mixed = mixed_in_vllm(plan.format.name, plan.origin.model_type)
+    return command_of(plan.consumer, plan.name, folder, base, plan.origin.adapter, _gguf(written), mixed)
 
 
 def _gguf(folder: Path) -> str:
@@ -180,7 +182,9 @@ def read_export(folder: Path | str) -> dict[str, Any]:
     folder = Path(folder)
     found = as_json(read_certificate(folder))
     consumer = CONSUMERS.get(found["consumer"])
-    command = command_of(consumer, found["name"], str(folder), found["base"]["name"], folder, _gguf(folder))
+    sidecar = read_sidecar(folder)
+    mixed = sidecar is not None and mixed_in_vllm(sidecar.format, sidecar.model_type)
+    command = command_of(consumer, found["name"], str(folder), found["base"]["name"], folder, _gguf(folder), mixed)
     return {**found, "out": str(folder), "command": command}
 
 

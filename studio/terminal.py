@@ -271,7 +271,9 @@ def _facts(job: Job, result: dict[str, Any]) -> Table:
         places["pictures"] = job.path / "pictures"
     for name, place in places.items():
         facts.add_row(name.replace("_", " ").capitalize(), Text(clean(str(place))))
-    facts.add_row("Next", Text(clean(f"studio merge {shlex.quote(str(job.path))} --out merged/{job.name}")))
+    facts.add_row(
+        "Next", Text(clean(f"studio export {shlex.quote(str(job.path))} --for transformers --out exports/{job.name}"))
+    )
     return facts
 
 
@@ -284,14 +286,14 @@ def _memory_fact(predicted: float, measured: float) -> str:
 
 
 @contextmanager
-def merge_progress(console: Console, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes read, as the callback that `studio.merge` takes; None where nothing is to be shown."""
+def merge_progress(console: Console, quiet: bool, what: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of bytes, as the callback that `studio.merge` and `combine` take; None where nothing is to be shown."""
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True))
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console) as bars:
-        task = bars.add_task("merging", total=None)
+        task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 

@@ -8,6 +8,7 @@ llama.cpp's server README, Ollama's docs/modelfile.md, LM Studio's "Import Model
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters.verify import Check
+
 if TYPE_CHECKING:
     from adapters.export import Source
-    from adapters.verify import Check
 
 PUBLISHER = "moe-studio"
 """The first of the two folders that LM Studio finds a model in."""
@@ -26,6 +28,10 @@ PUBLISHER = "moe-studio"
 RUN = "run.py"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
+
+STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text")
+"""Families whose class in vLLM is `is_3d_moe_weight` (`vllm/model_executor/models/gpt_oss.py`, `qwen3_5.py`): their
+adapters come as stacks, and it takes no per-expert names. Other families take stacks only where that is switched on."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -47,6 +53,7 @@ class Place:
         name: the model's.
         base: the base model of an adapter. rank: the largest rank in it.
         gguf: the GGUF file in the folder.
+        mixed: stacks for a family that vLLM has by expert.
     """
 
     folder: str
@@ -54,6 +61,7 @@ class Place:
     base: str = "BASE"
     rank: int = 0
     gguf: str = "model.gguf"
+    mixed: bool = False
 
     @property
     def quoted(self) -> str:
@@ -118,7 +126,13 @@ def _add_modelfile(source: Source, folder: Path, name: str) -> None:
 def _check_modelfile(source: Source, folder: Path) -> list[Check]:
     from adapters.verify.ollama_files import check_modelfile
 
-    return check_modelfile(source.base, folder)
+    return [*check_modelfile(source.base, folder), *_not_run("Ollama", "llama.cpp")(source, folder)]
+
+
+def _not_run(program: str, library: str) -> Callable[[Source, Path], list[Check]]:
+    """Says of a program that this machine does not run what loaded the same files in its place."""
+    detail = f"{program} is not run on this machine: what {library} found stands for it as far as that goes"
+    return lambda source, folder: [Check(f"behaviour in {program}", "not run", detail)]
 
 
 def gguf_in(folder: Path) -> Path:
@@ -133,10 +147,19 @@ def gguf_in(folder: Path) -> Path:
 
 def _vllm_adapter(place: Place) -> str:
     rank = next((rank for rank in VLLM_RANKS if rank >= place.rank), place.rank)
+    module, mixed = f"{place.name}={place.folder}", ""
+    if place.mixed:  # without both, vLLM would put the factors into the wrong buffers and say nothing
+        module = json.dumps({"name": place.name, "path": place.folder, "is_3d_lora_weight": True})
+        mixed = "--enable-mixed-moe-lora-format "
     return (
-        f"vllm serve {shlex.quote(place.base)} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {shlex.quote(f'{place.name}={place.folder}')}"
+        f"vllm serve {shlex.quote(place.base)} --enable-lora {mixed}--max-lora-rank {rank} "
+        f"--lora-modules {shlex.quote(module)}"
     )
+
+
+def mixed_in_vllm(form: str, model_type: str) -> bool:
+    """Whether vLLM has to be told that this form's experts are stacks: see STACKED_IN_VLLM."""
+    return form == "vllm-3d" and model_type not in STACKED_IN_VLLM
 
 
 def _sglang_adapter(place: Place) -> str:
@@ -183,6 +206,7 @@ CONSUMERS: dict[str, Consumer] = {
             ("safetensors", "fp8", "bnb-4bit"),
             lambda place: f"vllm serve {place.quoted} --served-model-name {shlex.quote(place.name)}",
             "Merged: nothing is added to a request.",
+            check=_not_run("vLLM", "stock transformers"),
         ),
         Consumer(
             "vllm-adapter",
@@ -201,6 +225,7 @@ CONSUMERS: dict[str, Consumer] = {
                 f"--served-model-name {shlex.quote(place.name)}"
             ),
             "Merged: nothing is added to a request.",
+            check=_not_run("SGLang", "stock transformers"),
         ),
         Consumer(
             "sglang-adapter",
@@ -216,6 +241,7 @@ CONSUMERS: dict[str, Consumer] = {
             ("safetensors",),
             _tgi,
             "Merged; TGI loads no adapters on experts.",
+            check=_not_run("TGI", "stock transformers"),
         ),
         Consumer(
             "llama.cpp",
@@ -247,6 +273,7 @@ CONSUMERS: dict[str, Consumer] = {
             lambda place: f"mkdir -p ~/.lmstudio/models && cp -r {place.inside(PUBLISHER)} ~/.lmstudio/models/",
             "A GGUF file in the two folders in which LM Studio looks for it.",
             folder=PUBLISHER + "/{name}",
+            check=_not_run("LM Studio", "llama.cpp"),
         ),
     )
 }

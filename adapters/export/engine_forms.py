@@ -19,6 +19,7 @@ import peft
 from adapters.adapter_files import CONFIG, WEIGHTS
 from adapters.errors import ExportError, listed
 from adapters.export import Options, Progress, Source
+from adapters.export.consumers import STACKED_IN_VLLM
 from adapters.export.parts_file import Laid, factor_dtype, plain, write_parts
 from adapters.factors import Part, both_projections, expert_count, is_router, opened, parts_of, without_change
 from adapters.fingerprint import fingerprint
@@ -28,10 +29,6 @@ from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Matrices that SGLang makes one of (`LoRAAdapter.normalize_…`): of an adapter it wants all of a group, or none."""
-
-STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text")
-"""Families whose class in vLLM is `is_3d_moe_weight` (`vllm/model_executor/models/gpt_oss.py`, `qwen3_5.py`): it takes
-no per-expert names there."""
 
 IN_FILES = {"granitemoe": ("w1", "w3", "w2")}
 """What vLLM calls the parts of an expert where the published files hold stacks under names of their own

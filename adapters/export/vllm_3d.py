@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from adapters.export import Options, Progress, Source
-from adapters.export.engine_forms import STACKED_IN_VLLM, Form, experts_module, write_form
+from adapters.export.consumers import mixed_in_vllm
+from adapters.export.engine_forms import Form, experts_module, write_form
 from adapters.export.parts_file import Laid, pair
 from adapters.factors import Part
 from adapters.layouts import ExpertLayout
@@ -50,4 +51,4 @@ def write_vllm_3d(
         As `write_form`, and "mixed_format": whether vLLM needs --enable-mixed-moe-lora-format.
     """
     facts = write_form(VLLM_3D, source, directory, options, progress)
-    return {**facts, "mixed_format": source.open().layout.model_type not in STACKED_IN_VLLM}
+    return {**facts, "mixed_format": mixed_in_vllm("vllm-3d", source.open().layout.model_type)}

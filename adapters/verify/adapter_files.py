@@ -106,7 +106,8 @@ def compare(file: F, trained: Trained, reader: Callable[[F, str, int, int], Tens
     unused = [f"{key} is used for nothing" for key in file.unused()] if not problems else []
     measured = {"largest_difference": worst, "limit": limit, "matrices": matrices, "where": where}
     right = worst <= limit and not problems
-    detail = f"{matrices} matrices; the largest difference is {worst:.1e} of a matrix's largest value ({where})"
+    detail = f"{matrices} matrices; the largest difference is {worst:.1e} of a matrix's largest value"
+    detail += f" ({where})" if worst else ""
     return [
         _judged(USED, problems + unused, f"{len(file.keys)} tensors"),
         Check(SAME, "passed" if right else "failed", detail, measured),
@@ -172,7 +173,8 @@ def check_beside(directory: Path, name: str, source: Source) -> Check:
         problems.append("base is not the fingerprint of the base")
     if not (sidecar.peft_version and sidecar.experts.get("orientation") and sidecar.experts.get("packing")):
         problems.append("peft_version, orientation or packing is not stated")
-    return _judged(BESIDE, problems, f"for {', '.join(sidecar.made_for)}; left out by {', '.join(sidecar.ignored_by)}")
+    left_out = f"; not for {', '.join(sidecar.ignored_by)}" if sidecar.ignored_by else ""
+    return _judged(BESIDE, problems, f"for {', '.join(sidecar.made_for)}{left_out}")
 
 
 # -------------------------------------------------------------------- formats
@@ -251,7 +253,8 @@ def check_standard(directory: Path, source: Source, dtype: str | None) -> list[C
             worst, where = max((worst, where), (off, name if expert is None else f"{name}[{expert}]"))
     limit = CLOSE[dtype or "float32"]
     measured = {"largest_difference": worst, "limit": limit, "matrices": matrices, "where": where}
-    detail = f"{matrices} matrices; the largest difference is {worst:.1e} of a matrix's largest value ({where})"
+    detail = f"{matrices} matrices; the largest difference is {worst:.1e} of a matrix's largest value"
+    detail += f" ({where})" if worst else ""
     return [
         _judged(USED, problems, f"{len(after.keys)} tensors"),
         Check(SAME, "passed" if worst <= limit else "failed", detail, measured),

@@ -32,7 +32,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     recipe = write_recipe(folder / "recipe.yaml", model={"base": str(base)}, **sections)
     run = studio("run", recipe, "--json")
     assert run.returncode == 0, run.stdout + run.stderr
-    merge = studio("merge", folder / "job", "--out", folder / "merged", "--dtype", "float32", "--json")
+    options = ("--into", "original", "--dtype", "float32", "--json")
+    merge = studio("merge", folder / "job", "--out", folder / "merged", *options)
     assert merge.returncode == 0, merge.stdout + merge.stderr
     return {"folder": folder, "base": base, "answer": json.loads(run.stdout), "merge": json.loads(merge.stdout)}
 
@@ -72,6 +73,18 @@ def test_stock_transformers_and_stock_peft_agree_with_each_other(trained: dict[s
     assert found["chat_template"]
 
 
+def test_what_a_4_bit_jobs_adapter_is_merged_into_is_measured_on_its_held_out_data(trained: dict[str, Any]) -> None:
+    folder = trained["folder"]
+    merge = studio("merge", folder / "job", "--out", folder / "better", "--json")
+    assert merge.returncode == 0, merge.stdout + merge.stderr
+    report = json.loads(merge.stdout)
+    losses = report["into"]["losses"]
+    assert losses.keys() == {"original", "quantized"} and losses["original"] != losses["quantized"]
+    assert report["into"]["chosen"] == min(losses, key=losses.get)
+    assert losses["quantized"] == pytest.approx(trained["answer"]["result"]["after"]["loss"], rel=0.5)  # of 8 examples
+    assert report["sha256"].keys() == {file.name for file in (folder / "better").iterdir()}
+
+
 def test_merge_reports_every_expert(trained: dict[str, Any]) -> None:
     matrices = 3 if trained["folder"].name.startswith("qwen3_moe") else 2  # gate, up, down; or gate_up, down
     assert trained["merge"]["experts_changed"] == 2 * matrices * 4
@@ -88,7 +101,8 @@ def test_a_listed_expert_alone_is_adapted(tmp_path: Path) -> None:
         evaluation={"examples": 2, "generations": 1, "max_new_tokens": 4},
     )
     assert studio("run", recipe).returncode == 0
-    assert studio("merge", tmp_path / "job" / "adapter", "--out", tmp_path / "merged").returncode == 0
+    merge = studio("merge", tmp_path / "job" / "adapter", "--out", tmp_path / "merged", "--into", "original")
+    assert merge.returncode == 0, merge.stderr
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "merged"))
     for name, tensor in before.items():
         if ".experts." not in name:

@@ -19,7 +19,7 @@ from adapters.adapter_files import COMPACT_WEIGHTS, CONFIG, WEIGHTS
 from adapters.compact import to_compact, to_standard
 from adapters.errors import AdapterFileError, ExportError
 from adapters.export import EXPORTERS, Options, Source
-from adapters.export.engine_forms import STACKED_IN_VLLM
+from adapters.export.consumers import STACKED_IN_VLLM
 from adapters.lora import attach
 from adapters.peft_files import save_adapter
 from adapters.placement import Placement

@@ -30,7 +30,7 @@ from adapters.verify.behaviour import APART, LIMITS, SAME, check_behaviour, dive
 from adapters.verify.peft_reading import PeftReading, first_match
 from adapters.verify.reference import reference_logits
 from tests.e2e.conftest import build_base
-from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, Tiny, randomise, save
+from tests.numerics.conftest import EACH, EXPERTS, MOE_LAYERS, MULTIMODAL, Tiny, randomise, save
 from tests.numerics.test_expert_lora import placement_for
 
 LAYERS, COUNT, RANK = 2, 4, 4
@@ -459,7 +459,7 @@ def test_places_that_name_other_ends_contradict_one_another() -> None:
 # -------------------------------------------------------------------- the references themselves
 
 
-@pytest.mark.parametrize("family", EACH, ids=str)
+@pytest.mark.parametrize("family", [*EACH, *MULTIMODAL], ids=str)
 def test_evidence_is_what_stock_peft_says(family: Tiny, tmp_path: Path, ids: Tensor) -> None:
     """The engine with the factors as `PeftReading` gives them, against stock PEFT on the stock model."""
     base = save(family, tmp_path)
@@ -481,7 +481,7 @@ def any_placement(family: Tiny) -> Placement:
     return Placement(attention=3, dense_mlp=2)
 
 
-@pytest.mark.parametrize("family", EACH, ids=str)
+@pytest.mark.parametrize("family", [*EACH, *MULTIMODAL], ids=str)
 def test_every_family_passes_the_audit(family: Tiny, tmp_path: Path) -> None:
     base = save(family, tmp_path)
     train(base, any_placement(family), tmp_path / "adapter")

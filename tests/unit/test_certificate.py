@@ -79,6 +79,15 @@ def test_nothing_that_was_not_run_or_failed_counts_as_verified() -> None:
     assert verdict([]) == verdict([NOT_RUN]) == UNVERIFIED
 
 
+def test_a_program_that_is_not_run_leaves_what_its_library_proved() -> None:
+    behaves, elsewhere = (
+        Check("behaviour: as the trained model", "passed", ""),
+        Check("behaviour in vLLM", "not run", ""),
+    )
+    assert verdict([PASSED, behaves, elsewhere]) == VERIFIED
+    assert verdict([PASSED, elsewhere]) == verdict([PASSED, behaves, NOT_RUN, elsewhere]) == WEIGHTS_ALONE
+
+
 def test_a_certificate_is_read_as_it_was_written(tmp_path: Path) -> None:
     folder = exported(tmp_path / "out", checks=[PASSED, NOT_RUN])
     found = read_certificate(folder)

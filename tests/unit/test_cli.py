@@ -42,7 +42,7 @@ COMMANDS = (
     ["ui"],
     ["jobs"],
 )
-COMMANDS += (["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
+COMMANDS += (["export"], ["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
 RESULT: dict[str, Any] = {
     "before": {"loss": 4.0, "exact_match": 0.0, "examples": 200},
     "after": {"loss": 0.5, "exact_match": 0.715, "examples": 200},
@@ -301,6 +301,12 @@ def test_merge_reports_a_missing_adapter(tmp_path: Path) -> None:
     result = studio("merge", tmp_path / "none", "--out", tmp_path / "out", "--json")
     assert result.exit_code == 1
     assert json.loads(result.output)["error"]["type"] == "AdapterFileError"
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_says_what_it_can_be_merged_into(tmp_path: Path) -> None:
+    result = studio("merge", tmp_path, "--out", tmp_path / "out", "--into", "8-bit", "--base", "embedded")
+    assert result.exit_code == 1 and "allowed are auto, original, quantized" in result.output
     assert not (tmp_path / "out").exists()
 
 

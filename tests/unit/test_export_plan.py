@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 import studio
 from adapters.export import EXPORTERS
@@ -16,7 +19,9 @@ from adapters.fingerprint import fingerprint
 from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
 from studio import AdapterFileError, ExportError, ExportRequest, OutputExistsError, StudioError
 from studio.base import EMBEDDED_DIR
+from studio.cli import app
 from studio.export_sizes import GGUF_BITS
+from studio.export_view import certificate_view, export_progress
 
 HELD = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
 
@@ -163,6 +168,49 @@ def test_a_compact_adapter_says_how_to_go_on(adapter: Path) -> None:
         studio.plan_export(request(adapter))
 
 
+# -------------------------------------------------------------------- on the command line
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(adapter: Path, tmp_path: Path) -> None:
+    wanted = ["export", str(adapter), "--for", "ollama", "--out", str(tmp_path / "pumps"), "--dry-run"]
+    said = CliRunner().invoke(app, wanted, env={"COLUMNS": "160"})
+    assert said.exit_code == 0 and not (tmp_path / "pumps").exists()
+    for words in (
+        "Q4_K_M weights",
+        "Modelfile",
+        "llama.cpp in a fresh process",
+        "ollama create pumps",
+        "held-out loss",
+    ):
+        assert words in said.output
+    plain = json.loads(CliRunner().invoke(app, [*wanted, "--json", "--no-verify"]).output)
+    assert plain["consumer"] == "ollama" and plain["options"] == {"quant": "Q4_K_M"} and plain["checks"] == []
+
+
+def test_the_certificate_in_the_terminal_says_what_was_not_run() -> None:
+    checks = [
+        {"name": "weights", "status": "passed", "detail": "all there \x1b[2J", "measured": {}},
+        {"name": "behaviour", "status": "not run", "detail": "too large for this machine", "measured": {}},
+    ]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(certificate_view({"out": "exports/a", "command": "run a", "checks": checks, "facts": {}}))
+    said = console.export_text()
+    assert "1 of 2 checks passed; not run: behaviour" in said and "too large for this machine" in said
+    assert "\x1b" not in said and "run a" in said
+
+
+def test_bars_follow_the_stages_in_a_terminal_and_nothing_is_drawn_elsewhere() -> None:
+    with export_progress(Console(file=io.StringIO()), quiet=False) as progress:
+        assert progress is None
+    shown = io.StringIO()
+    with export_progress(Console(file=shown, force_terminal=True, width=120), quiet=False) as progress:
+        assert progress is not None
+        progress("Writing", 1_000_000, 4_000_000)
+        progress("Verifying in fresh processes", 0, 0)
+    for words in ("Writing", "1.00 MB / 4.00 MB", "Verifying in fresh processes"):
+        assert words in shown.getvalue()
+
+
 # -------------------------------------------------------------------- consumers
 
 
@@ -200,6 +248,20 @@ def test_the_plan_knows_the_rank_and_the_base_of_an_adapter(adapter: Path) -> No
     plan = studio.plan_export(request(adapter, "vllm-adapter"))
     assert "--max-lora-rank 32" in plan.command and str(EMBEDDED_DIR) in plan.command
     assert plan.as_json()["base"] == str(EMBEDDED_DIR) and plan.public_base == "model"
+
+
+def test_vllm_is_told_of_stacks_where_it_has_single_experts(adapter: Path) -> None:
+    command = studio.plan_export(request(adapter, "vllm-adapter", format="vllm-3d")).command
+    assert "--enable-mixed-moe-lora-format" in command and '"is_3d_lora_weight": true' in command
+    assert "--enable-mixed" not in studio.plan_export(request(adapter, "vllm-adapter")).command
+
+
+def test_vllm_gets_stacks_of_the_families_that_it_has_as_stacks(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studio.export_plan.Origin.model_type", "gpt_oss")
+    plan = studio.plan_export(request(adapter, "vllm-adapter"))
+    assert plan.format.name == "vllm-3d" and "--enable-mixed" not in plan.command
+    with pytest.raises(ExportError, match="no per-expert adapters of gpt_oss models; give --format vllm-3d"):
+        studio.plan_export(request(adapter, "vllm-adapter", format="per-expert"))
 
 
 def test_no_certificate_no_export(tmp_path: Path) -> None:
