@@ -44,19 +44,20 @@ LIMITS = {
     "F32": Limits(1e-6, 1.0, "right files measure near 1e-12, one layer's lost delta 4e-2"),
     "F16": Limits(1e-3, 0.99, "weights and activations of 11 bits"),
     "BF16": Limits(1e-2, 0.97, "weights and activations of 8 bits"),
-    "Q8_0": Limits(1e-1, 0.95, "8 bits a weight and an activation"),
-    "Q6_K": Limits(2e-1, 0.90, "6.6 bits a weight"),
-    "Q5_K_M": Limits(3e-1, 0.85, "5.7 bits a weight"),
-    "Q4_K_M": Limits(6e-1, 0.75, "4.9 bits a weight"),
-    "Q4_0": Limits(1.0, 0.65, "4.6 bits a weight"),
-    "IQ4_XS": Limits(1.0, 0.65, "4.4 bits a weight"),
-    "Q3_K_M": Limits(2.0, 0.50, "3.9 bits a weight"),
-    "Q2_K": Limits(6.0, 0.0, "3.0 bits a weight: far from any full-precision model; the weights decide"),
+    "Q8_0": Limits(1e-1, 0.90, "8 bits a weight and an activation"),
+    "Q6_K": Limits(2e-1, 0.80, "6.6 bits a weight"),
+    "Q5_K_M": Limits(3e-1, 0.60, "5.7 bits a weight"),
+    "Q4_K_M": Limits(6e-1, 0.40, "4.9 bits a weight"),
+    "Q4_0": Limits(1.0, 0.0, "4.6 bits a weight"),
+    "IQ4_XS": Limits(1.0, 0.0, "4.4 bits a weight"),
+    "Q3_K_M": Limits(2.0, 0.0, "3.9 bits a weight"),
+    "Q2_K": Limits(6.0, 0.0, "3.0 bits a weight: far from any full-precision model"),
 }
-"""By file type. Those of few bits are wide, since small models lose far more by them than large ones; whether the
-adapter is in such a file is told by its weights, where rounding cancels along each delta."""
+"""By file type. Those of few bits are wide, since small models lose far more by them than large ones (a random one of
+3.9 bits kept 19 % of its first choices, at a KL of 0.4): whether the adapter is in such a file is told by its weights,
+where rounding cancels along each delta."""
 
-YARN_LIMIT = Limits(1e-4, 0.99, "llama.cpp rounds the bounds of YaRN's ramp, this config does not: that alone is 3e-6")
+YARN_LIMIT = Limits(1e-3, 0.99, "llama.cpp rounds the bounds of YaRN's ramp, this config does not: up to 2e-4 measured")
 
 
 def check_gguf(directory: Path, source: Source, evidence: Evidence, options: Options) -> list[Check]:
@@ -208,7 +209,10 @@ def _apart_of_few_bits(check: Check) -> Check:
 
 
 def _greedy(run: LlamaCppRun, evidence: Evidence, quant: str) -> Check:
-    """The first token of each continuation is the trained model's first choice, wherever that one is decided."""
+    """The first token of each continuation is the trained model's first choice, wherever that one is decided.
+
+    Asked of unquantised types alone: one close call turns all that follows.
+    """
     assert evidence.logits is not None
     wrong, decided = [], 0
     with safe_open(evidence.logits, "pt") as reference:
@@ -219,6 +223,6 @@ def _greedy(run: LlamaCppRun, evidence: Evidence, quant: str) -> Check:
                 wrong += [number] * (made[:1] != [int(last.argmax())])
     share = 1 - len(wrong) / decided if decided else 1.0
     measured = {"texts": run.greedy_texts, "decided": decided, "first_tokens_right": share}
-    right = share >= (1.0 if quant == "F32" else LIMITS[quant].top1 / 2)
+    right = share >= {"F32": 1.0, "F16": 0.5, "BF16": 0.5}.get(quant, 0.0) and all(run.greedy)
     detail = f"{len(run.greedy)} continuations; {decided - len(wrong)} of {decided} begin as the trained model's would"
     return Check(GREEDY, "passed" if right else "failed", detail, measured)

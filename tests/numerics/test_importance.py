@@ -59,9 +59,12 @@ def test_sums_are_those_of_the_stock_model(name: str, bases: Path) -> None:
     torch.testing.assert_close(found.sums["blk.1.attn_q.weight"][0], attention, rtol=1e-4, atol=1e-6)
     counts = found.counts["blk.1.ffn_up_exps.weight"]
     assert int(counts.sum()) == tokens * top_k and len(counts) == weights.config[experts_key(weights.config)]
-    if weights.layout.weight_on == "output":  # each token goes to top_k experts as it is
-        entering = top_k * hidden[block].double().square().sum(0)
-        torch.testing.assert_close(found.sums["blk.1.ffn_gate_exps.weight"].sum(0), entering, rtol=1e-4, atol=1e-6)
+    entering = hidden[block].double()
+    if weights.layout.weight_on == "input":  # Llama 4: one expert, whose input is multiplied by the score
+        router = weights.read(f"{block}.router.weight").double()
+        entering = entering * (entering @ router.t()).max(-1, keepdim=True).values.sigmoid()
+    expected = top_k * entering.square().sum(0)
+    torch.testing.assert_close(found.sums["blk.1.ffn_gate_exps.weight"].sum(0), expected, rtol=1e-4, atol=1e-6)
     assert "output.weight" not in found.sums and not any("gate_inp" in tensor for tensor in found.sums)
 
 
