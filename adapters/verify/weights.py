@@ -20,6 +20,7 @@ from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import listed
 from adapters.export import Source
 from adapters.layouts import ExpertLayout, layout_for
+from adapters.merged import MergedWeights
 from adapters.tensor_files import DTYPES, NAMES, OpenFiles, read_tensor
 from adapters.verify import Check
 from adapters.verify.peft_reading import Pair, PeftReading
@@ -105,7 +106,7 @@ def audit(
     layout = layout_for(read_config(source.base), index)
     reading = PeftReading(source.adapter, source.base) if source.adapter else None
     deltas = file_deltas(reading, layout) if reading else {}
-    base = _base_reader(source, index, deltas)
+    base = _base_reader(source, index)
     found = Findings()
     for key, info in index.items():
         written, allowed = _dtype(key, info, dtype), rounding(key) if rounding else None
@@ -154,17 +155,11 @@ def _delta_of(
     return delta
 
 
-def _base_reader(source: Source, index: Mapping[str, TensorInfo], deltas: Deltas) -> Read:
-    """W: from the base's files, or as training held it."""
+def _base_reader(source: Source, index: Mapping[str, TensorInfo]) -> Read:
+    """W: from the base's files, or as training held it; no adapter is read, so none can be taken for the base's."""
     if source.held is None:
         return lambda key, expert: read_tensor(index[key], expert)
-    merged = source.open()
-
-    def held(key: str, expert: int | None) -> Tensor:
-        tensor = merged.read(key, expert)
-        return tensor - deltas[key](expert) if key in deltas else tensor
-
-    return held
+    return MergedWeights(source.base, None, source.held).weight
 
 
 def _dtype(key: str, info: TensorInfo, dtype: str | None) -> torch.dtype:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from adapters import merged
 from adapters.errors import AdapterFileError
 from adapters.export import EXPORTERS, Options, Source
 from adapters.loading import load_base
@@ -227,6 +228,20 @@ def test_a_merge_into_the_quantised_base_is_held_against_that_base(exported: Exp
     assert checks[SAME].measured["kl_mean"] < 1e-8
     into_originals = other.checked(exported.out)  # the certificate of such a merge says how far it lies from training
     assert {SAME, weights.TARGETED} <= failed(into_originals), "merged into the wrong base"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_lost_delta_is_seen_on_the_quantised_base_too(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The merge's own product is broken: whoever asks the merge what is right would find it so."""
+    held = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
+    source = Source(exported.source.base, exported.source.adapter, "tiny", held)
+    right = merged._product
+    monkeypatch.setattr(merged, "_product", lambda *how, **also: right(*how, **also) * share)
+    directory = write(source, tmp_path / "out", "float32")
+    found = weights.audit(source, weights.FileReader(directory), dtype="float32")
+    assert failed({check.name: check for check in found}) == {weights.TARGETED}
 
 
 def test_the_distance_from_what_training_held_is_told(exported: Exported, tmp_path: Path) -> None:
