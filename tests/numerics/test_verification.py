@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -350,6 +350,46 @@ def test_weights_that_lie_quantised_are_held_against_the_exact_ones(
     assert failed(checks) == (
         {weights.UNTOUCHED} if fault == "another base" else {weights.TARGETED} if fault else set()
     )
+
+
+@pytest.mark.parametrize("carried", [0.55, 0.9, 1.0, 1.1, 1.45])
+def test_a_part_of_the_change_is_not_the_change(exported: Exported, carried: float) -> None:
+    """With a delta of the size of a real one, 8 bits tell a tenth of it."""
+    trained = exported.source.open()
+    plain = weights.FileReader(exported.out)
+
+    def read(key: str, expert: int | None) -> Tensor:
+        delta = trained.delta(key, expert)
+        tensor = plain(key, expert).float()
+        tensor = tensor if delta is None else tensor + (carried - 1) * delta
+        scale = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / scale).round() * scale
+
+    fine = weights.Rounding(0.02, None, exact=False)
+    checks = {check.name: check for check in weights.audit(exported.source, read, lambda _: fine)}
+    assert failed(checks) == (set() if carried == 1 else {weights.TARGETED}), checks[weights.TARGETED].detail
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_changes_that_rounding_hides_one_by_one_show_together(exported: Exported, tmp_path: Path, lost: bool) -> None:
+    adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 90}))
+    source = Source(exported.source.base, adapter, "tiny")
+    directory = write(replace(source, adapter=None) if lost else source, tmp_path / "out", "float32")
+    read = weights.FileReader(directory)
+
+    def rounded(key: str, expert: int | None) -> Tensor:
+        tensor = read(key, expert).float()
+        scale = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / scale).round() * scale
+
+    fine = weights.Rounding(0.02, None, exact=False)
+    checks = {check.name: check for check in weights.audit(source, rounded, lambda _: fine)}
+    found = checks[weights.TARGETED]
+    assert found.measured["eaten"] and not found.measured["changed"], "none can be judged alone"
+    assert failed(checks) == ({weights.TARGETED} if lost else set()), found.detail
+    assert ("all together" in found.detail) == lost
 
 
 def test_a_lost_or_renamed_tensor_is_caught(exported: Exported, tmp_path: Path) -> None:
