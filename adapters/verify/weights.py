@@ -55,11 +55,13 @@ class Rounding:
         relative: ‖E − (W + D)‖ / ‖W + D‖, at most.
         ulp: |E − (W + D)| / |W + D| of each value, at most; None for formats whose blocks share a scale.
         exact: tensors that are not targeted must be the base's, rounded to the dtype, bit by bit.
+        dtype: of a tensor that lies unquantised among quantised ones: it is held to what that dtype allows.
     """
 
     relative: float
     ulp: float | None
     exact: bool = True
+    dtype: torch.dtype | None = None
 
 
 ROUNDINGS = {
@@ -144,6 +146,8 @@ def audit(
     found = Findings()
     for key, info in index.items():
         written, allowed = _dtype(key, info, dtype), rounding(key) if rounding else None
+        if allowed and allowed.dtype:
+            written, allowed = allowed.dtype, None
         if (
             key not in deltas
             and allowed is None
@@ -258,7 +262,7 @@ def _audit_untouched(
 ) -> None:
     found.untouched += 1
     if rounding is None or rounding.exact:
-        if not torch.equal(written, base.to(dtype)):
+        if not torch.equal(written, base.to(dtype).to(written.dtype)):
             found.note(UNTOUCHED, f"{label} is not the base's, and the adapter does not target it")
         return
     error = _relative(written.float() - base.float(), base.float())

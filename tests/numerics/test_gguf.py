@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
@@ -33,7 +34,7 @@ from adapters.verify.gguf_files import BOS, ENDS, IDS, TEMPLATE, WHOLE, approxim
 from adapters.verify.gguf_weights import GgufWeights
 from adapters.verify.llama_cpp import run_llama_cpp
 from adapters.verify.tokenizer import CONVERSATIONS, NASTY
-from adapters.verify.weights import TARGETED, audit
+from adapters.verify.weights import TARGETED, UNTOUCHED, audit
 from tests.numerics.conftest import randomise
 from tests.numerics.gguf_facts import (
     DEEP,
@@ -220,6 +221,32 @@ def test_a_lost_adapter_is_caught(trained: dict[str, tuple[Source, Evidence]], t
         read_back = GgufWeights(file, source.base)
         assert TARGETED in failed(audit(source, read_back.read, read_back.rounding)), quant
         assert quant != "F32" or SAME in failed(check_run(file, source, evidence, quant))
+
+
+@pytest.mark.parametrize("quant", ["BF16", "F16", "Q8_0", "Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize("name", ["llama4", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_right_files_of_every_kind_of_type_pass_the_audit(
+    name: str, quant: str, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    source = trained[name][0]
+    read_back = GgufWeights(written(source, tmp_path / "out", quant=quant), source.base)
+    checks = audit(source, read_back.read, read_back.rounding)
+    assert not failed(checks), [check.detail for check in checks if check.status == "failed"]
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize(("tensor", "factor"), [("blk.0.attn_norm.weight", 1.01), ("blk.1.ffn_gate_inp.weight", 1.1)])
+def test_what_lies_unquantised_in_a_quantised_file_is_held_to_its_own_type(
+    quant: str, tensor: str, factor: float, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    source = trained["llama4"][0]
+    file = written(source, tmp_path / "out", quant=quant)
+    found = next(each for each in GGUFReader(file, "r+").tensors if each.name == tensor)
+    assert found.tensor_type.name == "F32"
+    found.data[:] = found.data * np.float32(factor)
+    del found
+    read_back = GgufWeights(file, source.base)
+    assert failed(audit(source, read_back.read, read_back.rounding)) == {UNTOUCHED}
 
 
 @pytest.mark.parametrize("fault", ["gate and up swapped", "one expert lost", "transposed"])
