@@ -28,7 +28,7 @@ from adapters.lora import attach
 from adapters.peft_files import save_adapter
 from adapters.placement import Placement, same_experts_everywhere
 from adapters.verify import Check, Evidence
-from adapters.verify.behaviour import SAME
+from adapters.verify.behaviour import APART, SAME
 from adapters.verify.fresh import ask_stock
 from adapters.verify.gguf_files import BOS, ENDS, IDS, TEMPLATE, WHOLE, approximated, check_run, compare_vocabulary
 from adapters.verify.gguf_weights import GgufWeights
@@ -221,6 +221,21 @@ def test_a_lost_adapter_is_caught(trained: dict[str, tuple[Source, Evidence]], t
         read_back = GgufWeights(file, source.base)
         assert TARGETED in failed(audit(source, read_back.read, read_back.rounding)), quant
         assert quant != "F32" or SAME in failed(check_run(file, source, evidence, quant))
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize("name", ["llama4", "mixtral"])
+def test_an_export_that_is_the_base_is_never_apart_from_it(
+    name: str, quant: str, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    source, evidence = trained[name]
+    status = {}
+    for adapter in (source.adapter, None):
+        file = written(replace(source, adapter=adapter), tmp_path / "out", quant=quant)
+        found = next(c for c in check_run(file, source, evidence, quant) if c.name == APART)
+        status[adapter is None] = found.status
+    assert status[True] in ("failed", "not run") and (quant != "Q8_0" or status[True] == "failed")
+    assert status[False] in ("passed", "not run") and (quant == "Q2_K" or status[False] == "passed")
 
 
 @pytest.mark.parametrize("quant", ["BF16", "F16", "Q8_0", "Q4_K_M", "Q2_K"])
