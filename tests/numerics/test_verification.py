@@ -230,6 +230,21 @@ def test_a_merge_into_the_quantised_base_is_held_against_that_base(exported: Exp
     assert {SAME, weights.TARGETED} <= failed(into_originals), "merged into the wrong base"
 
 
+@pytest.mark.parametrize("int8", [[], [0, 2]])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_that_training_dequantised_to_16_bit_is_the_reference_too(
+    exported: Exported, tmp_path: Path, kind: str, int8: list[int]
+) -> None:
+    """As jobs on a GPU hold it. A right float32 merge of just those values says what the reference says."""
+    held = {"quantization": kind, "int8_experts": int8, "double_quant": True, "dtype": "bfloat16"}
+    source = Source(exported.source.base, exported.source.adapter, "tiny", held)
+    save_file(reference_logits(source, PROMPTS), tmp_path / "logits.safetensors")
+    other = Exported(exported.family, source, Evidence(PROMPTS, (), tmp_path / "logits.safetensors"), tmp_path / "out")
+    checks = other.checked(write(source, other.out, "float32"))
+    assert not failed(checks), [checks[name].detail for name in failed(checks)]
+    assert checks[SAME].measured["kl_mean"] < 1e-8
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_lost_delta_is_seen_on_the_quantised_base_too(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
