@@ -613,6 +613,44 @@ def test_a_model_too_large_here_is_never_passed(one: Exported, monkeypatch: pyte
     assert by_name[weights.TARGETED].status == "passed"
 
 
+REFERENCE_THAT = """import sys
+import adapters.verify.reference as reference
+def answer(question): {}
+open(sys.argv[2], "w").write(str(answer(None)))
+"""
+
+
+def reference_that(does: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Runs other code where the reference would be asked."""
+    (folder / "other.py").write_text(REFERENCE_THAT.format(does))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
+    asked = run.ask_module
+
+    def ask(module: str, *rest: Any) -> Any:
+        return asked("other" if module == "adapters.verify.reference" else module, *rest)
+
+    monkeypatch.setattr(run, "ask_module", ask)
+
+
+def test_a_reference_that_crashes_fails_the_export(
+    one: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference_that('raise ValueError("a bug of ours")', monkeypatch, tmp_path)
+    checks = run.verify_export(one.out, "safetensors", one.source, options=Options(dtype="float32"))
+    by_name = {check.name: check for check in checks}
+    assert failed(by_name) == {run.REFERENCE} and "a bug of ours" in by_name[run.REFERENCE].detail
+    assert "Traceback" not in by_name[SAME].detail and by_name[weights.TARGETED].status == "passed"
+
+
+@pytest.mark.parametrize("does", ["import os; os.kill(os.getpid(), 9)", 'raise MemoryError("no room")'])
+def test_a_reference_for_which_memory_does_not_suffice_is_not_run(
+    one: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    reference_that(does, monkeypatch, tmp_path)
+    evidence = run.make_evidence(one.source, run.BUILT_IN, tmp_path)
+    assert evidence.logits is None and evidence.why_none == "memory did not suffice to run the trained model here"
+
+
 def test_links_pickles_and_modes_are_caught(exported: Exported, tmp_path: Path) -> None:
     directory = exported.copy(tmp_path / "out")
     (directory / "config.json").chmod(0o600)
