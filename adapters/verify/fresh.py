@@ -20,8 +20,20 @@ SHOWN_LINES = 12
 HERE = Path(__file__).parent
 
 
+OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "Cannot allocate memory")
+"""What Python, torch and the system write when memory is short."""
+
+
 class FreshProcessError(ExportError):
-    """The other process gave no answer: it ended with an error, was killed, or took too long."""
+    """The other process gave no answer: it ended with an error, was killed, or took too long.
+
+    Attributes:
+        for_memory: the system killed it, or it said itself that memory was short.
+    """
+
+    def __init__(self, message: str, for_memory: bool = False):
+        super().__init__(message)
+        self.for_memory = for_memory
 
 
 def ask_module(module: str, question: Mapping[str, Any], timeout_seconds: float | None = None) -> Any:
@@ -60,7 +72,9 @@ def _ask(command: Sequence[str], question: Mapping[str, Any], timeout_seconds: f
             except subprocess.TimeoutExpired:
                 raise FreshProcessError(_failure(command, f"took over {timeout_seconds:.0f} s", said)) from None
         if ended.returncode or not answered.is_file():
-            raise FreshProcessError(_failure(command, f"ended with code {ended.returncode}", said))
+            message = _failure(command, f"ended with code {ended.returncode}", said)
+            short = ended.returncode == -9 or any(words in message for words in OUT_OF_MEMORY)
+            raise FreshProcessError(message, short)
         return json.loads(answered.read_text(encoding="utf-8"))
 
 

@@ -7,6 +7,7 @@ the rules for which rows go where.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ PERMUTED = ("llama", "mistral", "mixtral")
 """Families whose queries and keys llama.cpp holds with the two halves of each head interleaved."""
 
 ROUNDING_OF_TYPES = {
-    "F32": ROUNDINGS[torch.float32],
-    "F16": Rounding(5e-4, None, exact=False),
-    "BF16": Rounding(4e-3, None, exact=False),
+    "F32": replace(ROUNDINGS[torch.float32], dtype=torch.float32),
+    "F16": replace(ROUNDINGS[torch.float16], dtype=torch.float16),
+    "BF16": replace(ROUNDINGS[torch.bfloat16], dtype=torch.bfloat16),
     "Q8_0": Rounding(0.02, None, exact=False),
     "Q6_K": Rounding(0.05, None, exact=False),
     "Q5_K": Rounding(0.1, None, exact=False),
@@ -60,12 +61,45 @@ class GgufWeights:
         architecture = str(self.reader.fields["general.architecture"].contents())
         number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         self.names = gguf.get_tensor_name_map(number, self.config["num_hidden_layers"])
-        kinds = {tensor.tensor_type.name for tensor in self.reader.tensors}
-        self._coarsest = max((ROUNDING_OF_TYPES[kind] for kind in kinds), key=lambda found: found.relative)
 
-    def rounding(self, _key: str) -> Rounding:
-        """What a tensor loses at most: as much as the coarsest of the file's types."""
-        return self._coarsest
+    def rounding(self, key: str) -> Rounding | None:
+        """What a tensor loses at most by the type that it has in the file; None for one that is not in it.
+
+        A tensor that lies in two there, of two types, is allowed what the coarser one loses.
+        """
+        names = [name for name in self._names(key) if name in self.tensors]
+        found = [ROUNDING_OF_TYPES[kind] for kind in {self.tensors[name].tensor_type.name for name in names}]
+        if not found:
+            return None
+        coarsest = max(found, key=lambda rounding: rounding.relative)
+        return coarsest if len(found) == 1 else replace(coarsest, ulp=None, exact=False, dtype=None)
+
+    def _names(self, key: str) -> list[str]:
+        """The file's tensors in which the base's tensor `key` lies."""
+        name = self.layout.model_key(key)
+        if name is None:
+            return []
+        layer = LAYER.findall(name)[-1] if LAYER.search(name) else ""
+        if self.layout.tensor_class(key) == "routed_experts":
+            end = ".bias" if key.endswith("_bias") else ".weight"
+            return [f"blk.{layer}.ffn_{part}_exps{end}" for part in self._parts(key, name)]
+        if name.endswith("kv_b_proj.weight"):
+            return [f"blk.{layer}.attn_{part}_b.weight" for part in "kv"]
+        return [self._name(name)]
+
+    def _parts(self, key: str, name: str) -> tuple[str, ...]:
+        """Which of "gate", "up" and "down" a tensor of experts holds."""
+        projection = name.rpartition(".")[2].removesuffix("_bias")
+        if self.layout.checkpoint == "stacked" or key.endswith("_bias"):
+            return ("down",) if projection == "down_proj" else ("gate", "up")
+        found = re.search(r"\.(\d+)\.(\w+)\.weight$", key)
+        assert found is not None
+        return (("gate", "up", "down")[self.layout.parts.index(found[2])],)
+
+    def _name(self, name: str) -> str:
+        """The file's name of a tensor that lies there by itself."""
+        known = name.replace("_correction_bias", "_correction.bias") + (".weight" if name.endswith(".sinks") else "")
+        return self.names.get_name(known, try_suffixes=(".weight", ".bias")) or known
 
     def read(self, key: str, expert: int | None = None) -> Tensor:
         """The tensor that the base's files call `key`, or its matrix [expert], float32 in their axis order.
@@ -82,8 +116,7 @@ class GgufWeights:
             return self._expert(key, name, expert)
         if name.endswith("kv_b_proj.weight"):
             return self._compressed(LAYER.findall(name)[-1])
-        known = name.replace("_correction_bias", "_correction.bias") + (".weight" if name.endswith(".sinks") else "")
-        values = self._values(self.names.get_name(known, try_suffixes=(".weight", ".bias")) or known)
+        values = self._values(self._name(name))
         if self.layout.model_type in PERMUTED and re.search(r"self_attn\.[qk]_proj\.", name):
             return self._unpermuted(values, name)
         return values
@@ -112,7 +145,7 @@ class GgufWeights:
             return matrix.t() if self.layout.stack_order == "in_out" else matrix
         found = re.search(r"\.(\d+)\.(\w+)\.weight$", key)
         assert found is not None
-        part = ("gate", "up", "down")[self.layout.parts.index(found[2])]
+        (part,) = self._parts(key, name)
         return self._values(place % part + ".weight", int(found[1]))
 
     def _joined(self, place: str, projection: str, matrix: int | None) -> Tensor:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,8 @@ from adapters.export import Source
 from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.loading import load_base
 from adapters.lora_products import LoraRanks
+from adapters.quantized import Dense, Held, dequantize_rows
+from adapters.quantized_linear import Int8Linear
 from adapters.routed import RoutedExperts, moe_blocks
 from adapters.sidecar import read_sidecar
 from adapters.verify.checker import source_from
@@ -92,10 +96,41 @@ def _base_and_tuned(
         double_quant=how.get("double_quant", True),
         dtype=torch.float32,
     )
+    round_as_held(model, getattr(torch, how.get("dtype") or "float32"))
     found = {f"base.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
     if source.adapter is not None:
         put_on(model, PeftReading(source.adapter, source.base), layout_for(model.config.model_type))
     return found | {f"tuned.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
+
+
+def round_as_held(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Makes the model compute, in float32, with the values that training dequantised to `dtype`, in place."""
+    if dtype == torch.float32:
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Held) and not isinstance(module, Dense):
+            module.dequantize = partial(_rounded, module.dequantize, dtype)
+        elif isinstance(module, Linear4bit):
+            values = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+            model.set_submodule(name, _linear(module, values))
+        elif isinstance(module, Int8Linear):
+            values = torch.empty(module.weight.shape, dtype=dtype)
+            dequantize_rows(module.weight, module.absmax, values)
+            model.set_submodule(name, _linear(module, values))
+
+
+def _rounded(dequantize: Callable[[int, Tensor], None], dtype: torch.dtype, start: int, out: Tensor) -> None:
+    values = torch.empty_like(out, dtype=dtype)
+    dequantize(start, values)
+    out.copy_(values)
+
+
+def _linear(held: nn.Linear, values: Tensor) -> nn.Linear:
+    """A layer with these values, float32, and the bias of `held`."""
+    linear = nn.Linear(held.in_features, held.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(values.float(), requires_grad=False)
+    linear.bias = held.bias
+    return linear
 
 
 def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

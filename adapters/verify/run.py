@@ -21,6 +21,7 @@ from adapters.export import EXPORTERS, Options, Source
 from adapters.verify import Check, Evidence
 from adapters.verify.fresh import FreshProcessError, ask_module
 from adapters.verify.memory import why_not
+from adapters.verify.tokenizer import has_tokenizer
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a conversation of {"role", "content"} that the base's chat template writes out, answer included."""
@@ -35,6 +36,7 @@ BUILT_IN: tuple[Prompt, ...] = (
 """What is asked where the user has no held-out data at hand."""
 
 FILE_MODE = 0o644
+REFERENCE = "behaviour: the reference"
 
 
 def verify_export(
@@ -65,7 +67,11 @@ def verify_export(
     if checks[0].status == "failed":
         return checks
     with tempfile.TemporaryDirectory(prefix="studio-evidence-") as folder:
-        evidence = make_evidence(source, prompts, Path(folder))
+        try:
+            evidence = make_evidence(source, prompts, Path(folder))
+        except FreshProcessError as error:
+            checks.append(Check(REFERENCE, "failed", f"the trained model could not be run: {error}"))
+            evidence = Evidence((), (), None, "the process that runs the trained model failed")
         question = {
             "directory": directory,
             "format": format,
@@ -83,14 +89,21 @@ def verify_export(
 def make_evidence(source: Source, prompts: Sequence[Prompt], folder: Path) -> Evidence:
     """What the trained model says to the prompts, computed in a process of its own and left in `folder`.
 
-    Too large a model, or one that the engine cannot run, gives an Evidence without logits that says why.
+    A base without a tokenizer, or too large for the memory here, gives an Evidence without logits that says why.
+
+    Raises:
+        FreshProcessError: the process failed for any other reason: the model, or the studio, is wrong.
     """
+    if not has_tokenizer(source.base):
+        return Evidence((), (), None, "the base has no tokenizer")
     question = {"source": asdict(source), "prompts": prompts, "logits": folder / "logits.safetensors"}
     why = why_not(read_index(source.base))
     try:
         answer: dict[str, Any] = ask_module("adapters.verify.reference", {**question, "run": not why})
     except FreshProcessError as error:
-        return Evidence((), (), None, f"the trained model could not be run here: {error}")
+        if not error.for_memory:
+            raise
+        return Evidence((), (), None, "memory did not suffice to run the trained model here")
     if not answer["prompts"]:
         why = why or "no prompt has two tokens or more"
     return Evidence(answer["prompts"], answer["texts"], None if why else folder / "logits.safetensors", why)

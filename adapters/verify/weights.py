@@ -20,6 +20,7 @@ from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import listed
 from adapters.export import Source
 from adapters.layouts import ExpertLayout, layout_for
+from adapters.merged import MergedWeights
 from adapters.tensor_files import DTYPES, NAMES, OpenFiles, read_tensor
 from adapters.verify import Check
 from adapters.verify.peft_reading import Pair, PeftReading
@@ -34,8 +35,12 @@ FINITE, TARGETED, UNTOUCHED, USED = (
     "weights: no other tensor changed",
     "weights: every adapter tensor used",
 )
-TELLING = 0.2
-"""The share of D that is carried is judged where quantisation moves it by less than this."""
+TELLING = 0.1
+"""The share of D that is carried is judged where quantisation moves it by less than this; of other matrices together.
+"""
+SHARE, DEVIATIONS, SHRUNK = 0.02, 5, 1 / 2
+"""How far that share may be from 1: at least `SHARE`, else so many of its deviations, which are twice those measured;
+and a quantiser shrinks what it rounds by about its squared error (0.96 carried, at an error of 0.2, in Q3_K)."""
 PART_VALUES = 1 << 19
 """Values that are compared at one time: they stay in a core's cache, and what stands beside a matrix stays small."""
 MISSED = 0.1
@@ -50,11 +55,13 @@ class Rounding:
         relative: ‖E − (W + D)‖ / ‖W + D‖, at most.
         ulp: |E − (W + D)| / |W + D| of each value, at most; None for formats whose blocks share a scale.
         exact: tensors that are not targeted must be the base's, rounded to the dtype, bit by bit.
+        dtype: of a tensor that lies unquantised among quantised ones: it is held to what that dtype allows.
     """
 
     relative: float
     ulp: float | None
     exact: bool = True
+    dtype: torch.dtype | None = None
 
 
 ROUNDINGS = {
@@ -67,6 +74,34 @@ ROUNDINGS = {
 
 
 @dataclass
+class Faint:
+    """Changes each too small beside the rounding to be judged alone, summed up: all of them lost is seen.
+
+    Attributes:
+        shared: Σ ⟨E − W, D⟩. size: Σ ‖D‖². variance: of `shared`, by rounding. relative: the coarsest of the roundings.
+    """
+
+    shared: float = 0.0
+    size: float = 0.0
+    variance: float = 0.0
+    relative: float = 0.0
+
+    def add(self, other: Faint) -> None:
+        self.shared += other.shared
+        self.size += other.size
+        self.variance += other.variance
+        self.relative = max(self.relative, other.relative)
+
+    def problem(self) -> str:
+        """What is wrong with them, "" where nothing is or even their sum cannot tell."""
+        telling = self.variance**0.5 / self.size if self.size else 1.0
+        carried = self.shared / self.size if self.size else 1.0
+        if telling > TELLING or abs(carried - 1) <= _allowed(telling, self.relative):
+            return ""
+        return f"of the changes that rounding nearly hides {100 * carried:.0f} % are there, all together"
+
+
+@dataclass
 class Findings:
     """What the audit has seen so far; `problems` by check."""
 
@@ -76,6 +111,7 @@ class Findings:
     untouched: int = 0
     eaten: int = 0
     worst: float = 0.0
+    faint: Faint = field(default_factory=lambda: Faint())
 
     def note(self, check: str, problem: str) -> None:
         self.problems[check].append(problem)
@@ -89,6 +125,7 @@ class Findings:
         self.untouched += min(1, parts.untouched)
         self.eaten += min(1, parts.eaten) if not parts.changed else 0
         self.worst = max(self.worst, parts.worst)
+        self.faint.add(parts.faint)
 
 
 def audit(
@@ -105,10 +142,12 @@ def audit(
     layout = layout_for(read_config(source.base), index)
     reading = PeftReading(source.adapter, source.base) if source.adapter else None
     deltas = file_deltas(reading, layout) if reading else {}
-    base = _base_reader(source, index, deltas)
+    base = _base_reader(source, index)
     found = Findings()
     for key, info in index.items():
         written, allowed = _dtype(key, info, dtype), rounding(key) if rounding else None
+        if allowed and allowed.dtype:
+            written, allowed = allowed.dtype, None
         if (
             key not in deltas
             and allowed is None
@@ -121,6 +160,8 @@ def audit(
         for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
             delta = deltas[key](expert) if key in deltas else None
             _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, allowed)
+    if problem := found.faint.problem():
+        found.note(TARGETED, problem)
     checks = [_check(FINITE, found, f"every value of {len(index)} tensors"), _untouched(found)]
     return [*checks, _targeted(found), _used(reading, deltas, index)] if reading else checks
 
@@ -154,17 +195,11 @@ def _delta_of(
     return delta
 
 
-def _base_reader(source: Source, index: Mapping[str, TensorInfo], deltas: Deltas) -> Read:
-    """W: from the base's files, or as training held it."""
+def _base_reader(source: Source, index: Mapping[str, TensorInfo]) -> Read:
+    """W: from the base's files, or as training held it; no adapter is read, so none can be taken for the base's."""
     if source.held is None:
         return lambda key, expert: read_tensor(index[key], expert)
-    merged = source.open()
-
-    def held(key: str, expert: int | None) -> Tensor:
-        tensor = merged.read(key, expert)
-        return tensor - deltas[key](expert) if key in deltas else tensor
-
-    return held
+    return MergedWeights(source.base, None, source.held).weight
 
 
 def _dtype(key: str, info: TensorInfo, dtype: str | None) -> torch.dtype:
@@ -227,7 +262,7 @@ def _audit_untouched(
 ) -> None:
     found.untouched += 1
     if rounding is None or rounding.exact:
-        if not torch.equal(written, base.to(dtype)):
+        if not torch.equal(written, base.to(dtype).to(written.dtype)):
             found.note(UNTOUCHED, f"{label} is not the base's, and the adapter does not target it")
         return
     error = _relative(written.float() - base.float(), base.float())
@@ -281,13 +316,21 @@ def _audit_carried(
     found: Findings, label: str, change: Tensor, delta: Tensor, base: Tensor, rounding: Rounding
 ) -> None:
     """Where blocks share a scale no value tells, but errors cancel along the delta: a lost one is 0, a right one 1."""
-    telling = rounding.relative * float(base.norm()) / (float(delta.norm()) * delta.numel() ** 0.5)
+    size = float(delta.norm())
+    telling = rounding.relative * float(base.norm()) / (size * delta.numel() ** 0.5)
+    carried = _carried(change, delta)
     if telling > TELLING:
         found.eaten += 1
+        found.faint.add(Faint(carried * size**2, size**2, (telling * size**2) ** 2, rounding.relative))
         return
     found.changed += 1
-    if abs(_carried(change, delta) - 1) > 5 * TELLING / 2:
-        found.note(TARGETED, f"{label}: {100 * _carried(change, delta):.0f} % of the trained change is there")
+    if abs(carried - 1) > _allowed(telling, rounding.relative):
+        found.note(TARGETED, f"{label}: {100 * carried:.0f} % of the trained change is there")
+
+
+def _allowed(telling: float, relative: float) -> float:
+    """How far the carried share may be from 1, where rounding moves it by `telling`."""
+    return max(SHARE, DEVIATIONS * telling) + SHRUNK * relative**2
 
 
 def _carried(change: Tensor, delta: Tensor) -> float:

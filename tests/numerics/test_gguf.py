@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
@@ -27,13 +28,13 @@ from adapters.lora import attach
 from adapters.peft_files import save_adapter
 from adapters.placement import Placement, same_experts_everywhere
 from adapters.verify import Check, Evidence
-from adapters.verify.behaviour import SAME
+from adapters.verify.behaviour import APART, SAME
 from adapters.verify.fresh import ask_stock
 from adapters.verify.gguf_files import BOS, ENDS, IDS, TEMPLATE, WHOLE, approximated, check_run, compare_vocabulary
 from adapters.verify.gguf_weights import GgufWeights
 from adapters.verify.llama_cpp import run_llama_cpp
 from adapters.verify.tokenizer import CONVERSATIONS, NASTY
-from adapters.verify.weights import TARGETED, audit
+from adapters.verify.weights import TARGETED, UNTOUCHED, audit
 from tests.numerics.conftest import randomise
 from tests.numerics.gguf_facts import (
     DEEP,
@@ -220,6 +221,47 @@ def test_a_lost_adapter_is_caught(trained: dict[str, tuple[Source, Evidence]], t
         read_back = GgufWeights(file, source.base)
         assert TARGETED in failed(audit(source, read_back.read, read_back.rounding)), quant
         assert quant != "F32" or SAME in failed(check_run(file, source, evidence, quant))
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize("name", ["llama4", "mixtral"])
+def test_an_export_that_is_the_base_is_never_apart_from_it(
+    name: str, quant: str, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    source, evidence = trained[name]
+    status = {}
+    for adapter in (source.adapter, None):
+        file = written(replace(source, adapter=adapter), tmp_path / "out", quant=quant)
+        found = next(c for c in check_run(file, source, evidence, quant) if c.name == APART)
+        status[adapter is None] = found.status
+    assert status[True] in ("failed", "not run") and (quant != "Q8_0" or status[True] == "failed")
+    assert status[False] in ("passed", "not run") and (quant == "Q2_K" or status[False] == "passed")
+
+
+@pytest.mark.parametrize("quant", ["BF16", "F16", "Q8_0", "Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize("name", ["llama4", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_right_files_of_every_kind_of_type_pass_the_audit(
+    name: str, quant: str, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    source = trained[name][0]
+    read_back = GgufWeights(written(source, tmp_path / "out", quant=quant), source.base)
+    checks = audit(source, read_back.read, read_back.rounding)
+    assert not failed(checks), [check.detail for check in checks if check.status == "failed"]
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize(("tensor", "factor"), [("blk.0.attn_norm.weight", 1.01), ("blk.1.ffn_gate_inp.weight", 1.1)])
+def test_what_lies_unquantised_in_a_quantised_file_is_held_to_its_own_type(
+    quant: str, tensor: str, factor: float, trained: dict[str, tuple[Source, Evidence]], tmp_path: Path
+) -> None:
+    source = trained["llama4"][0]
+    file = written(source, tmp_path / "out", quant=quant)
+    found = next(each for each in GGUFReader(file, "r+").tensors if each.name == tensor)
+    assert found.tensor_type.name == "F32"
+    found.data[:] = found.data * np.float32(factor)
+    del found
+    read_back = GgufWeights(file, source.base)
+    assert failed(audit(source, read_back.read, read_back.rounding)) == {UNTOUCHED}
 
 
 @pytest.mark.parametrize("fault", ["gate and up swapped", "one expert lost", "transposed"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from adapters import merged
 from adapters.errors import AdapterFileError
 from adapters.export import EXPORTERS, Options, Source
 from adapters.loading import load_base
@@ -229,6 +230,35 @@ def test_a_merge_into_the_quantised_base_is_held_against_that_base(exported: Exp
     assert {SAME, weights.TARGETED} <= failed(into_originals), "merged into the wrong base"
 
 
+@pytest.mark.parametrize("int8", [[], [0, 2]])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_that_training_dequantised_to_16_bit_is_the_reference_too(
+    exported: Exported, tmp_path: Path, kind: str, int8: list[int]
+) -> None:
+    """As jobs on a GPU hold it. A right float32 merge of just those values says what the reference says."""
+    held = {"quantization": kind, "int8_experts": int8, "double_quant": True, "dtype": "bfloat16"}
+    source = Source(exported.source.base, exported.source.adapter, "tiny", held)
+    save_file(reference_logits(source, PROMPTS), tmp_path / "logits.safetensors")
+    other = Exported(exported.family, source, Evidence(PROMPTS, (), tmp_path / "logits.safetensors"), tmp_path / "out")
+    checks = other.checked(write(source, other.out, "float32"))
+    assert not failed(checks), [checks[name].detail for name in failed(checks)]
+    assert checks[SAME].measured["kl_mean"] < 1e-8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_lost_delta_is_seen_on_the_quantised_base_too(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The merge's own product is broken: whoever asks the merge what is right would find it so."""
+    held = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
+    source = Source(exported.source.base, exported.source.adapter, "tiny", held)
+    right = merged._product
+    monkeypatch.setattr(merged, "_product", lambda *how, **also: right(*how, **also) * share)
+    directory = write(source, tmp_path / "out", "float32")
+    found = weights.audit(source, weights.FileReader(directory), dtype="float32")
+    assert failed({check.name: check for check in found}) == {weights.TARGETED}
+
+
 def test_the_distance_from_what_training_held_is_told(exported: Exported, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
     held = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
@@ -335,6 +365,46 @@ def test_weights_that_lie_quantised_are_held_against_the_exact_ones(
     assert failed(checks) == (
         {weights.UNTOUCHED} if fault == "another base" else {weights.TARGETED} if fault else set()
     )
+
+
+@pytest.mark.parametrize("carried", [0.55, 0.9, 1.0, 1.1, 1.45])
+def test_a_part_of_the_change_is_not_the_change(exported: Exported, carried: float) -> None:
+    """With a delta of the size of a real one, 8 bits tell a tenth of it."""
+    trained = exported.source.open()
+    plain = weights.FileReader(exported.out)
+
+    def read(key: str, expert: int | None) -> Tensor:
+        delta = trained.delta(key, expert)
+        tensor = plain(key, expert).float()
+        tensor = tensor if delta is None else tensor + (carried - 1) * delta
+        scale = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / scale).round() * scale
+
+    fine = weights.Rounding(0.02, None, exact=False)
+    checks = {check.name: check for check in weights.audit(exported.source, read, lambda _: fine)}
+    assert failed(checks) == (set() if carried == 1 else {weights.TARGETED}), checks[weights.TARGETED].detail
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_changes_that_rounding_hides_one_by_one_show_together(exported: Exported, tmp_path: Path, lost: bool) -> None:
+    adapter = Path(shutil.copytree(exported.source.adapter or "", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 90}))
+    source = Source(exported.source.base, adapter, "tiny")
+    directory = write(replace(source, adapter=None) if lost else source, tmp_path / "out", "float32")
+    read = weights.FileReader(directory)
+
+    def rounded(key: str, expert: int | None) -> Tensor:
+        tensor = read(key, expert).float()
+        scale = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / scale).round() * scale
+
+    fine = weights.Rounding(0.02, None, exact=False)
+    checks = {check.name: check for check in weights.audit(source, rounded, lambda _: fine)}
+    found = checks[weights.TARGETED]
+    assert found.measured["eaten"] and not found.measured["changed"], "none can be judged alone"
+    assert failed(checks) == ({weights.TARGETED} if lost else set()), found.detail
+    assert ("all together" in found.detail) == lost
 
 
 def test_a_lost_or_renamed_tensor_is_caught(exported: Exported, tmp_path: Path) -> None:
@@ -541,6 +611,44 @@ def test_a_model_too_large_here_is_never_passed(one: Exported, monkeypatch: pyte
     assert by_name[SAME].status == by_name[APART].status == by_name[model_files.LOADED].status == "not run"
     assert "weights verified, behaviour not run" in by_name[SAME].detail and "0.0 GB are free" in by_name[SAME].detail
     assert by_name[weights.TARGETED].status == "passed"
+
+
+REFERENCE_THAT = """import sys
+import adapters.verify.reference as reference
+def answer(question): {}
+open(sys.argv[2], "w").write(str(answer(None)))
+"""
+
+
+def reference_that(does: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Runs other code where the reference would be asked."""
+    (folder / "other.py").write_text(REFERENCE_THAT.format(does))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
+    asked = run.ask_module
+
+    def ask(module: str, *rest: Any) -> Any:
+        return asked("other" if module == "adapters.verify.reference" else module, *rest)
+
+    monkeypatch.setattr(run, "ask_module", ask)
+
+
+def test_a_reference_that_crashes_fails_the_export(
+    one: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference_that('raise ValueError("a bug of ours")', monkeypatch, tmp_path)
+    checks = run.verify_export(one.out, "safetensors", one.source, options=Options(dtype="float32"))
+    by_name = {check.name: check for check in checks}
+    assert failed(by_name) == {run.REFERENCE} and "a bug of ours" in by_name[run.REFERENCE].detail
+    assert "Traceback" not in by_name[SAME].detail and by_name[weights.TARGETED].status == "passed"
+
+
+@pytest.mark.parametrize("does", ["import os; os.kill(os.getpid(), 9)", 'raise MemoryError("no room")'])
+def test_a_reference_for_which_memory_does_not_suffice_is_not_run(
+    one: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    reference_that(does, monkeypatch, tmp_path)
+    evidence = run.make_evidence(one.source, run.BUILT_IN, tmp_path)
+    assert evidence.logits is None and evidence.why_none == "memory did not suffice to run the trained model here"
 
 
 def test_links_pickles_and_modes_are_caught(exported: Exported, tmp_path: Path) -> None:

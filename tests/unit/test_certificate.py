@@ -76,7 +76,8 @@ def test_nothing_that_was_not_run_or_failed_counts_as_verified() -> None:
     assert verdict([PASSED]) == VERIFIED
     assert verdict([PASSED, NOT_RUN]) == WEIGHTS_ALONE == "weights verified, behaviour not run"
     assert verdict([PASSED, NOT_RUN, WRONG]) == FAILED
-    assert verdict([]) == verdict([NOT_RUN]) == UNVERIFIED
+    unchanged = Check(UNCHANGED, "passed", "")
+    assert verdict([]) == verdict([NOT_RUN]) == verdict([unchanged]) == verdict([unchanged, NOT_RUN]) == UNVERIFIED
 
 
 def test_a_program_that_is_not_run_leaves_what_its_library_proved() -> None:
@@ -126,6 +127,7 @@ def test_a_certificate_that_is_none_is_an_error_of_ours(tmp_path: Path, text: st
 def test_verify_tells_a_changed_file_and_what_it_has_not_compared(tmp_path: Path) -> None:
     folder = exported(tmp_path / "out", llama_base(tmp_path / "Llama-4-x"), "Llama-x", base_name="nobody/Llama-4-x")
     report = verify(folder)
+    assert report["verdict"] == UNVERIFIED, "no weight was compared"
     assert [(c["name"], c["status"]) for c in report["checks"]] == [(UNCHANGED, "passed"), (AGAIN, "not run")]
     (folder / "config.json").write_text("[]")
     report = verify(folder)
