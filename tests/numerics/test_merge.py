@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -260,6 +261,30 @@ def test_a_lost_stack_of_the_adapter_is_refused_by_name(sharded: tuple[Path, Pat
     lost = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_{}.weight"
     rewrite(adapter / WEIGHTS, lambda tensors: [tensors.pop(lost.format(side)) for side in "AB"])
     refused(base, adapter, AdapterFileError, r"layers\.1\.mlp\.experts\.gate_up_proj is targeted")
+
+
+@pytest.mark.parametrize("lost", ["q_proj", "experts", "experts.base_layer"])
+def test_a_kind_lost_in_all_layers_is_refused_by_name(sharded: tuple[Path, Path], lost: str) -> None:
+    """Nothing of its kind is left in the file to say that other layers have it."""
+    base, adapter = sharded
+
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        names = [name for name in tensors if re.fullmatch(rf".*\.{lost}\.lora_[AB]\.weight", name)]
+        assert names
+        for name in names:
+            tensors.pop(name)
+
+    rewrite(adapter / WEIGHTS, lose)
+    tensor = {"experts": "down_proj", "experts.base_layer": "gate_up_proj"}.get(lost, "q_proj.weight")
+    refused(base, adapter, AdapterFileError, rf"{re.escape(tensor)} is targeted")
+
+
+def test_target_modules_given_as_a_pattern_names_linear_layers_alone(sharded: tuple[Path, Path]) -> None:
+    base, adapter = sharded
+    set_config(adapter, target_modules=r".*\.(self_attn|experts)\..*_proj")
+    assert MergedWeights(base, adapter).changed
+    set_config(adapter, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "experts.down_proj", "absent"])
+    assert MergedWeights(base, adapter).changed
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
