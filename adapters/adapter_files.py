@@ -29,6 +29,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from adapters.adapter_config import wrong_values
 from adapters.checkpoint import TensorInfo, check_links, read_header, read_json_object
 from adapters.errors import AdapterFileError, CheckpointError, listed
 from adapters.layouts import PROJECTIONS, ExpertLayout
@@ -336,6 +337,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
         )
     if missing := [name for name in ("r", "lora_alpha") if name not in config]:
         raise AdapterFileError(f"{directory / CONFIG} does not say {' and '.join(missing)}")
+    if wrong := list(wrong_values(config)):
+        raise AdapterFileError(listed(f"{directory / CONFIG} cannot be used", wrong))
     unsupported = [name for name in NOT_MERGED if config.get(name)]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start not in ("gaussian", "orthogonal"):

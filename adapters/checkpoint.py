@@ -60,10 +60,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not 2 <= length <= size - 8:
             raise CheckpointError(path, ["not a safetensors file, or cut off inside its header"])
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(path, [f"unreadable safetensors header: {error}"]) from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(path, ["unreadable safetensors header: expected an object of tensors by name"])
     tensors = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
     problems = [problem for name, info in tensors.items() if (problem := _problem(name, info, size))]
     if problems:
@@ -71,12 +73,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _info(path: Path, base: int, entry: dict[str, Any]) -> TensorInfo:
+def _info(path: Path, base: int, entry: Any) -> TensorInfo:
     try:
-        start, end = entry["data_offsets"]
-        return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), base + start, end - start)
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(path, [f"unreadable safetensors header: {error!r}"]) from error
+    right = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if not right or not isinstance(dtype, str):
+        raise CheckpointError(path, [f"unreadable safetensors header: {json.dumps(entry)[:200]} is no tensor"])
+    return TensorInfo(path, dtype, shape, base + start, end - start)
 
 
 def _problem(name: str, info: TensorInfo, file_size: int) -> str | None:

@@ -3,7 +3,8 @@
     .journal.jsonl      in the directory being written: the plan, then one line for each file that is whole
 
 A file counts as finished when its line is there and its bytes still have the sha256 of that line. A journal of another
-plan (other sources, other options) is worth nothing, and the directory is emptied.
+plan (other sources, other options), or of another version of this code, which may have written other bytes, is worth
+nothing, and the directory is emptied.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 JOURNAL = ".journal.jsonl"
 READ_BYTES = 1 << 22
+LIBRARIES = ("torch", "bitsandbytes")
 
 
 class Journal:
@@ -29,7 +34,7 @@ class Journal:
 
     def __init__(self, directory: Path, plan: Any):
         self._file = directory / JOURNAL
-        first, self._lines = json.dumps(plan, sort_keys=True), self._read()
+        first, self._lines = json.dumps([code_sha256(), plan], sort_keys=True), self._read()
         if not self._lines or self._lines[0] != json.loads(first):
             for path in directory.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -67,6 +72,18 @@ class Journal:
     def close(self) -> None:
         """Everything is written."""
         self._file.unlink()
+
+
+@cache
+def code_sha256() -> str:
+    """Of what computes the bytes: every module of the core, and the versions of the libraries under it."""
+    found = hashlib.sha256()
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found.update(f"{name} {metadata.version(name)}\n".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(file.name.encode() + b"\n" + file.read_bytes())
+    return found.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -268,24 +268,29 @@ def _found(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> Iterator[
 
 
 def left_out(adapter: AdapterFile, layout: ExpertLayout, index: Mapping[str, TensorInfo]) -> list[str]:
-    """Layers that the adapter's config targets and its file has nothing for, though it has for others: lost tensors."""
-    kinds = {LAYER.sub(".layers.*.", name) for name in adapter.shapes}
-    names = sorted({name for key in index if (name := layout.model_key(key))} - set(adapter.shapes))
+    """Tensors that the adapter's config targets and its file has nothing for: lost, in one layer or in all of them."""
+    names = {name: len(info.shape) for key, info in index.items() if (name := layout.model_key(key))}
     return [
-        f"{name} is targeted by adapter_config.json, as in other layers, and has no lora_A and lora_B"
-        for name in names
-        if LAYER.sub(".layers.*.", name) in kinds and _targeted(adapter.config, name)
+        f"{name} is targeted by adapter_config.json and has no lora_A and lora_B"
+        for name in sorted(set(names) - set(adapter.shapes))
+        if _targeted(adapter.config, name, names[name])
     ]
 
 
-def _targeted(config: Mapping[str, Any], name: str) -> bool:
-    """Whether an adapter with this config adapts the tensor `name`, as PEFT matches names."""
-    module, layers = name.removesuffix(".weight"), config.get("layers_to_transform")
-    if layers is not None and int(LAYER.findall(name)[0]) not in ([layers] if isinstance(layers, int) else layers):
+def _targeted(config: Mapping[str, Any], name: str, dimensions: int) -> bool:
+    """Whether an adapter with this config adapts the tensor `name`, as PEFT matches names.
+
+    A target module is a linear layer: stacks of experts and norms are none, whatever a pattern says of their names.
+    """
+    module, layers, layer = name.removesuffix(".weight"), config.get("layers_to_transform"), LAYER.search(name)
+    if layers is not None and layer and int(layer[1]) not in ([layers] if isinstance(layers, int) else layers):
         return False
     if _matches(config.get("exclude_modules"), module):
         return False
-    return _matches(config.get("target_modules"), module) or _matches(config.get("target_parameters"), name)
+    linear = module != name and dimensions == 2
+    return _matches(config.get("target_parameters"), name) or (
+        linear and _matches(config.get("target_modules"), module)
+    )
 
 
 def _matches(wanted: str | Sequence[str] | None, name: str) -> bool:

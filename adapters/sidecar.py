@@ -83,10 +83,32 @@ def read_sidecar(directory: Path) -> Sidecar | None:
     version = found.pop("version", None)
     if version != VERSION:
         raise AdapterFileError(f"{file} is of version {version!r}; this studio reads version {VERSION}")
+    if wrong := _wrong_fields(found):
+        raise AdapterFileError(f"{file} is no whole sidecar: {'; '.join(wrong)}")
     try:
         return Sidecar(**{**found, **{name: tuple(found[name]) for name in ("made_for", "ignored_by")}})
     except (KeyError, TypeError) as error:
         raise AdapterFileError(f"{file} is no whole sidecar: {error}") from None
+
+
+TYPES: dict[str, tuple[type | None, ...]] = {
+    **dict.fromkeys(("format", "base_name", "peft_version", "model_type"), (str,)),
+    **dict.fromkeys(("base", "held"), (dict, None)),
+    "experts": (dict,),
+    **dict.fromkeys(("made_for", "ignored_by"), (list,)),
+}
+"""What JSON holds in each field; None: it may be null."""
+
+
+def _wrong_fields(found: Mapping[str, Any]) -> list[str]:
+    wrong = {name for name, types in TYPES.items() if name in found and not _is_one(found[name], types)}
+    lists = {name: found.get(name, ()) for name in ("made_for", "ignored_by") if name not in wrong}
+    wrong |= {name for name, value in lists.items() if not all(type(each) is str for each in value)}
+    return [f"{name} is {found[name]!r}" for name in sorted(wrong)]
+
+
+def _is_one(value: Any, types: tuple[type | None, ...]) -> bool:
+    return None in types if value is None else type(value) in types
 
 
 def check_base(sidecar: Sidecar, base: Path) -> list[str]:

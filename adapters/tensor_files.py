@@ -37,6 +37,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+REPLACED = "replaced"
+"""In `.NAME.old`: the output that is being replaced, and nothing else, so that a folder of the user's is told apart."""
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -195,20 +198,23 @@ def spec_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def new_directory(target: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """A directory written beside `target`, as `.NAME.partial`, that takes its name only when the block ends well.
 
-    With `overwrite` the old directory stays until the new one is whole. On an error nothing of the new one is left;
-    what a killed process left never looks finished, and the next one clears it away. One process writes at a time.
+    With `overwrite` the old directory stays, at last as `.NAME.old/replaced`, until the new one is whole. On an error
+    nothing of the new one is left; what a killed process left never looks finished, and the next one clears it away.
+    One process writes at a time.
 
     Args:
-        resume: hand over what a killed process left, instead of clearing it away. The block decides what of it is good.
+        resume: hand over what a killed process left, or one whose disk was full, instead of clearing it away. The block
+            decides what of it is good.
 
     Raises:
-        OutputExistsError: `target` exists and `overwrite` is not given, or another process is writing it.
+        OutputExistsError: `target` exists and `overwrite` is not given, another process is writing it, or `.NAME.old`
+            is somebody else's.
     """
     staged, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
+    _check_ours(old, target)
     with _locked(staged, target):
-        if old.exists():  # killed between two renames
-            shutil.rmtree(old) if target.exists() else old.rename(target)
+        _recover(old, target)
         try:
             if target.exists() and not overwrite:
                 raise OutputExistsError(f"{target} exists already; choose another output or pass --overwrite")
@@ -219,9 +225,34 @@ def new_directory(target: Path, overwrite: bool = False, resume: bool = False) -
                 if file.is_file():
                     _fsync(file)
             _swap(staged, target, old)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
+        except BaseException as error:
+            if not (
+                resume and isinstance(error, OSError)
+            ):  # a full disk: what is whole is worth as much as after a kill
+                shutil.rmtree(staged, ignore_errors=True)
             raise
+
+
+def _check_ours(old: Path, target: Path) -> None:
+    """Refuses an `old` that no process of ours left: it would be taken for an output that was being replaced."""
+    try:
+        ours = not old.is_symlink() and set(os.listdir(old)) <= {REPLACED}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        ours = False
+    if not ours:
+        raise OutputExistsError(
+            f"{old} is in the way: while {target} is replaced, the old one waits under this name; rename yours"
+        )
+
+
+def _recover(old: Path, target: Path) -> None:
+    """Ends what a process began that was killed between two renames: an old output comes back, or goes."""
+    if (old / REPLACED).exists() and not target.exists():
+        (old / REPLACED).rename(target)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 @contextmanager
@@ -262,17 +293,16 @@ def _empty(directory: Path) -> None:
 
 def _swap(staged: Path, target: Path, old: Path) -> None:
     if target.exists():
-        target.rename(old)
+        old.mkdir()
+        target.rename(old / REPLACED)
     _fsync(staged)
     try:
         staged.rename(target)
     except BaseException:
-        if old.exists():
-            old.rename(target)
+        _recover(old, target)
         raise
     _fsync(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    _recover(old, target)
 
 
 def _fsync(path: Path) -> None:

@@ -79,7 +79,15 @@ class Bnb4Bit(Encoding):
             yield parts[name]
         yield torch.cat([parts[STATE], torch.full((STATE_BYTES - len(parts[STATE]),), ord(" "), dtype=torch.uint8)])
 
-    def decode(self, index: Mapping[str, TensorInfo], matrix: Matrix) -> Tensor:
+    def read_back(self, index: Mapping[str, TensorInfo], key: str, expert: int | None) -> Tensor:
+        """By bitsandbytes' own dequantisation."""
+        if not self.quantizes(key):
+            return read_tensor(index[key], expert)
+        halves = [self._decode(index, matrix) for matrix in self.matrices(key) if matrix.expert == expert]
+        transposed = expert is not None and self.merged.layout.stack_order == "in_out"
+        return torch.cat(halves).t().contiguous() if transposed else torch.cat(halves)
+
+    def _decode(self, index: Mapping[str, TensorInfo], matrix: Matrix) -> Tensor:
         weight = f"{matrix.name}.weight"
         if f"{weight}.{STATE}" not in index:
             return read_tensor(index[weight]).float()

@@ -21,8 +21,8 @@ from adapters.errors import ExportError
 from adapters.export import Options, Progress, Source
 from adapters.export.quantized_files import Encoding, Matrix, Specs, check_encoded, write_encoded
 from adapters.merged import MergedWeights
-from adapters.tensor_files import read_tensor
 from adapters.verify import Check, Evidence
+from adapters.verify.fp8_reading import check_declared, read_matrix
 from adapters.verify.weights import Rounding
 
 FP8 = torch.float8_e4m3fn
@@ -71,9 +71,12 @@ class Fp8(Encoding):
         yield (values / scale).clamp_(-MOST, MOST).to(FP8)
         yield scale
 
-    def decode(self, index: Mapping[str, TensorInfo], matrix: Matrix) -> Tensor:
-        weight, scale = (read_tensor(index[f"{matrix.name}.{part}"]) for part in ("weight", "weight_scale"))
-        return weight.float() * scale
+    def read_back(self, index: Mapping[str, TensorInfo], key: str, expert: int | None) -> Tensor:
+        """By the engines' names, which are written down apart from this writer's."""
+        return read_matrix(index, self.merged.layout.model_type, key, expert)
+
+    def declared(self, directory: Path, index: Mapping[str, TensorInfo]) -> list[Check]:
+        return [check_declared(directory, index)]
 
     def config(self) -> dict[str, Any]:
         weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from adapters.layouts import QUANTIZED_CLASSES
 from adapters.merge import INDEX, check_room, copy_rest, own_shards
 from adapters.merged import MergedWeights
 from adapters.merging import compute, pieces
-from adapters.tensor_files import DTYPES, read_tensor, spec_bytes, write_pieces, write_tensors
+from adapters.tensor_files import DTYPES, spec_bytes, write_pieces, write_tensors
 from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import LIMITS
 from adapters.verify.model_files import check_config, check_in_transformers, check_whole
@@ -85,8 +85,12 @@ class Encoding(ABC):
         """Theirs, in the same order, of `values` (out, in) float32."""
 
     @abstractmethod
-    def decode(self, index: Mapping[str, TensorInfo], matrix: Matrix) -> Tensor:
-        """(out, in) float32 from the files."""
+    def read_back(self, index: Mapping[str, TensorInfo], key: str, expert: int | None) -> Tensor:
+        """One matrix of the base's tensor `key` from the files, in the base's axis order, as the consumer reads it.
+
+        Raises:
+            ExportError: the consumer does not find it.
+        """
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -149,13 +153,9 @@ class Encoding(ABC):
                     values = values.t()
             yield from self.encode(matrix, values.chunk(matrix.halves)[matrix.half].contiguous())
 
-    def read_back(self, index: Mapping[str, TensorInfo], key: str, expert: int | None) -> Tensor:
-        """One matrix of the base's tensor `key` from the files, in the base's axis order."""
-        if not self.quantizes(key):
-            return read_tensor(index[key], expert)
-        halves = [self.decode(index, matrix) for matrix in self.matrices(key) if matrix.expert == expert]
-        transposed = expert is not None and self.merged.layout.stack_order == "in_out"
-        return torch.cat(halves).t().contiguous() if transposed else torch.cat(halves)
+    def declared(self, directory: Path, index: Mapping[str, TensorInfo]) -> list[Check]:
+        """Whether config.json says of the files what is so; nothing where the consumer itself is run on them."""
+        return []
 
 
 def write_encoded(encoding: Encoding, directory: Path, progress: Progress | None) -> dict[str, Any]:
@@ -233,12 +233,15 @@ def check_values(encoding: Encoding, directory: Path, source: Source) -> list[Ch
     named = _check_names(encoding, index)
     if named.status == "failed":
         return [whole, named]
-    found = audit(
-        source,
-        lambda key, expert: encoding.read_back(index, key, expert),
-        lambda key: encoding.rounding if encoding.quantizes(key) else None,
-    )
-    return [whole, named, *found]
+    try:
+        found = audit(
+            source,
+            lambda key, expert: encoding.read_back(index, key, expert),
+            lambda key: encoding.rounding if encoding.quantizes(key) else None,
+        )
+    except ExportError as error:
+        return [whole, replace(named, status="failed", detail=str(error))]
+    return [whole, named, *encoding.declared(directory, index), *found]
 
 
 def _check_names(encoding: Encoding, index: Mapping[str, TensorInfo]) -> Check:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +138,40 @@ def test_what_a_killed_merge_left_is_used_only_where_it_is_whole(
     assert report.resumed == (0 if damage.startswith("other") else len(files) - 1)
 
 
+def test_what_another_studio_wrote_is_not_kept(sharded: tuple[Path, Path], tmp_path: Path) -> None:
+    """One that forgot the scale, killed after its first files: their bytes are whole, and wrong."""
+    base, adapter = sharded
+    shutil.copytree(REPOSITORY / "adapters", tmp_path / "faulty" / "adapters")
+    module = tmp_path / "faulty" / "adapters" / "merged.py"
+    right = module.read_text()
+    module.write_text(right.replace(".mul_(factors.scale)", ""))
+    assert module.read_text() != right
+    size = sum(info.size_bytes for info in read_index(base).values())
+    command = [sys.executable, "-c", KILLED_WHILE_MERGING, *map(str, (base, adapter, tmp_path / "out", size))]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "faulty")}
+    assert subprocess.run(command, env=environment, cwd=tmp_path, timeout=120).returncode == -9
+    assert merge_adapter(base, adapter, tmp_path / "out").resumed == 0
+    merge_adapter(base, adapter, tmp_path / "clean")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "clean")
+
+
+def test_a_full_disk_keeps_what_is_whole_for_the_next_merge(sharded: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = sharded
+
+    def full(done: int, total: int) -> None:
+        if done > total // 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        merge_adapter(base, adapter, tmp_path / "out", progress=full)
+    assert not (tmp_path / "out").exists()
+    assert merge_adapter(base, adapter, tmp_path / "out").resumed > 0
+    assert not (tmp_path / ".out.partial").exists()
+    with pytest.raises(OSError, match="No space"), new_directory(tmp_path / "other"):
+        raise OSError(errno.ENOSPC, "No space left on device")  # what the next one would not use is not left
+    assert not (tmp_path / ".other.partial").exists()
+
+
 def test_two_processes_never_write_the_same_output(tmp_path: Path) -> None:
     with new_directory(tmp_path / "out"):
         with pytest.raises(OutputExistsError, match="another process"), new_directory(tmp_path / "out"):
@@ -145,11 +181,37 @@ def test_two_processes_never_write_the_same_output(tmp_path: Path) -> None:
 
 
 def test_an_old_output_comes_back_where_a_process_was_killed_between_two_renames(tmp_path: Path) -> None:
-    (tmp_path / ".out.old").mkdir()
-    (tmp_path / ".out.old" / "mine").write_text("old")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("old")
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from adapters import tensor_files
+tensor_files._fsync = lambda path: path.name == ".out.partial" and os.kill(os.getpid(), signal.SIGKILL)
+with tensor_files.new_directory(Path(sys.argv[1]), overwrite=True):
+    pass
+"""
+    command = [sys.executable, "-c", killed, str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run(command, env=environment, timeout=120).returncode == -9
+    assert not (tmp_path / "out").exists()
     with pytest.raises(OutputExistsError, match="--overwrite"), new_directory(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "mine").read_text() == "old" and not (tmp_path / ".out.old").exists()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["output there", "no output"])
+def test_a_folder_of_the_users_with_the_name_of_an_old_output_is_left_alone(tmp_path: Path, there: bool) -> None:
+    mine = tmp_path / ".out.old" / "mine"
+    mine.mkdir(parents=True)
+    if there:
+        (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(OutputExistsError, match=r"\.out\.old is in the way"),
+        new_directory(tmp_path / "out", overwrite=True),
+    ):
+        raise AssertionError("work was spent")
+    assert mine.is_dir() and (tmp_path / "out").exists() == there and not (tmp_path / ".out.partial").exists()
 
 
 def test_what_a_killed_process_left_is_cleared_away_unless_it_is_asked_for(tmp_path: Path) -> None:
@@ -199,6 +261,30 @@ def test_a_lost_stack_of_the_adapter_is_refused_by_name(sharded: tuple[Path, Pat
     lost = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_{}.weight"
     rewrite(adapter / WEIGHTS, lambda tensors: [tensors.pop(lost.format(side)) for side in "AB"])
     refused(base, adapter, AdapterFileError, r"layers\.1\.mlp\.experts\.gate_up_proj is targeted")
+
+
+@pytest.mark.parametrize("lost", ["q_proj", "experts", "experts.base_layer"])
+def test_a_kind_lost_in_all_layers_is_refused_by_name(sharded: tuple[Path, Path], lost: str) -> None:
+    """Nothing of its kind is left in the file to say that other layers have it."""
+    base, adapter = sharded
+
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        names = [name for name in tensors if re.fullmatch(rf".*\.{lost}\.lora_[AB]\.weight", name)]
+        assert names
+        for name in names:
+            tensors.pop(name)
+
+    rewrite(adapter / WEIGHTS, lose)
+    tensor = {"experts": "down_proj", "experts.base_layer": "gate_up_proj"}.get(lost, "q_proj.weight")
+    refused(base, adapter, AdapterFileError, rf"{re.escape(tensor)} is targeted")
+
+
+def test_target_modules_given_as_a_pattern_names_linear_layers_alone(sharded: tuple[Path, Path]) -> None:
+    base, adapter = sharded
+    set_config(adapter, target_modules=r".*\.(self_attn|experts)\..*_proj")
+    assert MergedWeights(base, adapter).changed
+    set_config(adapter, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "experts.down_proj", "absent"])
+    assert MergedWeights(base, adapter).changed
 
 
 @pytest.mark.parametrize("side", ["A", "B"])

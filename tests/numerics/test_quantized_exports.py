@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from adapters.errors import ExportError
 from adapters.export import EXPORTERS, Options, Source
 from adapters.export.bnb_4bit import Bnb4Bit
 from adapters.export.fp8 import Fp8
-from adapters.export.quantized_files import check_values
+from adapters.export.quantized_files import Encoding, Matrix, check_values
 from adapters.loading import load_base
 from adapters.lora import attach
 from adapters.peft_files import save_adapter
@@ -195,6 +195,49 @@ def test_planted_faults_are_seen(trained: Trained, form: str, tmp_path: Path, fa
     save_file(tensors, file, metadata={"format": "pt"})
     wanted = "weights: names, shapes and dtypes" if fault in (dropped_scale, a_stranger) else TARGETED
     assert wanted in failures(values(trained, form, tmp_path / "out"))
+
+
+def gate_and_up_swapped(fp8: Any, key: str) -> list[Matrix]:
+    right = Encoding.matrices(fp8, key)
+    names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    cut = [(matrix, *matrix.name.rpartition(".")[::2]) for matrix in right]
+    return [replace(matrix, name=f"{place}.{names.get(part, part)}") for matrix, place, part in cut]
+
+
+def names_of_another_form(fp8: Any, key: str) -> list[Matrix]:
+    return [
+        replace(matrix, name=matrix.name.replace(".experts.", ".expert.")) for matrix in Encoding.matrices(fp8, key)
+    ]
+
+
+@pytest.mark.parametrize("fault", [gate_and_up_swapped, names_of_another_form], ids=lambda f: f.__name__)
+def test_a_fault_of_the_fp8_writer_is_seen_by_its_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Any
+) -> None:
+    """In the writer itself, so that its own reader would undo it."""
+    base = save(Tiny("llama4_text", 64, 64), tmp_path)
+    found = Trained(Source(base, None, "tiny"), {})
+    monkeypatch.setattr(Fp8, "matrices", fault)
+    write(found, FP8, tmp_path / "out")
+    assert failures(values(found, FP8, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("fault", ["nothing ignored", "one too many", "strategy"])
+def test_an_fp8_config_that_says_otherwise_than_the_files_is_seen(tmp_path: Path, fault: str) -> None:
+    base = save(Tiny("qwen3_moe", 64, 64), tmp_path)
+    found = Trained(Source(base, None, "tiny"), {})
+    write(found, FP8, tmp_path / "out")
+    assert not failures(values(found, FP8, tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    quantized = config["quantization_config"]
+    if fault == "nothing ignored":
+        quantized["ignore"] = []
+    elif fault == "one too many":
+        quantized["ignore"].append("model.layers.1.self_attn.q_proj")
+    else:
+        quantized["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert "weights: quantised as config.json says" in failures(values(found, FP8, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_5_moe_text", "glm4_moe", "qwen3"])
