@@ -17,7 +17,6 @@ from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_index, read_json_o
 from adapters.export import EXPORTERS, Format, Options, Source
 from adapters.export.consumers import CONSUMERS, STACKED_IN_VLLM, Consumer, Place, mixed_in_vllm
 from adapters.sidecar import check_base
-from studio.card import public_name
 from studio.certificate import CERTIFICATE
 from studio.errors import AdapterFileError, ExportError, OutputExistsError
 from studio.export_origin import Origin, find_origin
@@ -116,11 +115,11 @@ class ExportPlan:
     @property
     def public_base(self) -> str:
         """The base as cards and certificates call it: never a path of this machine."""
-        return public_name(self.origin.base_name)
+        return self.origin.public_name
 
     def source(self, held: Mapping[str, Any] | None = None) -> Source:
         """What is written. `held`: merged into the base as training held it."""
-        return Source(self.origin.base, self.origin.adapter, self.name, held)
+        return Source(self.origin.base, self.origin.adapter, self.name, held, self.public_base)
 
     @property
     def chooses(self) -> bool:
@@ -164,7 +163,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     form = _as_vllm_has_it(request, origin, form)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
-    licence = read_licence(origin.base, public_name(origin.base_name))
+    licence = read_licence(origin.base, origin.public_name)
     licence.check_name(name)
     licence.check_files()
     warnings = check_base(origin.sidecar, origin.base) if origin.sidecar else []

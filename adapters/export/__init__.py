@@ -37,12 +37,19 @@ class Source:
         name: the model's name, for cards and metadata.
         held: merge into the base as training held it, quantised: the `held` of `adapters.sidecar.Sidecar`; None merges
             into the base's own weights.
+        base_name: what the exported files call the base; "" is the name of its folder.
     """
 
     base: Path
     adapter: Path | None
     name: str
     held: Mapping[str, Any] | None = None
+    base_name: str = ""
+
+    @property
+    def public_base(self) -> str:
+        """The base as files call it that go to others: never a path of this machine."""
+        return self.base_name or self.base.resolve().name
 
     def open(self) -> MergedWeights:
         """The merged weights, to be read tensor by tensor."""

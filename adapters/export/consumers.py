@@ -145,6 +145,15 @@ def gguf_in(folder: Path) -> Path:
 # -------------------------------------------------------------------- commands
 
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _run_adapter(place: Place) -> str:
+    """The script finds by itself only a base that has its name on the hub."""
+    found = HUB_ID.fullmatch(place.base) and not Path(place.base).is_dir()
+    return f'python {place.inside(RUN)} "your question"' + ("" if found else f" --base {shlex.quote(place.base)}")
+
+
 def _vllm_adapter(place: Place) -> str:
     rank = next((rank for rank in VLLM_RANKS if rank >= place.rank), place.rank)
     module, mixed = f"{place.name}={place.folder}", ""
@@ -196,7 +205,7 @@ CONSUMERS: dict[str, Consumer] = {
             "peft",
             "PEFT (adapter)",
             ("peft",),
-            lambda place: f'python {place.inside(RUN)} "your question"',
+            _run_adapter,
             "The adapter alone, for the base that it was trained on.",
             finish=_add_run_adapter,
         ),

@@ -93,7 +93,7 @@ def write_gguf_lora(
     adapter = opened(merged)
     architecture = architecture_of(text_config(merged.config), merged.layout.model_type)
     tensors = planned(parts_of(adapter), merged, architecture)
-    name = str(adapter.config.get("base_model_name_or_path") or source.base)
+    name = source.public_base
     file = directory / f"{file_stem(source.name)}-lora.gguf"
     parameters = sum(int(np.prod(shape)) for one in tensors for shape in one.shapes().values())
     check_room(directory, parameters * dtype.itemsize)
