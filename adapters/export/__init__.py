@@ -101,6 +101,11 @@ class Format:
         return _load(self.checker)(directory, source, evidence, options)
 
 
+def file_stem(name: str) -> str:
+    """A model's name as part of a file's name."""
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.") or "model"
+
+
 def _load(place: str) -> Callable[..., Any]:
     module, _, function = place.partition(":")
     try:

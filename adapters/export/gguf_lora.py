@@ -25,8 +25,7 @@ from torch import Tensor
 from adapters.adapter_files import PREFIX
 from adapters.checkpoint import text_config
 from adapters.errors import AdapterFileError, ExportError, listed
-from adapters.export import Options, Progress, Source
-from adapters.export.gguf import file_stem
+from adapters.export import Options, Progress, Source, file_stem
 from adapters.export.gguf_tensors import STACKS, Architecture, architecture_of
 from adapters.factors import Factors, Part, expert_count, halves, opened, parts_of
 from adapters.fingerprint import fingerprint

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import studio
-from adapters.export import EXPORTERS
+from adapters.export import EXPORTERS, Source
 from adapters.export.consumers import CONSUMERS, Place
 from adapters.fingerprint import fingerprint
 from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
@@ -102,6 +102,40 @@ def test_what_does_not_go_together_is_refused_with_what_is_allowed(
     with pytest.raises(ExportError) as raised:
         studio.plan_export(request(adapter, **changes))  # type: ignore[arg-type]
     assert words in str(raised.value)
+
+
+def test_prompts_that_cannot_be_read_are_refused_before_anything_is_written(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "rows.jsonl").write_text("no json\n")
+    for name in ("empty.txt", "rows.jsonl"):
+        with pytest.raises(StudioError, match=name):
+            studio.plan_export(request(adapter, prompts=tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("consumer", "name", "file"),
+    [
+        ("llama.cpp-adapter", "my pumps", "my-pumps-lora.gguf"),
+        ("llama.cpp", "my pumps", "my-pumps-Q4_K_M.gguf"),
+    ],
+)
+def test_the_command_names_the_gguf_file_that_is_written(
+    adapter: Path, tmp_path: Path, consumer: str, name: str, file: str
+) -> None:
+    pytest.importorskip("gguf")
+    plan = studio.plan_export(request(adapter, consumer, out=tmp_path / name))
+    assert f"/{file}" in plan.command
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "sglang"])
+def test_what_stood_in_for_a_program_is_said_by_what_it_loaded(tmp_path: Path, consumer: str) -> None:
+    check = CONSUMERS[consumer].check
+    assert check is not None
+    (tmp_path / "config.json").write_text("{}")
+    (plain,) = check(Source(EMBEDDED_DIR, None, "a"), tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
+    (fp8,) = check(Source(EMBEDDED_DIR, None, "a"), tmp_path)
+    assert "not the files" in fp8.detail and "not the files" not in plain.detail and fp8.status == "not run"
 
 
 def test_a_base_that_has_changed_since_the_training_is_refused(adapter: Path, tmp_path: Path) -> None:
