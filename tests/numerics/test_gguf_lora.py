@@ -96,6 +96,7 @@ def test_too_little_time_or_room_says_nothing_against_the_file(
     out = made.written(tmp_path)
     if short == "time":
         monkeypatch.setattr("adapters.verify.llama_cpp.SECONDS", 0.01)
+        monkeypatch.setattr("adapters.verify.llama_cpp.SECONDS_A_GB", 0.0)
     else:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr("adapters.verify.memory.shutil.disk_usage", lambda path: usage)
