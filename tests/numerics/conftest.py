@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,3 +321,15 @@ def randomise(model: nn.Module, seed: int = 3, std: float = 0.2) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter.data, std=std)
+
+
+def four_bit_values(weight: torch.Tensor) -> torch.Tensor:
+    """What the codes of a `Params4bit` stand for, (out, in).
+
+    Taken as one row: over rows that end inside a block of 64, bitsandbytes' CPU kernel gives other values.
+    """
+    import bitsandbytes.functional as bnb
+
+    state = copy.copy(weight.quant_state)
+    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+    return bnb.dequantize_4bit(weight.data, state).view(shape)

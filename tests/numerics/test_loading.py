@@ -15,7 +15,7 @@ from adapters.errors import CheckpointError, LayoutError
 from adapters.loading import load_base
 from adapters.quantized import QuantizedStack
 from adapters.routed import use_routed_experts
-from tests.numerics.conftest import Tiny, save
+from tests.numerics.conftest import Tiny, four_bit_values, save
 
 
 def test_streamed_logits_equal_the_in_memory_models_exactly(tiny: Tiny, saved: Path, ids: torch.Tensor) -> None:
@@ -85,9 +85,7 @@ def test_4_bit_logits_equal_stock_on_the_dequantised_weights(
             if isinstance(held, QuantizedStack):
                 parameter.copy_(torch.stack([held.dequantize(e) for e in range(held.experts)]))
             elif held.dtype == torch.uint8:
-                import bitsandbytes.functional as bnb
-
-                parameter.copy_(bnb.dequantize_4bit(held.data, held.quant_state))
+                parameter.copy_(four_bit_values(held))
         torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=2e-6)
 
 

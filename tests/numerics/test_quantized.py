@@ -227,6 +227,32 @@ class LargestFloat32(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(128, 96), (96, 160), (64, 32), (48, 40), (64, 128)])
+def test_4_bit_linears_compute_and_differentiate_with_the_value_of_every_code(
+    kind: str, double_quant: bool, rows: int, cols: int
+) -> None:
+    """Rows that end inside a block of 64 too, where bitsandbytes' CPU kernel gives other weights."""
+    torch.manual_seed(0)
+    stock = nn.Linear(cols, rows)
+    linear, held = quantized_linear(stock, kind, double_quant=double_quant, dtype=torch.float32, device="cpu")
+    writer = held.writer(0)
+    writer.put(0, stock.weight.detach().view(-1))
+    writer.close()
+    linear.bias = stock.bias
+    dense = torch.empty(1, rows, cols)
+    held.dequantize(0, dense)
+    assert (dense[0] - stock.weight).norm() / stock.weight.norm() < 0.13
+    x = torch.randn(5, cols, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    y, expected = linear(x), nn.functional.linear(twin, dense[0], stock.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_int8_linears_make_no_float32_matrix_on_the_way_to_16_bit() -> None:
     torch.manual_seed(10)
     stock = nn.Linear(512, 301, bias=False)
