@@ -9,7 +9,7 @@ arXiv 2212.04089).
     ties    trim each delta to its largest values, elect a sign for every value, take the mean of those that agree
             (Yadav et al., 2023, arXiv 2306.01708); signs are elected after weighting
     dare    drop values of each delta at random, rescale the rest by 1 / density, add up (Yu et al., 2024,
-            arXiv 2311.03099); seeded by adapter, tensor and expert, so that neither order nor machine matters
+            arXiv 2311.03099); seeded by the adapter's place, tensor and expert: the order matters, the machine does not
 
 What ties and dare give has no low rank; the result is its nearest matrix of rank R, and `lost` says how far off.
 """

@@ -77,7 +77,9 @@ def write_card(
 def public_name(base: str | Path) -> str:
     """What a card calls a base: a hub id and "embedded" as they are, a folder by its name."""
     text = str(base)
-    return text if text == "embedded" or (HUB_ID.fullmatch(text) and not Path(text).is_dir()) else Path(text).name
+    if text == "embedded" or (HUB_ID.fullmatch(text) and not Path(text).is_dir()):
+        return text
+    return Path(text).absolute().name
 
 
 def _job(job: Path | None) -> Job | None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from adapters.checkpoint import read_json_object
 from adapters.sidecar import Sidecar, read_sidecar
-from studio.errors import AdapterFileError, ExportError, JobError
+from studio.base import EMBEDDED_DIR
+from studio.card import HUB_ID, public_name
+from studio.errors import AdapterFileError, ExportError, JobError, StudioError
 from studio.jobs import Job, open_job
 from studio.models import resolve_base
 
@@ -39,6 +41,18 @@ class Origin:
         return str(self.base) if self.base_name == "embedded" else self.base_name
 
     @property
+    def public_name(self) -> str:
+        """The base as exports call it: never a path of this machine.
+
+        A folder has the hub id that the adapter was trained with, where there is one, else its own name.
+        """
+        if self.base.resolve() == EMBEDDED_DIR.resolve():
+            return "embedded"
+        trained = self.sidecar.base_name if self.sidecar else ""
+        names = [public_name(name) for name in (self.base_name, trained) if name]
+        return next((name for name in names if HUB_ID.fullmatch(name)), names[0])
+
+    @property
     def held(self) -> dict[str, Any] | None:
         """How training held the base, if it was quantised."""
         held = dict(self.sidecar.held or {}) if self.sidecar else {}
@@ -56,7 +70,7 @@ def find_origin(what: str, base: str | None = None) -> Origin:
         return _from_job(open_job(path), base)
     if (path / "compact_adapter.safetensors").is_file():
         raise AdapterFileError(
-            f"{path} is in the compact form; write the standard one first: studio convert {path} OUT"
+            f"{path} is in the compact form; write the standard one first: studio convert {path} OUT --to peft"
         )
     if (path / "adapter_config.json").is_file():
         return _from_adapter(path, base)
@@ -78,4 +92,8 @@ def _from_adapter(adapter: Path, base: str | None) -> Origin:
     if not name:
         raise AdapterFileError(f"{adapter / 'adapter_config.json'} does not name its base model; give it with --base")
     job = open_job(adapter.parent) if adapter.name == "adapter" and (adapter.parent / "recipe.yaml").is_file() else None
-    return Origin(resolve_base(str(name)), str(name), adapter, job, read_sidecar(adapter))
+    try:
+        directory = resolve_base(str(name))
+    except StudioError as error:
+        raise error if base else AdapterFileError(f"{error}. Give the base of {adapter} with --base") from None
+    return Origin(directory, str(name), adapter, job, read_sidecar(adapter))

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_index, read_json_object
-from adapters.export import EXPORTERS, Format, Options, Source
+from adapters.export import EXPORTERS, Format, Options, Source, file_stem
 from adapters.export.consumers import CONSUMERS, STACKED_IN_VLLM, Consumer, Place, mixed_in_vllm
 from adapters.sidecar import check_base
-from studio.card import public_name
 from studio.certificate import CERTIFICATE
 from studio.errors import AdapterFileError, ExportError, OutputExistsError
 from studio.export_origin import Origin, find_origin
 from studio.export_sizes import GGUF_BITS, format_bytes
+from studio.held_out import held_out_prompts
 from studio.licence import Licence, read_licence
 from studio.merge_choice import INTO
 from studio.quantities import as_bytes
@@ -38,7 +38,7 @@ LIBRARIES = {
     "compact": "a reader of its own",
     "fp8": "a reader of its own",
 }
-"""What loads a format to verify it, where that is not stock transformers."""
+"""What reads a format to verify it, where stock transformers cannot; that then runs the values read back of fp8."""
 
 SPARE = 1.02
 """Of the planned bytes: headers, the card, the certificate."""
@@ -116,11 +116,11 @@ class ExportPlan:
     @property
     def public_base(self) -> str:
         """The base as cards and certificates call it: never a path of this machine."""
-        return public_name(self.origin.base_name)
+        return self.origin.public_name
 
     def source(self, held: Mapping[str, Any] | None = None) -> Source:
         """What is written. `held`: merged into the base as training held it."""
-        return Source(self.origin.base, self.origin.adapter, self.name, held)
+        return Source(self.origin.base, self.origin.adapter, self.name, held, self.public_base)
 
     @property
     def chooses(self) -> bool:
@@ -153,6 +153,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
 
     Raises:
         ExportError: a format, consumer or option that is not there or do not go together, or too small a disk.
+        DataError: the prompts cannot be read.
         AdapterFileError: the adapter is of another base. CheckpointError: the base cannot be read.
         OutputExistsError: `out` exists.
     """
@@ -164,7 +165,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     form = _as_vllm_has_it(request, origin, form)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
-    licence = read_licence(origin.base, public_name(origin.base_name))
+    licence = read_licence(origin.base, origin.public_name)
     licence.check_name(name)
     licence.check_files()
     warnings = check_base(origin.sidecar, origin.base) if origin.sidecar else []
@@ -194,7 +195,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
             str(request.out),
             origin.path_or_id,
             origin.adapter,
-            _gguf(name, consumer, options),
+            _gguf(name, consumer, form, options),
             mixed_in_vllm(form.name, origin.model_type),
         ),
         warnings=tuple(warnings),
@@ -235,6 +236,8 @@ def _options(request: ExportRequest, form: Format) -> Options:
     quant = (request.quant or QUANT).upper() if form.name == "gguf" else None
     if quant is not None and quant not in GGUF_BITS:
         raise ExportError(f"received --quant {request.quant}; allowed are {', '.join(GGUF_BITS)}")
+    if request.prompts is not None and request.prompts.is_file():
+        held_out_prompts(file=request.prompts)
     for file in (request.importance, request.prompts):
         if file is not None and not file.is_file():
             raise ExportError(f"{file} does not exist; expected a JSON Lines file of examples")
@@ -299,10 +302,10 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def _gguf(name: str, consumer: Consumer | None, options: Options) -> str:
+def _gguf(name: str, consumer: Consumer | None, form: Format, options: Options) -> str:
     """Where the GGUF file will lie in the folder."""
     folder = consumer.folder.format(name=name) if consumer else ""
-    file = f"{name}-{options.quant}.gguf" if options.quant else f"{name}.gguf"
+    file = f"{file_stem(name)}-{'lora' if form.name == 'gguf-lora' else options.quant}.gguf"
     return f"{folder}/{file}" if folder else file
 
 

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import listed
 from adapters.export import EXPORTERS, Format, Source
 from adapters.export.consumers import CONSUMERS, Consumer, consumers_of, mixed_in_vllm
-from adapters.sidecar import read_sidecar
+from adapters.sidecar import SIDECAR, read_sidecar
 from adapters.verify import Check
-from studio.errors import ExportError, VerificationError
+from studio.base import EMBEDDED_DIR
+from studio.card import HUB_ID
+from studio.certificate import CERTIFICATE
+from studio.errors import ExportError, StudioError, VerificationError
 from studio.export_plan import ExportPlan, ExportRequest, command_of, plan_export
 from studio.export_sizes import GGUF_BITS
 from studio.progress import EXPORT_STAGES
@@ -135,7 +140,7 @@ def _write_card(plan: ExportPlan, source: Source, staged: Path, checks: Sequence
         licence=plan.licence,
         format=plan.format.name,
         checks=checks,
-        run=_command(plan, staged, ".", plan.public_base),
+        run=_command(plan, staged, ".", _elsewhere(plan.public_base)),
         consumer=plan.consumer.title if plan.consumer else "",
         job=plan.origin.job.path if plan.origin.job else None,
         prompts_from=prompts_from,
@@ -147,6 +152,11 @@ def _command(plan: ExportPlan, written: Path, folder: str, base: str = "") -> st
     base = base or plan.origin.path_or_id
     mixed = mixed_in_vllm(plan.format.name, plan.origin.model_type)
     return command_of(plan.consumer, plan.name, folder, base, plan.origin.adapter, _gguf(written), mixed)
+
+
+def _elsewhere(base: str) -> str:
+    """How a command says a base by its public name: what is on no hub lies somewhere."""
+    return base if HUB_ID.fullmatch(base) else f"path/to/{base}"
 
 
 def _gguf(folder: Path) -> str:
@@ -181,11 +191,54 @@ def read_export(folder: Path | str) -> dict[str, Any]:
 
     folder = Path(folder)
     found = as_json(read_certificate(folder))
+    if wrong := _wrong_field(found):
+        raise ExportError(f"{folder} has a damaged certificate.json: its field {wrong!r} is not what an export writes")
     consumer = CONSUMERS.get(found["consumer"])
     sidecar = read_sidecar(folder)
     mixed = sidecar is not None and mixed_in_vllm(sidecar.format, sidecar.model_type)
-    command = command_of(consumer, found["name"], str(folder), found["base"]["name"], folder, _gguf(folder), mixed)
+    named = found["base"]["name"]
+    base = str(EMBEDDED_DIR) if named == "embedded" else _elsewhere(named)
+    command = command_of(consumer, found["name"], str(folder), base, folder, _gguf(folder), mixed)
     return {**found, "out": str(folder), "command": command}
+
+
+def _wrong_field(found: dict[str, Any]) -> str:
+    """The first field that views could not show, "" where there is none: the folder may have come from anywhere."""
+    for name, kind in {"base": dict, "facts": dict, "options": dict, "files": dict, "checks": list}.items():
+        if not isinstance(found[name], kind):
+            return name
+    texts = {name: found[name] for name in ("name", "format", "consumer", "verdict", "prompts", "created")}
+    texts |= {"base": found["base"].get("name")}
+    for check in found["checks"]:
+        texts |= {
+            f"checks: {part}": check[part] for part in ("name", "status", "detail") if type(check[part]) is not str
+        }
+    wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+    wrong += [
+        name
+        for name, file in found["files"].items()
+        if not isinstance(file, dict) or type(file.get("bytes")) is not int
+    ]
+    return next(iter(wrong), "") or ("" if _is_time(found["created"]) else "created")
+
+
+def _is_time(text: str) -> bool:
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).tzinfo is not None
+    return False
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes when the file does."""
+    with suppress(OSError):
+        return (found := file.stat()).st_mtime_ns, found.st_size
+    return 0, 0
+
+
+@lru_cache(maxsize=1000)
+def _listed(folder: Path, stamps: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+    """`read_export`, again only where the certificate has changed: a page asks every second."""
+    return read_export(folder)
 
 
 def list_exports(root: Path | str) -> list[dict[str, Any]]:
@@ -193,6 +246,6 @@ def list_exports(root: Path | str) -> list[dict[str, Any]]:
     found = []
     for folder in Path(root).iterdir() if Path(root).is_dir() else ():
         if not folder.name.startswith("."):
-            with suppress(ExportError):
-                found.append(read_export(folder))
+            with suppress(StudioError):
+                found.append(_listed(folder, tuple(_stamp(folder / name) for name in (CERTIFICATE, SIDECAR))))
     return sorted(found, key=lambda export: str(export["created"]), reverse=True)

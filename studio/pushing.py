@@ -16,6 +16,14 @@ from studio.certificate import CERTIFICATE, FAILED, UNVERIFIED, Certificate, cha
 from studio.errors import ExportError
 from studio.licence import Licence, read_licence
 
+PLACE = re.compile(r"(?<![\w.:/~)>-])/[\w.+@-]+(?:/[\w.+@-]+)+")
+HOMES = ("/home/", "/Users/", "/root/")
+SYSTEM = ("/usr/", "/bin/", "/dev/", "/etc/", "/proc/", "/sys/")
+"""What every machine has, as in the first line of a script."""
+
+TEXTS = (".json", ".md", ".txt", ".py", ".yaml", ".yml", "")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
+
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -70,10 +78,31 @@ def _checked(folder: Path, certificate: Certificate, repository: str) -> Licence
         raise ExportError(f"{folder} is not to be uploaded as it is: {plain.detail}")
     if changed := changed_files(folder, certificate):
         raise ExportError(listed(f"{folder} is not as it was certified; export it again", changed))
+    if told := _places(folder, certificate):
+        raise ExportError(listed(f"{folder} names places on this machine; export it again", told))
     licence = read_licence(folder, str(certificate.base["name"]))
     licence.check_name(repository.partition("/")[2])
     licence.check_files()
     return licence
+
+
+def _places(folder: Path, certificate: Certificate) -> list[str]:
+    """Paths of this machine in the files that go to others, one line each; vocabularies hold what looks like them."""
+    found = []
+    for name in (*certificate.files, CERTIFICATE):
+        if Path(name).suffix in TEXTS and Path(name).name not in VOCABULARIES:
+            words = PLACE.findall((folder / name).read_text(encoding="utf-8", errors="replace"))
+            found += [f"{name}: {word}" for word in dict.fromkeys(words) if _is_here(word)]
+    return found
+
+
+def _is_here(word: str) -> bool:
+    if word.startswith(HOMES):
+        return True
+    try:
+        return not word.startswith(SYSTEM) and Path(word).exists()
+    except OSError:
+        return False
 
 
 def _upload(folder: Path, repository: str, public: bool, files: Any, endpoint: str | None) -> str:

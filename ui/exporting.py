@@ -95,7 +95,7 @@ class Exports:
     def _follow(self, pipe: Connection, child: BaseProcess) -> None:
         """Takes what the process says, to its end, whatever that is."""
         said: Row = {}
-        with suppress(EOFError):
+        with suppress(EOFError, OSError):  # OSError: killed in mid-message
             while "status" not in said:
                 said = pipe.recv()
                 self._change(said)

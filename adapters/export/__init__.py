@@ -37,12 +37,19 @@ class Source:
         name: the model's name, for cards and metadata.
         held: merge into the base as training held it, quantised: the `held` of `adapters.sidecar.Sidecar`; None merges
             into the base's own weights.
+        base_name: what the exported files call the base; "" is the name of its folder.
     """
 
     base: Path
     adapter: Path | None
     name: str
     held: Mapping[str, Any] | None = None
+    base_name: str = ""
+
+    @property
+    def public_base(self) -> str:
+        """The base as files call it that go to others: never a path of this machine."""
+        return self.base_name or self.base.resolve().name
 
     def open(self) -> MergedWeights:
         """The merged weights, to be read tensor by tensor."""
@@ -92,6 +99,11 @@ class Format:
     def check(self, directory: Path, source: Source, evidence: Evidence, options: Options) -> list[Check]:
         """Holds what was written against the source."""
         return _load(self.checker)(directory, source, evidence, options)
+
+
+def file_stem(name: str) -> str:
+    """A model's name as part of a file's name."""
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.") or "model"
 
 
 def _load(place: str) -> Callable[..., Any]:

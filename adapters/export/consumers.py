@@ -131,8 +131,22 @@ def _check_modelfile(source: Source, folder: Path) -> list[Check]:
 
 def _not_run(program: str, library: str) -> Callable[[Source, Path], list[Check]]:
     """Says of a program that this machine does not run what loaded the same files in its place."""
-    detail = f"{program} is not run on this machine: what {library} found stands for it as far as that goes"
-    return lambda source, folder: [Check(f"behaviour in {program}", "not run", detail)]
+
+    def check(source: Source, folder: Path) -> list[Check]:
+        what = f"what {library} found"
+        if _read_back(folder):
+            what = f"what {library} found, which ran the values read back from these files and not the files,"
+        detail = f"{program} is not run on this machine: {what} stands for it as far as that goes"
+        return [Check(f"behaviour in {program}", "not run", detail)]
+
+    return check
+
+
+def _read_back(folder: Path) -> bool:
+    """Whether the files are of the form that stock transformers was given as plain values (fp8)."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config.get("quantization_config", {}).get("quant_method") == "compressed-tensors"
 
 
 def gguf_in(folder: Path) -> Path:
@@ -143,6 +157,15 @@ def gguf_in(folder: Path) -> Path:
 
 
 # -------------------------------------------------------------------- commands
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _run_adapter(place: Place) -> str:
+    """The script finds by itself only a base that has its name on the hub."""
+    found = HUB_ID.fullmatch(place.base) and not Path(place.base).is_dir()
+    return f'python {place.inside(RUN)} "your question"' + ("" if found else f" --base {shlex.quote(place.base)}")
 
 
 def _vllm_adapter(place: Place) -> str:
@@ -196,7 +219,7 @@ CONSUMERS: dict[str, Consumer] = {
             "peft",
             "PEFT (adapter)",
             ("peft",),
-            lambda place: f'python {place.inside(RUN)} "your question"',
+            _run_adapter,
             "The adapter alone, for the base that it was trained on.",
             finish=_add_run_adapter,
         ),

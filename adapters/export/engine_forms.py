@@ -74,7 +74,7 @@ def write_form(
     rank = max(part.rank for part in parts)
     lay = partial(_lay, form=form, rank=rank, layout=merged.layout)
     facts = write_parts(directory / WEIGHTS, parts, lay, factor_dtype(options.dtype), progress)
-    name = str(adapter.config.get("base_model_name_or_path") or source.base)
+    name = source.public_base
     _write_config(directory / CONFIG, parts, rank, name)
     sidecar = _sidecar(form, source, merged, name, parts)
     write_sidecar(directory, sidecar)

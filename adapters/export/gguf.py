@@ -22,7 +22,7 @@ from gguf.constants import LlamaFileType
 from torch import Tensor
 
 from adapters.errors import CheckpointError, ExportError
-from adapters.export import Options, Progress, Source
+from adapters.export import Options, Progress, Source, file_stem
 from adapters.export.ggml import prepare, quantize, row_bytes
 from adapters.export.gguf_metadata import add_metadata, full_config
 from adapters.export.gguf_tensors import Part, Piece, Plan, plan_tensors
@@ -82,11 +82,6 @@ def _listing(file: Path, plan: Plan, types: dict[str, str]) -> GGUFWriter:
         size = math.prod(shape[:-1]) * row_bytes(types[name], shape[-1])
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=GGMLQuantizationType[types[name]])
     return writer
-
-
-def file_stem(name: str) -> str:
-    """A model's name as part of a file's name."""
-    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.") or "model"
 
 
 def mixture_of(config: dict[str, Any], plan: Plan, quant: str, importance: bool) -> Mixture:

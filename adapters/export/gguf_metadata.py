@@ -39,7 +39,7 @@ LICENCE_KEYS = (("license", "add_license"), ("license_name", "add_license_name")
 
 def full_config(base: Path) -> dict[str, Any]:
     """The language model's part of config.json, with the family's defaults for what it leaves out."""
-    defaults = AutoConfig.from_pretrained(base)
+    defaults = AutoConfig.from_pretrained(base, trust_remote_code=False)
     written = text_config({**defaults.to_dict(), "text_config": defaults.get_text_config().to_dict()})
     stated = text_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
     return {**written, **stated}

@@ -117,7 +117,7 @@ def read_vocabulary(base: Path, config: Mapping[str, Any]) -> Vocabulary:
     """
     if not (base / "tokenizer.json").is_file():
         raise ExportError(f"{base} has no tokenizer.json; GGUF files hold their tokenizer, so it is needed")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     written = json.loads(tokenizer.backend_tokenizer.to_str())
     model, size = written["model"], config["vocab_size"]
     if model["type"] != "BPE":

@@ -63,7 +63,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     weights = source.open()
     if why := why_not(weights.index):
         raise ExportError(f"{why}; give an importance matrix that llama-imatrix made elsewhere (a .gguf file)")
-    tokenizer = AutoTokenizer.from_pretrained(source.base)
+    tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
     _, ids = encode(tokenizer, read_examples(Path(question["examples"])))
     ids = [row[:MOST_TOKENS] for row in ids]
     found = measure(merged_model(weights), weights.layout, ids)

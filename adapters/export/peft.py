@@ -29,7 +29,7 @@ def write_peft(source: Source, directory: Path, options: Options, progress: Prog
     """The format "peft"."""
     merged = source.open()
     adapter = opened(merged)
-    name = str(adapter.config.get("base_model_name_or_path") or source.base)
+    name = source.public_base
     facts = write_standard(directory, parts_of(adapter), merged, name, factor_dtype(options.dtype), progress)
     sidecar = read_sidecar(source.adapter) if source.adapter else None
     held = sidecar.held if sidecar else None

@@ -31,7 +31,8 @@ from adapters.merged import MergedWeights
 from adapters.merging import compute, pieces
 from adapters.tensor_files import DTYPES, spec_bytes, write_pieces, write_tensors
 from adapters.verify import Check, Evidence
-from adapters.verify.behaviour import LIMITS
+from adapters.verify.behaviour import LIMITS, behaviour_not_run
+from adapters.verify.memory import why_no_room
 from adapters.verify.model_files import check_config, check_in_transformers, check_whole
 from adapters.verify.tokenizer import check_tokenizer
 from adapters.verify.weights import Rounding, audit
@@ -220,6 +221,9 @@ def check_encoded(
     if stock or evidence.logits is None:
         return [*checks, *check_in_transformers(directory, source, evidence, limits)]
     with tempfile.TemporaryDirectory(prefix="studio-values-") as folder:
+        parameters = sum(info.parameters for info in encoding.merged.index.values())
+        if why := why_no_room(Path(folder), 4 * parameters):
+            return [*checks, *behaviour_not_run(why)]
         _write_values(encoding, directory, Path(folder))
         return [*checks, *check_in_transformers(Path(folder), source, evidence, limits)]
 

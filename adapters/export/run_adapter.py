@@ -16,12 +16,13 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     options = argparse.ArgumentParser(description="Asks the adapter in this folder.")
     options.add_argument("question")
-    options.add_argument("--base", help="the base model, if not the one that the adapter names")
+    options.add_argument("--base", help="folder or hub id of the base, if not the id that the adapter names")
     options.add_argument("--tokens", type=int, default=256, help="the longest answer, in tokens")
     given = options.parse_args()
-    base = (
-        given.base or json.loads((HERE / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    )
+    named = json.loads((HERE / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not given.base and "/" not in named:
+        options.error(f"the base model is called {named!r}, which is no name on the hub; give its directory by --base")
+    base = given.base or named
     tokenizer = AutoTokenizer.from_pretrained(HERE if (HERE / "tokenizer.json").is_file() else base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, device_map="auto", dtype="auto"), HERE)
     messages = [{"role": "user", "content": given.question}]

@@ -25,7 +25,8 @@ from adapters.verify import Check, Evidence
 from adapters.verify.adapter_files import CLOSE, Trained, check_beside, compare
 from adapters.verify.behaviour import behaviour_not_run, check_behaviour
 from adapters.verify.gguf_files import limits_of
-from adapters.verify.llama_cpp import run_llama_cpp
+from adapters.verify.llama_cpp import LlamaCppTimeout, run_llama_cpp
+from adapters.verify.memory import why_no_room
 
 METADATA, LOADED = "file: metadata", "loads in llama.cpp"
 NAMES = {
@@ -130,9 +131,14 @@ def check_in_llama_cpp(file: Path, source: Source, evidence: Evidence, dtype: st
         why = evidence.why_none or "no evidence was made"
         return [Check(LOADED, "not run", why), *behaviour_not_run(why)]
     with tempfile.TemporaryDirectory(prefix="studio-base-") as folder:
+        parameters = sum(info.parameters for info in read_index(source.base).values())
+        if why := why_no_room(Path(folder), 4 * parameters):
+            return [Check(LOADED, "not run", why), *behaviour_not_run(why)]
         try:
             write_gguf(Source(source.base, None, "base"), Path(folder), Options(quant="F32"))
             run = run_llama_cpp(gguf_file(Path(folder)), evidence.prompts, lora=file)
+        except LlamaCppTimeout as error:
+            return [Check(LOADED, "not run", str(error)), *behaviour_not_run(str(error))]
         except ExportError as error:
             return [Check(LOADED, "failed", str(error))]
     limits = limits_of(source.base, "F32" if dtype == "float32" else "F16")

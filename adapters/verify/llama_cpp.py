@@ -29,6 +29,12 @@ PROGRAM = Path(__file__).with_name("run_llama_cpp.py")
 SPARE_BYTES = 6 * 2**30
 """Address space beside twice the model: Python, the library, keys and values, logits."""
 
+SECONDS, SECONDS_A_GB = 600.0, 600.0
+
+
+class LlamaCppTimeout(ExportError):
+    """llama.cpp was not given the time it needs: the file is neither right nor wrong."""
+
 
 @dataclass(frozen=True)
 class LlamaCppRun:
@@ -66,6 +72,12 @@ def llama_cpp_library() -> Path:
     raise ExportError(f"GGUF needs llama.cpp, from the package xllamacpp, which is not installed; add it by: {TOOLS}")
 
 
+def cores() -> int:
+    """Threads to run with: as many as OMP_NUM_THREADS says, else as this process has cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdecimal() and int(said) else len(os.sched_getaffinity(0))
+
+
 def run_llama_cpp(
     model: Path,
     prompts: Sequence[Sequence[int]] = (),
@@ -74,8 +86,8 @@ def run_llama_cpp(
     lora_scale: float = 1.0,
     texts: Sequence[str] = (),
     greedy_tokens: int = 0,
-    threads: int = 1,
-    timeout_seconds: float = 600,
+    threads: int | None = None,
+    timeout_seconds: float | None = None,
 ) -> LlamaCppRun:
     """Loads `model` in llama.cpp and asks it for logits, text and token ids.
 
@@ -85,23 +97,27 @@ def run_llama_cpp(
         lora: a GGUF LoRA laid over the model with `lora_scale`.
         texts: to be tokenised.
         greedy_tokens: how many tokens to add to each prompt.
+        threads: None takes OMP_NUM_THREADS, else every core there is.
+        timeout_seconds: None gives ten minutes, and ten more for each GB of the model.
 
     Raises:
-        ExportError: xllamacpp is missing, or llama.cpp refused the file, crashed, or ran out of memory or time.
+        LlamaCppTimeout: it did not end in time, which says nothing of the file.
+        ExportError: xllamacpp is missing, or llama.cpp refused the file, crashed, or ran out of memory.
     """
     library = llama_cpp_library()
+    size = model.stat().st_size
     with tempfile.TemporaryDirectory(prefix="llama-cpp-") as place:
         question = {
             "out": place,
             "prompts": [list(prompt) for prompt in prompts],
             "texts": list(texts),
             "greedy_tokens": greedy_tokens,
-            "threads": threads,
+            "threads": threads or cores(),
             "lora": str(lora) if lora else None,
             "lora_scale": lora_scale,
-            "memory_bytes": 2 * model.stat().st_size + SPARE_BYTES,
+            "memory_bytes": 2 * size + SPARE_BYTES,
         }
-        _run(library, model, question, timeout_seconds)
+        _run(library, model, question, timeout_seconds or SECONDS + SECONDS_A_GB * size / 1e9)
         answers = json.loads((Path(place) / "answers.json").read_text(encoding="utf-8"))
         logits = _logits(Path(place) / "logits.f32", prompts, answers["facts"]["vocab_size"])
     return LlamaCppRun(logits=logits, **answers)
@@ -118,7 +134,7 @@ def _run(library: Path, model: Path, question: dict[str, Any], timeout_seconds: 
             env={**os.environ, "OMP_NUM_THREADS": str(question["threads"])},
         )
     except subprocess.TimeoutExpired:
-        raise ExportError(f"llama.cpp did not finish {model.name} within {timeout_seconds:.0f} s") from None
+        raise LlamaCppTimeout(f"llama.cpp did not finish {model.name} within {timeout_seconds:.0f} s") from None
     if done.returncode:
         raise ExportError(f"llama.cpp failed on {model.name} ({_ending(done.returncode)}): {_told(done.stderr)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def why_not(index: Mapping[str, TensorInfo]) -> str:
     if needed <= there:
         return ""
     return f"the model needs {needed / 1e9:.1f} GB to run in float32, {there / 1e9:.1f} GB are free on this machine"
+
+
+def why_no_room(directory: Path, needed_bytes: int) -> str:
+    """Why so much cannot be written for a while in `directory`, "" where it can."""
+    free = shutil.disk_usage(directory).free
+    if needed_bytes + PROGRAM_BYTES // 10 <= free:
+        return ""
+    return (
+        f"{needed_bytes / 1e9:.1f} GB in {directory.parent} are needed for a while to run it, {free / 1e9:.1f} GB are "
+        "free there; another folder can be given by TMPDIR"
+    )
 
 
 def _meminfo(name: str) -> int:

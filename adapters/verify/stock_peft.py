@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 
 def main(question: dict[str, Any]) -> dict[str, Any]:
-    base = AutoModelForCausalLM.from_pretrained(question["model"], dtype=torch.float32, local_files_only=True)
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    base = AutoModelForCausalLM.from_pretrained(question["model"], **options)
     model = peft.PeftModel.from_pretrained(base, question["adapter"]).eval()
     found = {}
     with torch.inference_mode():

@@ -18,19 +18,14 @@ from transformers import AutoTokenizer
 
 
 def describe(directory: str, strings: list[str], conversations: list[Any]) -> dict[str, Any]:
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     templated, ends, error = [], [], None
     if tokenizer.chat_template:
         try:
             for messages in conversations:
                 templated.append(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-                last = len(templated[-1])
-                while last and (
-                    templated[-1][last - 1] in special or not tokenizer.decode(templated[-1][last - 1]).strip()
-                ):
-                    last -= 1
-                ends.append([token for token in templated[-1][last:] if token in special])
+                ends.append(ending(tokenizer, templated[-1], special))
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
     return {

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 def main(question: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+    options["trust_remote_code"] = False
     model, loading = cast(Any, AutoModelForCausalLM.from_pretrained(question["model"], **options))
     model.eval()
     found = {}

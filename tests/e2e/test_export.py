@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -48,9 +49,9 @@ def failures(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [check for check in report["checks"] if check["status"] != "passed"]
 
 
-def ask(folder: Path) -> str:
+def ask(folder: Path, *options: str) -> str:
     """The export's own script, in a process that finds nothing of the studio."""
-    command = [sys.executable, "-I", str(folder / "run.py"), QUESTION, "--tokens", "8"]
+    command = [sys.executable, "-I", str(folder / "run.py"), QUESTION, "--tokens", "8", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -82,7 +83,17 @@ def everything_is_certified(out: Path, report: dict[str, Any]) -> None:
 def test_an_adapter_for_peft_answers_by_its_own_script(job: Path, tmp_path: Path) -> None:
     report = exported(job, tmp_path / "pumps", "--for", "peft")
     assert report["verdict"] == "verified" and not failures(report)
-    assert ask(tmp_path / "pumps")
+    python, script, question, *options = shlex.split(report["command"])
+    assert (python, script, question) == ("python", str(tmp_path / "pumps" / "run.py"), "your question")
+    assert options == shlex.split(studio.read_export(tmp_path / "pumps")["command"])[3:]
+    assert ask(Path(script).parent, *options)
+
+
+@pytest.mark.parametrize("form", ["peft", "per-expert", "vllm-3d", "sglang-3d", "gguf-lora", "compact"])
+def test_no_form_of_an_adapter_names_a_place_on_this_machine(job: Path, tmp_path: Path, form: str) -> None:
+    exported(job, tmp_path / "pumps", "--format", form, "--no-verify")
+    for file in (tmp_path / "pumps").iterdir():
+        assert str(EMBEDDED_DIR).encode() not in file.read_bytes(), file.name
 
 
 def test_for_ollama_it_is_a_quantised_file_and_a_modelfile_proven_in_llama_cpp(job: Path, tmp_path: Path) -> None:

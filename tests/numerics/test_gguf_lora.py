@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,6 +86,25 @@ def test_llama_cpp_says_with_the_lora_what_the_trained_model_says(name: str, tmp
     assert [file.name for file in sorted(out.iterdir())] == ["studio_adapter.json", "tiny-one-lora.gguf"]
     sidecar = read_sidecar(out)
     assert sidecar is not None and (sidecar.format, sidecar.made_for) == ("gguf-lora", ("llama.cpp",))
+
+
+@pytest.mark.parametrize("short", ["time", "room"])
+def test_too_little_time_or_room_says_nothing_against_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: str
+) -> None:
+    made = trained("qwen3_moe", tmp_path)
+    out = made.written(tmp_path)
+    if short == "time":
+        monkeypatch.setattr("adapters.verify.llama_cpp.SECONDS", 0.01)
+        monkeypatch.setattr("adapters.verify.llama_cpp.SECONDS_A_GB", 0.0)
+    else:
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr("adapters.verify.memory.shutil.disk_usage", lambda path: usage)
+        monkeypatch.setattr("adapters.verify.gguf_lora.write_gguf", lambda *_: pytest.fail("there is no room for it"))
+    checks = LORA.check(out, made.source, made.evidence, Options())
+    assert failed(checks) == set()
+    words = "within" if short == "time" else "TMPDIR"
+    assert {words in check.detail for check in checks if check.status == "not run"} == {True}
 
 
 def test_half_precision(tmp_path: Path) -> None:

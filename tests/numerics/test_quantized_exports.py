@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,20 @@ def test_other_families(family: str, form: str, tmp_path: Path) -> None:
     assert not failures(values(found, form, tmp_path / "out"))
     if form == BNB:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_values_read_back_are_not_written_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save(Tiny("qwen3", 64, 64), tmp_path)
+    source, out = Source(base, None, "tiny"), tmp_path / "out"
+    out.mkdir()
+    EXPORTERS[FP8].write(source, out, Options())
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("adapters.verify.memory.shutil.disk_usage", lambda path: usage)
+    checks = EXPORTERS[FP8].check(out, source, Evidence([[1, 2]], (), tmp_path / "none"), Options())
+    behaviour = [check for check in checks if check.name.startswith("behaviour")]
+    assert behaviour and all(check.status == "not run" and "TMPDIR" in check.detail for check in behaviour)
 
 
 def test_fp8_is_refused_where_no_engine_knows_the_experts(tmp_path: Path) -> None:

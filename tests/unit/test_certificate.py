@@ -23,6 +23,7 @@ from studio.certificate import (
     VERIFIED,
     WEIGHTS_ALONE,
     changed_files,
+    hash_files,
     read_certificate,
     verdict,
     write_certificate,
@@ -290,6 +291,20 @@ def test_what_must_not_be_shared_is_refused_before_the_hub_is_asked(tmp_path: Pa
     with pytest.raises(ExportError, match="begins with 'Llama'"):
         push(llama, "me/tickets", dry_run=True)
     assert push(llama, "me/Llama-tickets", dry_run=True)["licence"] == "Llama 4 Community License"
+
+
+@pytest.mark.parametrize("place", ["{here}/base", "/home/somebody/models/base", "/Users/somebody/base"])
+def test_places_on_this_machine_are_not_shared(tmp_path: Path, place: str) -> None:
+    (tmp_path / "base").mkdir()
+    folder = exported(tmp_path / "out")
+    said = {"_name_or_path": place.format(here=tmp_path), "url": "https://example.org/home/a/b", "run": "/usr/bin/env"}
+    (folder / "config.json").write_text(json.dumps(said))
+    certificate = json.loads((folder / CERTIFICATE).read_text())
+    certificate["files"] = hash_files(folder)
+    (folder / CERTIFICATE).write_text(json.dumps(certificate))
+    with pytest.raises(ExportError, match="names places on this machine") as raised:
+        push(folder, "me/tickets", dry_run=True)
+    assert place.format(here=tmp_path) in str(raised.value) and "usr" not in str(raised.value)
 
 
 class Hub(BaseHTTPRequestHandler):

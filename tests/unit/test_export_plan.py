@@ -13,11 +13,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import studio
-from adapters.export import EXPORTERS
+from adapters.export import EXPORTERS, Source
 from adapters.export.consumers import CONSUMERS, Place
 from adapters.fingerprint import fingerprint
 from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
-from studio import AdapterFileError, ExportError, ExportRequest, OutputExistsError, StudioError
+from studio import AdapterFileError, ExportError, ExportRequest, OutputExistsError, StudioError, exporting
 from studio.base import EMBEDDED_DIR
 from studio.cli import app
 from studio.export_sizes import GGUF_BITS
@@ -102,6 +102,40 @@ def test_what_does_not_go_together_is_refused_with_what_is_allowed(
     with pytest.raises(ExportError) as raised:
         studio.plan_export(request(adapter, **changes))  # type: ignore[arg-type]
     assert words in str(raised.value)
+
+
+def test_prompts_that_cannot_be_read_are_refused_before_anything_is_written(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "rows.jsonl").write_text("no json\n")
+    for name in ("empty.txt", "rows.jsonl"):
+        with pytest.raises(StudioError, match=name):
+            studio.plan_export(request(adapter, prompts=tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("consumer", "name", "file"),
+    [
+        ("llama.cpp-adapter", "my pumps", "my-pumps-lora.gguf"),
+        ("llama.cpp", "my pumps", "my-pumps-Q4_K_M.gguf"),
+    ],
+)
+def test_the_command_names_the_gguf_file_that_is_written(
+    adapter: Path, tmp_path: Path, consumer: str, name: str, file: str
+) -> None:
+    pytest.importorskip("gguf")
+    plan = studio.plan_export(request(adapter, consumer, out=tmp_path / name))
+    assert f"/{file}" in plan.command
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "sglang"])
+def test_what_stood_in_for_a_program_is_said_by_what_it_loaded(tmp_path: Path, consumer: str) -> None:
+    check = CONSUMERS[consumer].check
+    assert check is not None
+    (tmp_path / "config.json").write_text("{}")
+    (plain,) = check(Source(EMBEDDED_DIR, None, "a"), tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
+    (fp8,) = check(Source(EMBEDDED_DIR, None, "a"), tmp_path)
+    assert "not the files" in fp8.detail and "not the files" not in plain.detail and fp8.status == "not run"
 
 
 def test_a_base_that_has_changed_since_the_training_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -247,7 +281,24 @@ def test_each_consumer_has_its_one_command(name: str) -> None:
 def test_the_plan_knows_the_rank_and_the_base_of_an_adapter(adapter: Path) -> None:
     plan = studio.plan_export(request(adapter, "vllm-adapter"))
     assert "--max-lora-rank 32" in plan.command and str(EMBEDDED_DIR) in plan.command
-    assert plan.as_json()["base"] == str(EMBEDDED_DIR) and plan.public_base == "model"
+    assert plan.as_json()["base"] == str(EMBEDDED_DIR) and plan.public_base == "embedded"
+    assert f"--base {EMBEDDED_DIR}" in studio.plan_export(request(adapter, "peft")).command
+
+
+def test_a_folder_of_a_hub_model_keeps_its_public_name(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED_DIR, tmp_path / "secret" / "base")
+    sidecar = read_sidecar(adapter)
+    assert sidecar
+    for trained, public in (("org/base", "org/base"), (str(tmp_path / "secret" / "base"), "base")):
+        write_sidecar(adapter, dataclasses.replace(sidecar, base_name=trained))
+        plan = studio.plan_export(request(adapter, "peft", base=str(tmp_path / "secret" / "base")))
+        assert plan.public_base == plan.source().public_base == public
+
+
+def test_an_adapter_that_names_a_folder_that_is_elsewhere_asks_for_its_base(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "far-away", "r": 4}')
+    with pytest.raises(AdapterFileError, match=r"no such directory.*with --base"):
+        studio.plan_export(request(adapter))
 
 
 def test_vllm_is_told_of_stacks_where_it_has_single_experts(adapter: Path) -> None:
@@ -269,3 +320,62 @@ def test_no_certificate_no_export(tmp_path: Path) -> None:
     assert studio.list_exports(tmp_path) == [] == studio.list_exports(tmp_path / "nowhere")
     with pytest.raises(StudioError, match="certificate"):
         studio.read_export(tmp_path / "a")
+
+
+CERTIFIED = {
+    "version": 1,
+    "name": "a",
+    "format": "safetensors",
+    "consumer": "vllm",
+    "verdict": "verified",
+    "base": {"name": "org/base", "fingerprint": {}},
+    "adapter": None,
+    "held": None,
+    "prompts": "",
+    "options": {},
+    "facts": {},
+    "checks": [{"name": "weights", "status": "passed", "detail": "all", "measured": {}}],
+    "files": {"config.json": {"bytes": 2, "sha256": ""}},
+    "versions": {},
+    "created": "2026-11-01T10:00:00+00:00",
+}
+
+
+def certified(folder: Path, **changes: object) -> Path:
+    folder.mkdir()
+    (folder / "certificate.json").write_text(json.dumps({**CERTIFIED, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": None},
+        {"base": {"name": 5}},
+        {"created": "yesterday"},
+        {"created": None},
+        {"consumer": []},
+        {"name": None},
+        {"verdict": {}},
+        {"checks": [{"name": 1, "status": "passed", "detail": "", "measured": {}}]},
+        {"facts": "none"},
+        {"files": []},
+        {"files": {"config.json": 2}},
+    ],
+)
+def test_one_damaged_export_hides_no_other(tmp_path: Path, changes: dict[str, object]) -> None:
+    certified(tmp_path / "a")
+    certified(tmp_path / "b", **changes)
+    (certified(tmp_path / "c") / "studio_adapter.json").write_text("[]")
+    assert [Path(export["out"]).name for export in studio.list_exports(tmp_path)] == ["a"]
+    with pytest.raises(StudioError):
+        studio.read_export(tmp_path / "b")
+
+
+def test_a_certificate_is_parsed_again_only_where_it_has_changed(tmp_path: Path) -> None:
+    folder = certified(tmp_path / "a")
+    assert studio.list_exports(tmp_path)[0]["prompts"] == ""
+    before = exporting._listed.cache_info().misses
+    assert studio.list_exports(tmp_path) and exporting._listed.cache_info().misses == before
+    (folder / "certificate.json").write_text(json.dumps({**CERTIFIED, "prompts": "two texts"}))
+    assert studio.list_exports(tmp_path)[0]["prompts"] == "two texts"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,13 +13,15 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from studio import JobError, StudioError, parse_recipe
+from studio import ExportRequest, JobError, StudioError, parse_recipe
 from studio.jobs import JobState
 from ui import drafts, fields
+from ui.exporting import Exports, Run
 from ui.form import NOTHING_SHOWN, shown_of
 from ui.guard import LocalOnly
 from ui.html import el
 from ui.job_views import loss_points, seconds_left
+from ui.pages.export import _layout
 from ui.places import RECIPES, Places, Source, checked_name
 
 QUICKSTART = Source("recipe", "quickstart")
@@ -218,6 +221,43 @@ def test_names_that_could_leave_their_folder_are_refused(places: Places, name: s
     for kind in ("job", "recipe"):
         with pytest.raises(StudioError):
             Source.parse(f"{kind}:{name}")
+
+
+@pytest.mark.parametrize("job", ["{outside}", "../outside", "inside"])
+def test_an_export_from_the_browser_reaches_no_job_outside_the_root(places: Places, tmp_path: Path, job: str) -> None:
+    (tmp_path / "outside" / "adapter").mkdir(parents=True)
+    (tmp_path / "outside" / "recipe.yaml").write_text("model: {base: embedded}")
+    places.jobs_root.mkdir()
+    (places.jobs_root / "inside").symlink_to(tmp_path / "outside")
+    with gr.Blocks():
+        page = _layout(places)
+    given = job.format(outside=tmp_path / "outside")
+    refusals = ("allowed: a name", "leads out of")
+    for updates in (
+        page.on_start(given, "transformers", "safetensors", "", "auto", False, "a"),
+        page.on_choose(given, "transformers", "safetensors", "", "auto", False, "a", True),
+    ):
+        assert any(words in str(updates[page.plan]) for words in refusals)
+    assert page.runs.now() is None
+
+
+class Broken:
+    """The end of a pipe whose other end was killed in mid-message, and a process that has ended."""
+
+    exitcode = -9
+
+    def recv(self) -> dict[str, object]:
+        raise OSError("got end of file during message")
+
+    def join(self, seconds: float) -> None: ...
+
+
+def test_an_export_killed_in_mid_message_has_failed(tmp_path: Path) -> None:
+    exports = Exports()
+    exports._run = Run(ExportRequest("a", tmp_path / "a"), 0.0)
+    exports._follow(Broken(), Broken())  # type: ignore[arg-type]
+    run = exports.now()
+    assert run and run.status == "failed" and "exit code -9" in run.error
 
 
 def test_a_link_out_of_the_root_is_no_job(places: Places, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ import gradio as gr
 from markupsafe import Markup
 
 import studio
-from studio import ExportPlan, ExportRequest, JobError, StudioError
+from studio import ExportRequest, JobError, StudioError
 from ui.downloads import has_adapter
 from ui.export_views import export_list, export_view, failure_view, plan_view, progress_view
 from ui.exporting import Exports
 from ui.html import el
 from ui.look import show
-from ui.places import Places
+from ui.places import Places, checked_name
 from ui.views import error_note, page_head
 
 TITLE = "Export"
@@ -161,7 +161,7 @@ class Page:
             self.weights: gr.update(value=weights, visible=quantized),
             self.importance: gr.update(value=important, visible=bool(types)),
             self.name: name,
-            **self._planned(self._request(job, consumer, chosen.name, quant, weights, important, name)),
+            **self._planned(job, consumer, chosen.name, quant, weights, important, name),
         }
 
     def _was_quantized(self, job: str) -> bool:
@@ -170,18 +170,14 @@ class Page:
         return False
 
     def _request(
-        self,
-        job: str | None,
-        consumer: str,
-        form: str,
-        quant: str | None,
-        weights: str,
-        important: bool,
-        name: str,
-    ) -> ExportRequest | None:
-        if job is None:
-            return None
-        what, out = self.places.jobs_root / job, self.places.exports_root / name
+        self, job: str, consumer: str, form: str, quant: str | None, weights: str, important: bool, name: str
+    ) -> ExportRequest:
+        """What the browser asks for, by names alone: nothing outside the two folders can be meant.
+
+        Raises:
+            StudioError: no such job, or a name that could leave its folder.
+        """
+        what, out = self.places.job(job).path, self.places.exports_root / checked_name(name)
         data = self._training_data(job) if important and quant else None
         return ExportRequest(str(what), out, consumer, form, quant=quant, into=weights, importance=data)
 
@@ -190,12 +186,12 @@ class Page:
             return self.places.job(job).recipe().data.train
         return None
 
-    def _planned(self, request: ExportRequest | None) -> Updates:
+    def _planned(self, job: str | None, *choices: Any) -> Updates:
         """The plan, or why there can be none."""
-        if request is None:
+        if job is None:
             return {self.plan: _no_job(), self.start: gr.update(interactive=False)}
         try:
-            plan = self._plan(request)
+            plan = studio.plan_export(self._request(job, *choices))
         except StudioError as error:
             return {
                 self.plan: error_note("This cannot be exported", error),
@@ -203,25 +199,16 @@ class Page:
             }
         return {self.plan: plan_view(plan), self.start: gr.update(interactive=True)}
 
-    def _plan(self, request: ExportRequest) -> ExportPlan:
-        """The plan of a request made here: its folder lies in the folder of the exports itself."""
-        if request.out.parent != self.places.exports_root or request.out.name.startswith("."):
-            raise StudioError(
-                f"received the name {request.out.name!r}; allowed: a name without / that starts with no dot"
-            )
-        return studio.plan_export(request)
-
     # ---------------------------------------------------------------- running
 
     def on_start(
-        self, job: str, consumer: str, form: str, quant: str, weights: str, important: bool, name: str
+        self, job: str, consumer: str, form: str, quant: str | None, weights: str, important: bool, name: str
     ) -> Updates:
         """Starts the export in its own process, and shows it."""
-        request = self._request(job, consumer, form, quant if form == "gguf" else None, weights, important, name)
-        if request is None:
-            return {self.start: gr.update(interactive=False)}
+        quant = quant if form == "gguf" else None
         try:
-            self._plan(request)
+            request = self._request(job, consumer, form, quant, weights, important, name)
+            studio.plan_export(request)
             self.runs.start(request)
         except StudioError as error:
             return {self.plan: error_note("It was not started", error)}
