@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,16 @@ def test_planted_faults_are_seen(trained: Trained, form: str, tmp_path: Path, fa
     save_file(tensors, file, metadata={"format": "pt"})
     wanted = "weights: names, shapes and dtypes" if fault in (dropped_scale, a_stranger) else TARGETED
     assert wanted in failures(values(trained, form, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_base_of_nf4s_own_values_may_take_small_changes_back(trained: Trained, tmp_path: Path, lost: bool) -> None:
+    """What training held in nf4 lies on the grid to which it is rounded again; a delta must still be there."""
+    held = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
+    source = replace(trained.source, held=held)
+    write(replace(trained, source=replace(source, adapter=None) if lost else source), BNB, tmp_path / "out")
+    found = failures(values(replace(trained, source=source), BNB, tmp_path / "out"))
+    assert set(found) == ({TARGETED} if lost else set()), found
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_5_moe_text", "glm4_moe", "qwen3"])
