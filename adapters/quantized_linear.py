@@ -99,8 +99,7 @@ class UnevenLinear4bit(Linear4bit):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        state = cast(Any, self.weight).quant_state
-        product: Tensor = _Product.apply(x.to(self.compute_dtype), partial(_dense_4bit, self.weight, state))
+        product: Tensor = _Product.apply(x.to(self.compute_dtype), partial(dense_4bit, self))
         return (product if self.bias is None else product + self.bias.to(product.dtype)).to(x.dtype)
 
 
@@ -154,8 +153,11 @@ def _dense(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _dense_4bit(weight: Tensor, state: bnb.QuantState, dtype: torch.dtype) -> Tensor:
+def dense_4bit(linear: Linear4bit, dtype: torch.dtype) -> Tensor:
+    """The weight of a 4-bit layer, (out, in) in `dtype`: by flat blocks, as it was quantised."""
+    weight: Any = linear.weight
+    state = weight.quant_state
     absmax = restore(state.absmax, state.state2.absmax, state.offset) if state.nested else state.absmax
     out = torch.empty(state.shape, dtype=dtype, device=weight.device)
-    dequantize(weight, absmax, state.quant_type, out)
+    dequantize(weight.data, absmax, state.quant_type, out)
     return out

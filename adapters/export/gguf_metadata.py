@@ -72,13 +72,24 @@ def add_metadata(writer: GGUFWriter, base: Path, config: Mapping[str, Any], layo
 
 
 def licence_of(base: Path) -> dict[str, str]:
-    """What the base's own card says in its first lines: license, license_name, license_link. Nothing is assumed."""
+    """What the base's own card says in its first lines: license, license_name, license_link. Nothing is assumed.
+
+    Where no card says it, a file with the text of a Llama licence does.
+    """
     cards = (card for card in (base / "README.md", base / "MODEL_CARD.md") if card.is_file())
     text = next((card.read_text(encoding="utf-8", errors="replace") for card in cards), "")
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     lines = front[1].splitlines() if front else []
     pairs = (line.split(":", 1) for line in lines if re.match(r"license\w*:\s*\S", line))
-    return {key.strip(): value.strip().strip("\"'") for key, value in pairs}
+    return {key.strip(): value.strip().strip("\"'") for key, value in pairs} or _licence_by_text(base)
+
+
+def _licence_by_text(base: Path) -> dict[str, str]:
+    for file in sorted(base.glob("[Ll][Ii][Cc][Ee][Nn]*")):
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        if found := re.search(r"LLAMA (\d(?:\.\d)?) COMMUNITY LICENSE", text, re.IGNORECASE):
+            return {"license": "other", "license_name": f"llama{found[1]}", "license_link": file.name}
+    return {}
 
 
 def _add_rope(writer: GGUFWriter, config: Mapping[str, Any]) -> None:

@@ -137,10 +137,12 @@ def _literal(text: str) -> str:
 
 
 def stop_strings(base: Path) -> list[str]:
-    """The text of every token that ends an answer, by config.json and generation_config.json."""
+    """The text of every token that ends an answer, by config.json, generation_config.json or the tokenizer."""
     ids = _eos_ids(base)
     table = read_json_object(base / "tokenizer.json") if (base / "tokenizer.json").is_file() else {}
     texts = {token["id"]: token["content"] for token in table.get("added_tokens", ())}
+    own = _tokenizer_eos(base)
+    ids += [number for number, text in texts.items() if text == own and number not in ids]
     vocabulary = table.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, Mapping):
         texts = {number: text for text, number in vocabulary.items() if number in ids} | texts
@@ -153,6 +155,12 @@ def _eos_ids(base: Path) -> list[int]:
         ids = config.get("eos_token_id")
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     return list(dict.fromkeys(found))
+
+
+def _tokenizer_eos(base: Path) -> str | None:
+    file = base / "tokenizer_config.json"
+    token = read_json_object(file).get("eos_token") if file.is_file() else None
+    return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _generation(base: Path) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from gguf.constants import LlamaFileType
+from ruamel.yaml import YAML
 from safetensors import safe_open
 
 from adapters.checkpoint import read_config
 from adapters.errors import ExportError, listed
 from adapters.export import Options, Source
 from adapters.export.gguf import DEFAULT_QUANT, gguf_file
-from adapters.export.gguf_metadata import licence_of
 from adapters.export.gguf_tokenizer import generation_ends
 from adapters.export.gguf_types import PLAIN
 from adapters.verify import Check, Evidence
@@ -85,7 +85,7 @@ def check_metadata(weights: GgufWeights, source: Source, quant: str) -> Check:
     expected: dict[str, Any] = {
         "general.name": source.name,
         "general.file_type": int(LlamaFileType["ALL_F32" if quant == "F32" else f"MOSTLY_{quant}"]),
-        "general.license": licence_of(source.base).get("license"),
+        "general.license": licence_in(source.base),
     }
     found = {key: text_of(weights.reader, key) for key in expected}
     problems = [
@@ -93,6 +93,18 @@ def check_metadata(weights: GgufWeights, source: Source, quant: str) -> Check:
     ]
     detail = "; ".join(problems) or f"name {source.name!r}, type {quant}, licence {expected['general.license']}"
     return Check(METADATA, "failed" if problems else "passed", detail, found)
+
+
+def licence_in(base: Path) -> str | None:
+    """The `license` of the base's card, as a hub reads it; "other" where a Llama licence lies there and no card."""
+    for card in (base / "README.md", base / "MODEL_CARD.md"):
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+        if lines[:1] == ["---"] and "---" in lines[1:]:
+            said = YAML(typ="safe").load("\n".join(lines[1 : lines.index("---", 1)])) or {}
+            if said.get("license"):
+                return str(said["license"])
+    texts = [file.read_text(errors="replace") for file in base.glob("*[Ll][Ii][Cc][Ee][Nn]*") if file.is_file()]
+    return "other" if any("llama" in text.lower() and "community license" in text.lower() for text in texts) else None
 
 
 def check_vocabulary(file: Path, base: Path) -> list[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adapters.checkpoint import read_json_object, text_config
 from adapters.export.ollama import (
     CONVERSATIONS,
     MODELFILE,
@@ -12,7 +13,6 @@ from adapters.export.ollama import (
     conversation,
     find_joints,
     read_modelfile,
-    stop_strings,
 )
 from adapters.verify import Check
 from adapters.verify.go_template import render
@@ -57,7 +57,16 @@ def _check_template(base: Path, folder: Path, said: dict[str, list[str]]) -> Che
 
 
 def _check_stops(base: Path, said: dict[str, list[str]]) -> Check:
-    have, wanted = said.get("stop", []), stop_strings(base)
+    """What stock transformers writes for every id at which the model's own files or its tokenizer end an answer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    ids: set[int | None] = {tokenizer.eos_token_id}
+    for file in ("config.json", "generation_config.json"):
+        found = text_config(read_json_object(base / file)).get("eos_token_id") if (base / file).is_file() else None
+        ids |= set(found) if isinstance(found, list) else {found}
+    have = said.get("stop", [])
+    wanted = [str(tokenizer.decode([number])) for number in sorted(number for number in ids if number is not None)]
     same = bool(wanted) and sorted(have) == sorted(wanted)
     detail = f"stops at {', '.join(have) or 'nothing'}; the model's EOS tokens: {', '.join(wanted) or 'none'}"
     return Check(STOPS, "passed" if same else "failed", detail)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.loading import load_base
 from adapters.lora_products import LoraRanks
 from adapters.quantized import Dense, Held, dequantize_rows
-from adapters.quantized_linear import Int8Linear
+from adapters.quantized_linear import Int8Linear, dense_4bit
 from adapters.routed import RoutedExperts, moe_blocks
 from adapters.sidecar import read_sidecar
 from adapters.verify.checker import source_from
@@ -109,10 +108,9 @@ def round_as_held(model: PreTrainedModel, dtype: torch.dtype) -> None:
         return
     for name, module in list(model.named_modules()):
         if isinstance(module, Held) and not isinstance(module, Dense):
-            module.dequantize = partial(_rounded, module.dequantize, dtype)
+            cast(Any, module).dequantize = partial(_rounded, module.dequantize, dtype)
         elif isinstance(module, Linear4bit):
-            values = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
-            model.set_submodule(name, _linear(module, values))
+            model.set_submodule(name, _linear(module, dense_4bit(module, torch.float32).to(dtype)))
         elif isinstance(module, Int8Linear):
             values = torch.empty(module.weight.shape, dtype=dtype)
             dequantize_rows(module.weight, module.absmax, values)

@@ -30,7 +30,17 @@ from adapters.placement import Placement, same_experts_everywhere
 from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import APART, SAME
 from adapters.verify.fresh import ask_stock
-from adapters.verify.gguf_files import BOS, ENDS, IDS, TEMPLATE, WHOLE, approximated, check_run, compare_vocabulary
+from adapters.verify.gguf_files import (
+    BOS,
+    ENDS,
+    IDS,
+    TEMPLATE,
+    WHOLE,
+    approximated,
+    check_metadata,
+    check_run,
+    compare_vocabulary,
+)
 from adapters.verify.gguf_weights import GgufWeights
 from adapters.verify.llama_cpp import run_llama_cpp
 from adapters.verify.tokenizer import CONVERSATIONS, NASTY
@@ -212,6 +222,27 @@ def test_a_truncated_file_is_caught(llama4: Path, trained: dict[str, tuple[Sourc
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size - 4096)
     assert failed(checks_of(file, trained["llama4"][0])) == {WHOLE}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "licence"),
+    [
+        ("LICENSE", "LLAMA 4 COMMUNITY LICENSE AGREEMENT\n", "other"),
+        ("README.md", "---\nlanguage: [en]\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("LICENSE", "Copyright someone", None),
+    ],
+)
+def test_the_licence_is_read_again_and_not_asked_of_the_writer(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, licence: str | None
+) -> None:
+    base = edited(bases, "qwen3", tmp_path)
+    (base / file).write_text(text)
+    source = Source(base, None, "x")
+    right = check_metadata(GgufWeights(written(source, tmp_path / "out", quant="F32"), base), source, "F32")
+    assert right.status == "passed" and right.measured["general.license"] == licence
+    monkeypatch.setattr("adapters.export.gguf_metadata.licence_of", lambda _: {"license": "mit"})
+    wrong = check_metadata(GgufWeights(written(source, tmp_path / "out", quant="F32"), base), source, "F32")
+    assert wrong.status == "failed" and "general.license" in wrong.detail
 
 
 def test_a_lost_adapter_is_caught(trained: dict[str, tuple[Source, Evidence]], tmp_path: Path) -> None:

@@ -142,6 +142,16 @@ def test_parameters_come_from_the_models_own_files(export: Callable[..., tuple[P
     assert found == {"num_ctx": ["8192"], "temperature": ["0.6"], "top_p": ["0.9"], "repeat_penalty": ["1.1"]}
 
 
+def test_the_tokenizers_own_end_is_a_stop_string_too(export: Callable[..., tuple[Path, Path]]) -> None:
+    base, folder = export(LLAMA4)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|header_end|>"}))
+    assert statuses(base, folder)["Ollama stop strings"] == "failed", "written before the tokenizer said so"
+    write_modelfile(base, folder, "m.gguf")
+    assert "<|header_end|>" in read_modelfile((folder / MODELFILE).read_text())["stop"]
+    assert statuses(base, folder)["Ollama stop strings"] == "passed"
+
+
 def test_a_joint_that_differs_by_place_is_no_joint() -> None:
     def counted(messages: object, answer: bool) -> str:
         return "".join(f"{number}{m['content']}" for number, m in enumerate(messages)) + "?" * answer  # type: ignore

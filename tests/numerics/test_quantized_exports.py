@@ -241,6 +241,16 @@ def test_an_fp8_config_that_says_otherwise_than_the_files_is_seen(tmp_path: Path
     assert "weights: quantised as config.json says" in failures(values(found, FP8, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_base_of_nf4s_own_values_may_take_small_changes_back(trained: Trained, tmp_path: Path, lost: bool) -> None:
+    """What training held in nf4 lies on the grid to which it is rounded again; a delta must still be there."""
+    held = {"quantization": "nf4", "int8_experts": [], "double_quant": True, "dtype": "float32"}
+    source = replace(trained.source, held=held)
+    write(replace(trained, source=replace(source, adapter=None) if lost else source), BNB, tmp_path / "out")
+    found = failures(values(replace(trained, source=source), BNB, tmp_path / "out"))
+    assert set(found) == ({TARGETED} if lost else set()), found
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_5_moe_text", "glm4_moe", "qwen3"])
 @pytest.mark.parametrize("form", [FP8, BNB])
 def test_other_families(family: str, form: str, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def card_of(folder: Path) -> str:
 def llama_base(folder: Path, card: str = "license: other\nlicense_name: llama4\n", text: str = LLAMA4) -> Path:
     """The embedded base, as if Meta had published it."""
     shutil.copytree(EMBEDDED_DIR, folder)
-    (folder / "MODEL_CARD.md").unlink()
+    for own in ("MODEL_CARD.md", "LICENSE"):
+        (folder / own).unlink()
     if card:
         (folder / "README.md").write_text(f"---\n{card}---\n# Llama\n")
     if text:
@@ -96,7 +97,7 @@ def test_a_certificate_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (
         found.checks == (PASSED, NOT_RUN) and found.verdict == WEIGHTS_ALONE and found.options == {"dtype": "float32"}
     )
-    assert set(found.files) == {"config.json", CARD} and found.base["name"] == "embedded"
+    assert set(found.files) == {"config.json", CARD, "LICENSE"} and found.base["name"] == "embedded"
     assert set(found.base["fingerprint"]) == {"weights", "config", "tokenizer", "chat_template"}
     assert str(tmp_path) not in (folder / CERTIFICATE).read_text(), "no path of this machine"
     assert (folder / CERTIFICATE).stat().st_mode & 0o777 == 0o644
@@ -266,7 +267,9 @@ def test_a_dry_run_says_what_would_go_and_is_private(tmp_path: Path, monkeypatch
     folder = exported(tmp_path / "out")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     report = push(folder, "me/tickets", dry_run=True)
-    assert report["private"] and report["files"] == [CARD, CERTIFICATE, "config.json"] and report["url"] == ""
+    assert (
+        report["private"] and report["files"] == ["LICENSE", CARD, CERTIFICATE, "config.json"] and report["url"] == ""
+    )
     assert report["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
     assert report["licence"] == "apache-2.0" and "hf_secret" not in json.dumps(report)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
