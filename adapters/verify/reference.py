@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -109,9 +109,9 @@ def round_as_held(model: PreTrainedModel, dtype: torch.dtype) -> None:
         return
     for name, module in list(model.named_modules()):
         if isinstance(module, Held) and not isinstance(module, Dense):
-            module.dequantize = partial(_rounded, module.dequantize, dtype)
+            cast(Any, module).dequantize = partial(_rounded, module.dequantize, dtype)
         elif isinstance(module, Linear4bit):
-            values = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+            values = dequantize_4bit(module.weight.data, cast(Any, module.weight).quant_state).to(dtype)
             model.set_submodule(name, _linear(module, values))
         elif isinstance(module, Int8Linear):
             values = torch.empty(module.weight.shape, dtype=dtype)
