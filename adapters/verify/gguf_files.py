@@ -27,7 +27,7 @@ from adapters.verify import Check, Evidence
 from adapters.verify.behaviour import APART, Limits, behaviour_not_run, check_behaviour, same_choice
 from adapters.verify.fresh import FreshProcessError, ask_stock
 from adapters.verify.gguf_weights import GgufWeights, file_problems, text_of
-from adapters.verify.llama_cpp import LlamaCppRun, run_llama_cpp
+from adapters.verify.llama_cpp import LlamaCppRun, LlamaCppTimeout, run_llama_cpp
 from adapters.verify.tokenizer import CONVERSATIONS, NASTY
 from adapters.verify.weights import audit
 
@@ -163,7 +163,10 @@ def _template(run: LlamaCppRun, base: Path) -> Check:
 
     from adapters.export.gguf_tokenizer import chat_template
 
-    expected, found = chat_template(AutoTokenizer.from_pretrained(base)), run.facts["chat_template"]
+    expected, found = (
+        chat_template(AutoTokenizer.from_pretrained(base, trust_remote_code=False)),
+        run.facts["chat_template"],
+    )
     right = expected == found
     words = {True: "byte for byte the base's" if expected else "the base has none, nor has the file"}
     detail = words.get(right, f"{len(found or '')} characters, the base's has {len(expected or '')}")
@@ -191,6 +194,8 @@ def check_run(file: Path, source: Source, evidence: Evidence, quant: str) -> lis
         return [*skipped, *behaviour_not_run(why)]
     try:
         run = run_llama_cpp(file, evidence.prompts, greedy_tokens=GREEDY_TOKENS)
+    except LlamaCppTimeout as error:  # too slow here says nothing about the file
+        return [Check(name, "not run", str(error)) for name in (LOADED, GREEDY)] + behaviour_not_run(str(error))
     except ExportError as error:
         return [Check(LOADED, "failed", str(error))]
     program = f"llama.cpp {run.version}"
