@@ -101,6 +101,12 @@ class Consumer:
 # -------------------------------------------------------------------- what lies beside the weights
 
 
+def _run_adapter(place: Place) -> str:
+    """The adapter names a base of the hub itself; where another one lies, no file that is passed on says."""
+    hub = place.base.count("/") == 1 and not place.base.startswith((".", "/")) and not Path(place.base).is_dir()
+    return f'python {place.inside(RUN)} "your question"' + ("" if hub else f" --base {shlex.quote(place.base)}")
+
+
 def _add_run_model(source: Source, folder: Path, name: str) -> None:
     shutil.copyfile(Path(__file__).with_name("run_model.py"), folder / RUN)
 
@@ -196,7 +202,7 @@ CONSUMERS: dict[str, Consumer] = {
             "peft",
             "PEFT (adapter)",
             ("peft",),
-            lambda place: f'python {place.inside(RUN)} "your question"',
+            _run_adapter,
             "The adapter alone, for the base that it was trained on.",
             finish=_add_run_adapter,
         ),

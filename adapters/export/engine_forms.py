@@ -20,7 +20,7 @@ from adapters.adapter_files import CONFIG, WEIGHTS
 from adapters.errors import ExportError, listed
 from adapters.export import Options, Progress, Source
 from adapters.export.consumers import STACKED_IN_VLLM
-from adapters.export.parts_file import Laid, factor_dtype, plain, write_parts
+from adapters.export.parts_file import Laid, factor_dtype, plain, published_base, write_parts
 from adapters.factors import Part, both_projections, expert_count, is_router, opened, parts_of, without_change
 from adapters.fingerprint import fingerprint
 from adapters.layouts import ExpertLayout
@@ -74,7 +74,7 @@ def write_form(
     rank = max(part.rank for part in parts)
     lay = partial(_lay, form=form, rank=rank, layout=merged.layout)
     facts = write_parts(directory / WEIGHTS, parts, lay, factor_dtype(options.dtype), progress)
-    name = str(adapter.config.get("base_model_name_or_path") or source.base)
+    name = published_base(adapter, source.base)
     _write_config(directory / CONFIG, parts, rank, name)
     sidecar = _sidecar(form, source, merged, name, parts)
     write_sidecar(directory, sidecar)

@@ -28,6 +28,7 @@ from adapters.errors import AdapterFileError, ExportError, listed
 from adapters.export import Options, Progress, Source
 from adapters.export.gguf import file_stem
 from adapters.export.gguf_tensors import STACKS, Architecture, architecture_of
+from adapters.export.parts_file import published_base
 from adapters.factors import Factors, Part, expert_count, halves, opened, parts_of
 from adapters.fingerprint import fingerprint
 from adapters.layouts import LAYER, ExpertLayout
@@ -93,7 +94,7 @@ def write_gguf_lora(
     adapter = opened(merged)
     architecture = architecture_of(text_config(merged.config), merged.layout.model_type)
     tensors = planned(parts_of(adapter), merged, architecture)
-    name = str(adapter.config.get("base_model_name_or_path") or source.base)
+    name = published_base(adapter, source.base)
     file = directory / f"{file_stem(source.name)}-lora.gguf"
     parameters = sum(int(np.prod(shape)) for one in tensors for shape in one.shapes().values())
     check_room(directory, parameters * dtype.itemsize)

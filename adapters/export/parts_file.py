@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ import peft
 import torch
 from torch import Tensor
 
-from adapters.adapter_files import PREFIX
+from adapters.adapter_files import PREFIX, AdapterFile
 from adapters.errors import AdapterFileError, ExportError, listed
 from adapters.export import Progress
 from adapters.factors import Factors, Part
 from adapters.merge import check_room
 from adapters.tensor_files import write_tensors
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,6 +30,15 @@ class Laid:
     shape: tuple[int, ...]
     rank: int
     make: Callable[[Tensor, Tensor], Tensor]
+
+
+def published_base(adapter: AdapterFile, base: Path) -> str:
+    """What an exported adapter calls its base: a hub id or "embedded" as they are, a folder by its name alone.
+
+    A path of the machine that it was trained on is of no use elsewhere, and says whose machine that was.
+    """
+    name = str(adapter.config.get("base_model_name_or_path") or base)
+    return name if HUB_ID.fullmatch(name) and not Path(name).is_dir() else Path(name).name
 
 
 def factor_dtype(name: str | None) -> torch.dtype:

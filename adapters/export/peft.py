@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapters.adapter_files import PREFIX, WEIGHTS, ExpertFactors, to_peft
 from adapters.export import Options, Progress, Source
-from adapters.export.parts_file import Laid, factor_dtype, plain, write_parts
+from adapters.export.parts_file import Laid, factor_dtype, plain, published_base, write_parts
 from adapters.factors import Part, both_projections, expert_count, opened, parts_of, suffix
 from adapters.layouts import ExpertLayout
 from adapters.merged import MergedWeights
@@ -29,7 +29,7 @@ def write_peft(source: Source, directory: Path, options: Options, progress: Prog
     """The format "peft"."""
     merged = source.open()
     adapter = opened(merged)
-    name = str(adapter.config.get("base_model_name_or_path") or source.base)
+    name = published_base(adapter, source.base)
     facts = write_standard(directory, parts_of(adapter), merged, name, factor_dtype(options.dtype), progress)
     sidecar = read_sidecar(source.adapter) if source.adapter else None
     held = sidecar.held if sidecar else None
