@@ -57,6 +57,12 @@ class Sidecar:
     made_for: tuple[str, ...] = ()
     ignored_by: tuple[str, ...] = ()
 
+    @property
+    def held_quantized(self) -> dict[str, Any] | None:
+        """`held`, where training quantised anything of the base: all of it, or some experts alone."""
+        held = dict(self.held or {})
+        return held if held.get("quantization") not in (None, "none") or held.get("int8_experts") else None
+
 
 def in_form(sidecar: Sidecar, form: str) -> Sidecar:
     """The sidecar of the same adapter in another of FORMS."""

@@ -55,8 +55,7 @@ class Origin:
     @property
     def held(self) -> dict[str, Any] | None:
         """How training held the base, if it was quantised."""
-        held = dict(self.sidecar.held or {}) if self.sidecar else {}
-        return held if held.get("quantization") not in (None, "none") else None
+        return self.sidecar.held_quantized if self.sidecar else None
 
 
 def find_origin(what: str, base: str | None = None) -> Origin:

@@ -20,6 +20,7 @@ from typing import Any
 from adapters.checkpoint import DTYPE_NAMES, read_index
 from adapters.errors import ExportError
 from adapters.sidecar import read_sidecar
+from adapters.verify.memory import available_bytes
 from studio.data import read_examples
 from studio.errors import DataError, JobError
 from studio.jobs import open_job
@@ -60,16 +61,15 @@ def choose_into(adapter: Path, base: Path, into: str) -> Choice:
         ExportError: "quantized" is asked for, and the adapter does not say that training held the base so.
     """
     sidecar = read_sidecar(adapter)
-    held = dict(sidecar.held or {}) if sidecar else {}
-    quantized = held.get("quantization") not in (None, "none") or bool(held.get("int8_experts"))
-    if into == "quantized" and not quantized:
+    held = sidecar.held_quantized if sidecar else None
+    if into == "quantized" and held is None:
         raise ExportError(
             f"{adapter} does not say that it was trained on quantised weights (studio_adapter.json), so there are none "
             "to merge into; take --into original"
         )
     if into == "quantized":
         return Choice(into, held, "as asked for")
-    if into == "original" or not quantized:
+    if into == "original" or held is None:
         return Choice("original", None, "as asked for" if into == "original" else "training did not quantise the base")
     return _measured(adapter, base, held)
 
@@ -108,14 +108,6 @@ def _model_bytes(base: Path, held: Mapping[str, Any]) -> int:
     """Of the weights in the dtype of the computation."""
     size = {"float32": 4, "bfloat16": 2, "float16": 2}[held["dtype"]]
     return sum(size * info.parameters for info in read_index(base).values() if info.dtype in DTYPE_NAMES)
-
-
-def available_bytes() -> int:
-    """Memory that a new process can have."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 # -------------------------------------------------------------------- in a process of its own

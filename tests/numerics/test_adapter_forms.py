@@ -115,6 +115,19 @@ def test_an_engines_form_is_the_trained_adapter(family: Made, tmp_path: Path, fo
         assert ("peft" in sidecar.made_for) == known == ("peft" not in sidecar.ignored_by)
 
 
+@pytest.mark.parametrize("form", [*ENGINES, "peft"])
+def test_no_path_of_this_machine_is_published(tmp_path: Path, form: str) -> None:
+    found = made(Tiny("qwen3_moe", 64, 32), tmp_path)
+    assert found.source.adapter is not None
+    for name, field in (("adapter_config.json", "base_model_name_or_path"), ("studio_adapter.json", "base_name")):
+        file = found.source.adapter / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {field: str(found.source.base)}))
+    out = found.written(form, tmp_path)
+    texts = [file.read_text() for file in out.glob("*.json")]
+    assert texts and not [text for text in texts if str(tmp_path) in text]
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == found.source.base.name
+
+
 def test_stock_peft_runs_the_standard_form_as_the_trained_model(one: Made, tmp_path: Path) -> None:
     found = statuses(one.checks("peft", one.written("peft", tmp_path)))
     assert set(found.values()) == {"passed"} and "behaviour: as the trained model" in found

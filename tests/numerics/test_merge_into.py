@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from adapters.merge import merge_adapter
 from adapters.merged import MergedWeights
 from adapters.peft_files import save_adapter
 from adapters.quantized import QuantizedStack
+from adapters.sidecar import Sidecar, write_sidecar
+from adapters.verify.memory import available_bytes
+from studio import merge_choice
+from studio.export_origin import Origin
 from studio.merge_choice import choose_into, put_into
 from tests.numerics.conftest import EACH, EXPERTS, MULTIMODAL, OTHER, Tiny, load_plain, randomise, save
 from tests.numerics.test_families import placement
@@ -133,3 +138,17 @@ def test_a_base_with_nan_is_refused_when_it_is_quantised(tmp_path: Path) -> None
     key = next(key for key in merged.index if key.endswith("experts.down_proj"))
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         merged.read(key, 2)
+
+
+def test_the_memory_that_a_control_group_leaves_decides_whether_both_are_measured() -> None:
+    assert merge_choice.available_bytes is available_bytes
+
+
+def test_experts_held_in_int8_alone_are_quantised_for_the_choice_and_for_the_plan(tmp_path: Path) -> None:
+    held = {"quantization": "none", "int8_experts": [1], "double_quant": True, "dtype": "float32"}
+    sidecar = Sidecar("peft", "tiny", None, held, "0.19.1", "qwen3_moe", {})
+    write_sidecar(tmp_path, sidecar)
+    assert choose_into(tmp_path, tmp_path, "quantized").held == held
+    assert Origin(tmp_path, "tiny", tmp_path, None, sidecar).held == held
+    write_sidecar(tmp_path, replace(sidecar, held={**held, "int8_experts": []}))
+    assert choose_into(tmp_path, tmp_path, "auto").held is None

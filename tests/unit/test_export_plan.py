@@ -278,6 +278,10 @@ def test_each_consumer_has_its_one_command(name: str) -> None:
     assert CONSUMERS[name].command(place) == COMMANDS[name]
 
 
+def test_an_adapters_script_is_told_of_a_base_that_is_not_on_the_hub(adapter: Path) -> None:
+    assert studio.plan_export(request(adapter, "peft")).command.endswith(f" --base {EMBEDDED_DIR}")
+
+
 def test_the_plan_knows_the_rank_and_the_base_of_an_adapter(adapter: Path) -> None:
     plan = studio.plan_export(request(adapter, "vllm-adapter"))
     assert "--max-lora-rank 32" in plan.command and str(EMBEDDED_DIR) in plan.command
