@@ -79,7 +79,7 @@ def certificate_view(report: Mapping[str, Any]) -> RenderableType:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     facts.add_row("Export", Text(clean(str(report["out"]))))
-    if into := merged_into(report["facts"]):
+    if into := merged_into(report.get("facts", {})):
         facts.add_row("Merged into", Text(clean(into)))
     facts.add_row("Verified", verdict(report["checks"]))
     if report.get("command"):
