@@ -44,6 +44,12 @@ def sha256(*parts: bytes) -> str:
     return found.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Of a file of any size, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _bytes(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 

@@ -19,8 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from adapters.fingerprint import file_sha256
+
 JOURNAL = ".journal.jsonl"
-READ_BYTES = 1 << 22
 LIBRARIES = ("torch", "bitsandbytes")
 
 
@@ -83,13 +84,4 @@ def code_sha256() -> str:
             found.update(f"{name} {metadata.version(name)}\n".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         found.update(file.name.encode() + b"\n" + file.read_bytes())
-    return found.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file of any size, read in pieces."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            found.update(piece)
     return found.hexdigest()

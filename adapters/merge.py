@@ -22,7 +22,8 @@ from adapters.adapter_files import CONFIG, WEIGHTS
 from adapters.checkpoint import DTYPE_NAMES
 from adapters.errors import ExportError, OutputExistsError
 from adapters.export import Options, Progress, Source
-from adapters.journal import Journal, file_sha256
+from adapters.fingerprint import file_sha256
+from adapters.journal import Journal
 from adapters.merged import MergedWeights
 from adapters.merging import Squares, TensorDelta, computed, pieces, tensor_delta, written_dtype
 from adapters.tensor_files import new_directory, spec_bytes, thread_pool, write_pieces

@@ -16,8 +16,9 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from adapters.export import EXPORTERS, Source
+from adapters.fingerprint import file_sha256
 from adapters.verify import Check
-from studio.certificate import CERTIFICATE, sha256_of, verdict
+from studio.certificate import CERTIFICATE, verdict
 from studio.errors import DataError, JobError
 from studio.jobs import Job, open_job
 from studio.licence import Licence
@@ -157,7 +158,7 @@ def _data(recipe: Recipe) -> str:
             lines.append(f"- {use}: `{file.name}`, which is not there any more")
             continue
         sources = ", ".join(sorted({example.source for example in examples}))
-        digest = sha256_of(file)
+        digest = file_sha256(file)
         lines.append(f"- {use}: `{file.name}`, {len(examples):,} examples, sources: {sources}, sha256 `{digest}`")
     return "\n".join(lines)
 

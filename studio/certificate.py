@@ -6,7 +6,6 @@ checks ── write_certificate ──▶ certificate.json ── read_certifica
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import studio
 from adapters.checkpoint import read_json_object
 from adapters.export import Options, Source
-from adapters.fingerprint import fingerprint
+from adapters.fingerprint import file_sha256, fingerprint
 from adapters.verify import Check
 from studio.errors import ExportError
 from studio.job_files import to_json
@@ -32,7 +31,6 @@ IN_PROGRAM = "behaviour in "
 COMPARED = ("weights: ", "adapter: ")
 """So begin the names of checks that hold values against what the export was made from."""
 PROGRAMS = ("torch", "transformers", "peft", "safetensors", "tokenizers", "bitsandbytes", "gguf", "xllamacpp")
-HASHED_BYTES = 1 << 22
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -161,15 +159,7 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in files}
     names.pop(CERTIFICATE, None)
-    return {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in names.items()}
-
-
-def sha256_of(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(HASHED_BYTES):
-            found.update(piece)
-    return found.hexdigest()
+    return {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in names.items()}
 
 
 def versions() -> dict[str, str]:
@@ -186,7 +176,7 @@ def versions() -> dict[str, str]:
 def _adapter_hashes(adapter: Path | None) -> dict[str, str] | None:
     if adapter is None:
         return None
-    return {name: sha256_of(adapter / name) for name in ADAPTER_FILES if (adapter / name).is_file()}
+    return {name: file_sha256(adapter / name) for name in ADAPTER_FILES if (adapter / name).is_file()}
 
 
 def as_json(certificate: Certificate) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from studio.errors import ExportError
 from studio.licence import Licence, read_licence
 
 PLACE = re.compile(r"(?<![\w.:/~)>-])/[\w.+@-]+(?:/[\w.+@-]+)+")
-HOMES = ("/home/", "/Users/", "/root/")
+HOMES = tuple(f"/{name}/" for name in ("home", "Users", "root"))
 SYSTEM = ("/usr/", "/bin/", "/dev/", "/etc/", "/proc/", "/sys/")
 """What every machine has, as in the first line of a script."""
 

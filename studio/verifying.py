@@ -8,10 +8,10 @@ from typing import Any
 
 from adapters.export import EXPORTERS, Options, Source
 from adapters.export.consumers import CONSUMERS
-from adapters.fingerprint import fingerprint
+from adapters.fingerprint import file_sha256, fingerprint
 from adapters.verify import Check
 from adapters.verify.run import verify_export
-from studio.certificate import ADAPTER_FILES, Certificate, changed_files, read_certificate, sha256_of, verdict
+from studio.certificate import ADAPTER_FILES, Certificate, changed_files, read_certificate, verdict
 from studio.errors import ExportError, StudioError
 from studio.held_out import held_out_prompts
 from studio.models import resolve_base
@@ -108,7 +108,7 @@ def _check_origin(certificate: Certificate, base: Path, adapter: Path | None) ->
             f"{base} is not the base of this export: its {' and '.join(other)} differ; name it with --base"
         )
     hashes = (
-        {name: sha256_of(adapter / name) for name in ADAPTER_FILES if (adapter / name).is_file()} if adapter else None
+        {name: file_sha256(adapter / name) for name in ADAPTER_FILES if (adapter / name).is_file()} if adapter else None
     )
     if hashes != certificate.adapter:
         raise ExportError(

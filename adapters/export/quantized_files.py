@@ -24,7 +24,7 @@ from torch import Tensor
 from adapters.checkpoint import TensorInfo, read_index, read_json_object
 from adapters.errors import ExportError
 from adapters.export import Options, Progress, Source
-from adapters.journal import file_sha256
+from adapters.fingerprint import file_sha256
 from adapters.layouts import QUANTIZED_CLASSES
 from adapters.merge import INDEX, check_room, copy_rest, own_shards
 from adapters.merged import MergedWeights

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from adapters.adapter_files import CONFIG, WEIGHTS, LinearFactors, read_adapter
 from adapters.checkpoint import read_index
 from adapters.errors import AdapterFileError, CheckpointError, ExportError, OutputExistsError
-from adapters.journal import JOURNAL, file_sha256
+from adapters.fingerprint import file_sha256
+from adapters.journal import JOURNAL
 from adapters.loading import load_base
 from adapters.lora import attach
 from adapters.merge import merge_adapter
