@@ -226,9 +226,8 @@ def new_directory(target: Path, overwrite: bool = False, resume: bool = False) -
                     _fsync(file)
             _swap(staged, target, old)
         except BaseException as error:
-            if not (
-                resume and isinstance(error, OSError)
-            ):  # a full disk: what is whole is worth as much as after a kill
+            full_disk = isinstance(error, OSError)  # what is whole is then worth as much as after a kill
+            if not (resume and full_disk):
                 shutil.rmtree(staged, ignore_errors=True)
             raise
 

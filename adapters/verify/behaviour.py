@@ -44,8 +44,8 @@ LIMITS = {
     "float32": Limits(1e-6, 1.0, "right merges measure below 1e-8, one layer's lost delta 4e-2"),
     "float16": Limits(1e-3, 0.99, "rounding merged weights to 11 bits measures near 4e-6, to 8 bits near 2e-4"),
     "bfloat16": Limits(1e-2, 0.97, "rounding merged weights to 8 bits measures near 2e-4, one layer's lost delta 4e-2"),
-    "fp8": Limits(1e-1, 0.90, "4 bits of mantissa; losing the whole adapter measures 1 and more"),
-    "4-bit": Limits(5e-1, 0.75, "4 bits a weight; losing the whole adapter measures 1 and more"),
+    "fp8": Limits(1e-1, 0.90, "4 bits of mantissa; losing the adapter of the quickstart's job measures 2.8"),
+    "4-bit": Limits(5e-1, 0.75, "4 bits a weight; losing the adapter of the quickstart's job measures 2.8"),
 }
 
 
