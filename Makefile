@@ -16,7 +16,7 @@ quickstart: $(READY)
 	$(BIN)/studio run recipes/quickstart.yaml --overwrite
 
 test: $(READY) chromium
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

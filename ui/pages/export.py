@@ -130,7 +130,6 @@ class Page:
         return {
             **self._choose(job, consumer, form, quant, weights, important, name, True),
             self.typed: True,
-            self.name: gr.skip(),
         }
 
     def _choose(
@@ -150,7 +149,9 @@ class Page:
         quant = (quant or "Q4_K_M") if types else None
         quantized = chosen.kind == "model" and job is not None and self._was_quantized(job)
         weights, important = weights if quantized else "auto", important and bool(types)
-        name = name if typed else self.places.free_export(f"{job}-{consumer}" if job else consumer)
+        suggested = name if typed else self.places.free_export(f"{job}-{consumer}" if job else consumer)
+        # a name that stays is not sent back: the answer would overwrite what is typed meanwhile
+        name, shown = suggested, gr.skip() if suggested == name else suggested
         note = next(found.note for found in studio.consumers() if found.name == consumer)
         return {
             self.consumer_note: el("p", note, cls="quiet-text"),
@@ -160,7 +161,7 @@ class Page:
             self.quant: gr.update(choices=types, value=quant, visible=bool(types)),
             self.weights: gr.update(value=weights, visible=quantized),
             self.importance: gr.update(value=important, visible=bool(types)),
-            self.name: name,
+            self.name: shown,
             **self._planned(job, consumer, chosen.name, quant, weights, important, name),
         }
 
