@@ -36,7 +36,7 @@ from adapters.routing import count_routing, watch_routing
 from studio.base.domains import DOMAINS, Document, documents
 from studio.base.tokenizer import chat_messages, render
 from studio.data import Example, Message, read_examples
-from studio.evaluation import IGNORED, encode
+from studio.encoding import IGNORED, encode
 
 Row = tuple[list[int], list[int]]
 

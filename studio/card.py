@@ -146,20 +146,21 @@ def _metrics(result: Mapping[str, Any] | None) -> str:
 
 
 def _data(recipe: Recipe) -> str:
-    from studio.data import read_examples
+    from studio.data import held_out_rows, training_rows
 
     lines = []
-    for use, file in (("training", recipe.data.train), ("held out", recipe.data.eval)):
+    uses = (("training", recipe.data.train, training_rows), ("held out", recipe.data.eval, held_out_rows))
+    for use, file, read in uses:
         if file is None:
             continue
         try:
-            examples = read_examples(file)
+            rows = read(recipe)
         except DataError:
             lines.append(f"- {use}: `{file.name}`, which is not there any more")
             continue
-        sources = ", ".join(sorted({example.source for example in examples}))
+        sources = ", ".join(sorted({row.source for row in rows}))
         digest = file_sha256(file)
-        lines.append(f"- {use}: `{file.name}`, {len(examples):,} examples, sources: {sources}, sha256 `{digest}`")
+        lines.append(f"- {use}: `{file.name}`, {len(rows):,} examples, sources: {sources}, sha256 `{digest}`")
     return "\n".join(lines)
 
 

@@ -84,10 +84,10 @@ def main(version: Annotated[bool, typer.Option("--version", help="Show the versi
 @reported
 def validate(recipe: RecipePath, as_json: AsJson = False) -> None:
     """Check a recipe, its data files and its base model; report every problem with its line."""
-    from studio.data import read_all
+    from studio.data import both_rows
 
     wanted = studio.load_recipe(recipe)
-    train, held_out = read_all(wanted.data.train, wanted.data.eval)
+    train, held_out = both_rows(wanted)
     studio.make_plan(wanted)  # refuses what the base cannot do
     if as_json:
         counts = {"train_examples": len(train), "eval_examples": len(held_out)}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.data import Example
-from studio.errors import SHOWN_PROBLEMS, DataError, Problem
+from studio.data import Example, Row, wanted_sequences
+from studio.data import Sequence as Encodable
+from studio.encoding import IGNORED, encode, prompt_and_whole, prompt_ids
 
 Progress = Callable[[int, int], None]
 LOGITS_CHUNK_TOKENS = 256
 """Positions whose logits exist at one time: a vocabulary of 200,000 must not dominate memory."""
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,16 @@ class Evaluation:
 
     Attributes:
         loss: mean cross-entropy per completion token, in nats.
-        exact_match: share of examples whose greedy answer equals the reference, white space at the ends aside.
-        answers: the greedy answers, in the order of the examples.
+        exact_match: share of conversations whose greedy answer equals the reference, white space at the ends aside;
+            None where there are none, of plain text.
+        prompts: the last turn before each answer, for showing.
+        answers: the greedy answers, in the order of the conversations.
         references: what they are compared with, as the chat template writes it.
     """
 
     loss: float
-    exact_match: float
+    exact_match: float | None
+    prompts: tuple[str, ...]
     answers: tuple[str, ...]
     references: tuple[str, ...]
 
@@ -39,7 +42,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    rows: Sequence[Row],
     *,
     max_length_tokens: int,
     max_new_tokens: int,
@@ -49,31 +52,33 @@ def evaluate(
     """Evaluates `model` as it stands (adapters on or off), in evaluation mode and without gradients.
 
     Args:
+        rows: held-out rows of any kind; what is measured is what a model should come to write of them.
         batch_size: examples in a forward pass; answers are generated for four times as many at once.
     """
     was_training = model.training
     model.eval()
-    total = 2 * len(examples)
+    found = wanted_sequences(rows)
+    examples = [sequence for sequence in found if isinstance(sequence, Example)]
+    total = len(found) + len(examples)
 
     def report(done: int) -> None:
         if progress:
             progress(done, total)
 
     with torch.inference_mode():
-        loss = _loss(model, tokenizer, examples, max_length_tokens, batch_size, report)
-        answers = _answers(
-            model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(examples) + n)
-        )
+        loss = _loss(model, tokenizer, found, max_length_tokens, batch_size, report)
+        answers = _answers(model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(found) + n))
     model.train(was_training)
     references = tuple(wanted(tokenizer, example) for example in examples)
+    prompts = tuple(prompt_text(example) for example in examples)
     right = sum(answer.strip() == text for answer, text in zip(answers, references, strict=True))
-    return Evaluation(loss, right / len(examples), tuple(answers), references)
+    return Evaluation(loss, right / len(examples) if examples else None, prompts, tuple(answers), references)
 
 
 def held_out_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    rows: Sequence[Row],
     *,
     max_length_tokens: int,
     batch_size: int,
@@ -81,12 +86,13 @@ def held_out_loss(
     """The loss of `evaluate` alone: mean cross-entropy per completion token, in nats."""
     model.eval()
     with torch.inference_mode():
-        return _loss(model, tokenizer, examples, max_length_tokens, batch_size, lambda done: None)
+        found = wanted_sequences(rows)
+        return _loss(model, tokenizer, found, max_length_tokens, batch_size, lambda done: None)
 
 
 def wanted(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The answer as the model is trained to write it: some templates put an empty think block before it."""
-    prompt, whole = _prompt_and_whole(tokenizer, example)
+    prompt, whole = prompt_and_whole(tokenizer, example)
     return str(tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)).strip()
 
 
@@ -98,7 +104,7 @@ def prompt_text(example: Example) -> str:
 def _loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[Encodable],
     max_length_tokens: int,
     batch_size: int,
     report: Callable[[int], None],
@@ -132,45 +138,6 @@ def _cross_entropy(head: Any, hidden_PH: Tensor, targets_P: Tensor) -> float:
     return float(sum(loss.item() for loss in losses))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length_tokens: int) -> tuple[list[int], list[int]]:
-    """(input ids, labels) of one example by the model's chat template; the prompt's labels are -100."""
-    prompt, whole = _prompt_and_whole(tokenizer, example)
-    labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
-    return whole[:max_length_tokens], labels[:max_length_tokens]
-
-
-def _prompt_and_whole(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
-    row = example.as_row()
-    prompt = _template(tokenizer, row["prompt"], add_generation_prompt=True)
-    return prompt, _template(tokenizer, [*row["prompt"], *row["completion"]], add_generation_prompt=False)
-
-
-def check_lengths(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length_tokens: int, file: str
-) -> None:
-    """Refuses examples whose prompt alone fills `max_length_tokens`: nothing of their answer would be learned.
-
-    Raises:
-        DataError: the first 20 of them, and how many more.
-    """
-    rows = (
-        (number, len(_template(tokenizer, example.as_row()["prompt"], add_generation_prompt=True)))
-        for number, example in enumerate(examples, 1)
-    )
-    allowed = f"allowed: fewer than data.max_length_tokens, {max_length_tokens}; raise it or shorten the prompt"
-    problems = [
-        Problem("", None, f"example {number}: the prompt has {tokens} tokens; {allowed}", file)
-        for number, tokens in rows
-        if tokens >= max_length_tokens
-    ]
-    if problems:
-        raise DataError(problems[:SHOWN_PROBLEMS], max(0, len(problems) - SHOWN_PROBLEMS))
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    return cast(list[int], tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
-
-
 def _padded(batch: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     longest = max(len(ids) for ids, _ in batch)
     ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in batch]
@@ -190,7 +157,7 @@ def _answers(
     batch_size: int,
     report: Callable[[int], None],
 ) -> list[str]:
-    prompts = [_template(tokenizer, e.as_row()["prompt"], add_generation_prompt=True) for e in examples]
+    prompts = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.verify.run import BUILT_IN, Prompt
-from studio.data import Example, read_examples
+from studio.data import Example, Row, held_out_rows, read_rows, wanted_sequences
+from studio.data.reading import KINDS
+from studio.data.rows import as_turns
 from studio.errors import DataError, ExportError, JobError
 from studio.jobs import open_job
 
@@ -34,28 +36,25 @@ def held_out_prompts(*, job: Path | None = None, file: Path | None = None) -> Pr
     """
     if file is not None:
         return _from_file(file)
-    held_out = _held_out_file(job) if job else None
-    if held_out is not None:
-        examples = read_examples(held_out)[:MOST]
-        return Prompts(
-            conversations(examples), f"the first {len(examples)} held-out examples of the job's {held_out.name}"
-        )
+    file_name, rows = _held_out(job) if job else ("", [])
+    if found := prompts_of(rows):
+        return Prompts(found, f"the first {len(found)} held-out examples of the job's {file_name}")
     return Prompts(BUILT_IN, f"{len(BUILT_IN)} built-in texts: no held-out data was at hand")
 
 
-def _held_out_file(job: Path) -> Path | None:
-    """The job's evaluation data, if it has any and it is still there and readable."""
+def _held_out(job: Path) -> tuple[str, list[Row]]:
+    """Name and rows of the job's evaluation data, if it has any and they are still there and readable."""
     try:
-        file = open_job(job).recipe().data.eval
-        return file if file and read_examples(file) else None
+        recipe = open_job(job).recipe()
+        return recipe.data.eval.name if recipe.data.eval else "", held_out_rows(recipe)
     except (JobError, DataError):
-        return None
+        return "", []
 
 
 def _from_file(file: Path) -> Prompts:
     if file.suffix == ".jsonl":
-        examples = read_examples(file)[:MOST]
-        return Prompts(conversations(examples), f"the first {len(examples)} examples of {file.name}")
+        found = prompts_of(read_rows(file, tuple(KINDS)))
+        return Prompts(found, f"the first {len(found)} examples of {file.name}")
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +64,7 @@ def _from_file(file: Path) -> Prompts:
     return Prompts(tuple(lines[:MOST]), f"the first {min(MOST, len(lines))} lines of {file.name}")
 
 
-def conversations(examples: Sequence[Example]) -> tuple[Prompt, ...]:
-    """Each example as one conversation, its answer included."""
-    rows = (example.as_row() for example in examples)
-    return tuple([*row["prompt"], *row["completion"]] for row in rows)
+def prompts_of(rows: Sequence[Row]) -> tuple[Prompt, ...]:
+    """The first rows, each as one conversation with its answer, or as text."""
+    found = wanted_sequences(rows[:MOST])
+    return tuple(as_turns(each.turns) if isinstance(each, Example) else each.text for each in found)

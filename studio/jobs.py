@@ -231,12 +231,12 @@ def submit(recipe: Recipe, *, overwrite: bool = False) -> Job:
         DataError, LayoutError, CheckpointError, TargetError, ProfileError: nothing was written.
         OutputExistsError: the output directory exists; with `overwrite`, it is not an ended job's directory.
     """
-    from studio.data import read_all
+    from studio.data import both_rows
     from studio.placing import placement_record, plan_placement
     from studio.plan import make_plan, recipe_base
     from studio.profile import find_profile
 
-    read_all(recipe.data.train, recipe.data.eval)
+    both_rows(recipe)
     check_output(recipe.output.dir, overwrite)
     base = recipe_base(recipe)
     profile = find_profile(recipe) if base.moe else None

@@ -21,7 +21,7 @@ from adapters.checkpoint import DTYPE_NAMES, read_index
 from adapters.errors import ExportError
 from adapters.sidecar import read_sidecar
 from adapters.verify.memory import available_bytes
-from studio.data import read_examples
+from studio.data import held_out_rows
 from studio.errors import DataError, JobError
 from studio.jobs import open_job
 
@@ -77,7 +77,7 @@ def choose_into(adapter: Path, base: Path, into: str) -> Choice:
 def _measured(adapter: Path, base: Path, held: dict[str, Any]) -> Choice:
     try:
         recipe = open_job(adapter.parent).recipe()
-        examples = read_examples(recipe.data.eval)[:EXAMPLES] if recipe.data.eval else []
+        examples = held_out_rows(recipe)[:EXAMPLES]
     except (JobError, DataError):
         examples = []
     if not examples:
@@ -94,7 +94,7 @@ def _measured(adapter: Path, base: Path, held: dict[str, Any]) -> Choice:
         "base": base,
         "adapter": adapter,
         "held": held,
-        "data": recipe.data.eval,
+        "job": adapter.parent,
         "max_length_tokens": recipe.data.max_length_tokens,
         "batch_size": recipe.training.batch_size,
     }
@@ -127,12 +127,12 @@ def measure(question: Mapping[str, Any]) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    examples = read_examples(Path(question["data"]))[:EXAMPLES]
+    rows = held_out_rows(open_job(Path(question["job"])).recipe())[:EXAMPLES]
     sizes = {name: question[name] for name in ("max_length_tokens", "batch_size")}
     losses = {}
     for name, merged in (("original", MergedWeights(base, adapter)), ("quantized", MergedWeights(base, adapter, held))):
         put_into(model, merged)
-        losses[name] = held_out_loss(model, tokenizer, examples, **sizes)
+        losses[name] = held_out_loss(model, tokenizer, rows, **sizes)
     return losses
 
 

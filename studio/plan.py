@@ -19,7 +19,7 @@ from adapters.errors import CheckpointError, StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, read_examples
+from studio.data import Example, Row, Sequence, both_rows, sequences
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.placing import coverage, plan_placement
@@ -115,14 +115,13 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
-    train = read_examples(recipe.data.train)
+    train, held_out = both_rows(recipe)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
         from studio.profile import find_profile
 
         profile = find_profile(recipe)
     placement = plan_placement(recipe, base, profile)
     classes = tensor_classes(base, _held_as(recipe), placement)
-    held_out = read_examples(recipe.data.eval) if recipe.data.eval else []
     lengths = _lengths_tokens(_tokenizer_of(recipe, base), train)
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
@@ -275,8 +274,8 @@ def _tokenizer_of(recipe: Recipe, base: Base) -> Path:
         return EMBEDDED_DIR
 
 
-def _lengths_tokens(directory: Path, examples: list[Example]) -> list[int]:
-    """Tokens of each example by the model's own tokenizer, and 8 a turn for the chat template."""
+def _lengths_tokens(directory: Path, rows: list[Row]) -> list[int]:
+    """Tokens of each row (of a pair the longer side) by the model's own tokenizer, and 8 a turn for the template."""
     from tokenizers import Tokenizer
 
     try:
@@ -285,6 +284,14 @@ def _lengths_tokens(directory: Path, examples: list[Example]) -> list[int]:
         raise CheckpointError(directory / "tokenizer.json", [f"cannot be read: {error}"]) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    turns = [[message.content for message in (*example.prompt, *example.completion)] for example in examples]
-    encoded = tokenizer.encode_batch(["\n".join(texts) for texts in turns])
-    return [len(row.ids) + 8 * len(texts) for row, texts in zip(encoded, turns, strict=True)]
+    sides = [sequences([row]) for row in rows]
+    texts = [_texts(side) for of_row in sides for side in of_row]
+    encoded = tokenizer.encode_batch(["\n".join(turns) for turns in texts])
+    lengths = iter([len(ids.ids) + 8 * len(turns) for ids, turns in zip(encoded, texts, strict=True)])
+    return [max(next(lengths) for _ in of_row) for of_row in sides]
+
+
+def _texts(sequence: Sequence) -> list[str]:
+    if isinstance(sequence, Example):
+        return [turn.thinking + turn.content + "".join(map(str, turn.tool_calls)) for turn in sequence.turns]
+    return [sequence.text]

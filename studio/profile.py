@@ -38,7 +38,7 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
         StudioError: bad data or base; a base without routed experts.
     """
     from studio.base_model import load_recipe_base
-    from studio.data import read_examples
+    from studio.data import sequences, training_rows
     from studio.plan import recipe_base
     from studio.profiling import draw_sample, profile_routing
 
@@ -46,7 +46,7 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
     if not base.moe:
         raise TargetError(f"{base.name} has no routed experts, so there is no routing to profile")
     wanted, bound = recipe.placement.profile_tokens, fingerprints(recipe)
-    examples = read_examples(recipe.data.train)
+    examples = sequences(training_rows(recipe))
     model, tokenizer = load_recipe_base(recipe, loading)
     sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, wanted)
     counted = profile_routing(model, sample, tokenizer.pad_token_id, progress)

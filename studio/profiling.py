@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adapters.layouts import layout_for
 from adapters.router_profile import RouterProfile
 from adapters.routing import Counts, count_routing, watch_routing
-from studio.data import Example
-from studio.evaluation import encode
+from studio.data import Sequence as Encodable
+from studio.encoding import encode
 from studio.profile import SAMPLE_SEED
 
 BATCH_TOKENS = 4096
@@ -56,7 +56,7 @@ class Counted:
 
 
 def draw_sample(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length_tokens: int, wanted_tokens: int
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Encodable], max_length_tokens: int, wanted_tokens: int
 ) -> Sample:
     """Examples in a random, fixed order until there are `wanted_tokens` tokens; the last one is cut there.
 
@@ -121,7 +121,7 @@ def profile_routing(
                 progress(done, total)
         layers, top_k = tuple(routing.layer for routing in seen), int(seen[0].experts.shape[1])
     model.train(was_training)
-    assert counts is not None, "read_examples refuses files without examples"
+    assert counts is not None, "files without rows are refused"
     return Counted(counts, layers, top_k, sample.sources)
 
 

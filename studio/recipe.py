@@ -411,7 +411,7 @@ class Recipe(Settings):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     trl: dict[str, JsonValue] = Field(default_factory=dict)
-    """Any further option of TRL's SFTConfig, by its TRL name, such as {"neftune_noise_alpha": 5}."""
+    """Any further option of the method's class in TRL, by its TRL name, such as {"neftune_noise_alpha": 5}."""
 
     output: OutputSettings
 
@@ -438,8 +438,9 @@ class Recipe(Settings):
 
     @field_validator("trl")
     @classmethod
-    def _options_exist_in_trl(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        found = {name: message for name, value in options.items() if (message := trl_problem(name, value))}
+    def _options_exist_in_trl(cls, options: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        method = info.data["training"].method if "training" in info.data else "sft"  # absent where it has problems
+        found = {name: message for name, value in options.items() if (message := trl_problem(name, value, method))}
         if found:
             listed = "; ".join(f"{name}: {message}" for name, message in found.items())
             raise PydanticCustomError("refused_keys", "{message}", {"message": listed, "keys": found})

@@ -54,15 +54,16 @@ def run(job: Job) -> None:
     clock = _Clock(job)
     with clock.phase("loading", "load"):
         model, tokenizer, placement, recipe = _load(job)
-    from studio.data import read_examples
-    from studio.evaluation import check_lengths, evaluate
+    from studio.data import both_rows, sequences
+    from studio.encoding import check_lengths
+    from studio.evaluation import evaluate
     from studio.trainers import trainer_for
 
-    train_examples = read_examples(recipe.data.train)
-    held_out = read_examples(recipe.data.eval)[: recipe.evaluation.examples] if recipe.data.eval else []
+    train_rows, held_out = both_rows(recipe)
+    held_out = held_out[: recipe.evaluation.examples]
 
-    for examples, file in ((train_examples, recipe.data.train), (held_out, recipe.data.eval)):
-        check_lengths(tokenizer, examples, recipe.data.max_length_tokens, str(file))
+    for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
+        check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
@@ -80,12 +81,12 @@ def run(job: Job) -> None:
         job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
         return found
 
-    profile = _profiler(job, model, tokenizer, recipe, train_examples)
+    profile = _profiler(job, model, tokenizer, recipe, sequences(train_rows))
     with clock.phase("evaluating base", "profile"):
         profile("profile", tuned=False)
     before = measure("before", "evaluating base")
     with clock.phase("training", "train"):
-        trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_examples, job)
+        trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_rows, job)
     after = measure("after", "evaluating tuned")
     with clock.phase("saving", "save"):
         saved = _save(job, model, placement, recipe)
@@ -181,20 +182,18 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
 def _result(
     job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
 ) -> dict[str, Any]:
-    from studio.evaluation import prompt_text
-
     def summary(found: Any) -> dict[str, Any] | None:
         if found is None:
             return None
         return {"loss": found.loss, "exact_match": found.exact_match, "examples": len(held_out)}
 
-    shown = range(min(recipe.evaluation.generations, len(held_out)))
+    shown = range(min(recipe.evaluation.generations, len(after.answers) if after else 0))
     return {
         "before": summary(before),
         "after": summary(after),
         "generations": [
             {
-                "prompt": prompt_text(held_out[i]),
+                "prompt": after.prompts[i],
                 "reference": after.references[i],
                 "base": before.answers[i],
                 "tuned": after.answers[i],

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from studio.methods import METHODS
 from studio.recipe_text import describe
 
-CONFIG_SOURCES = (  # (top-level package, file inside it, class): parents first
+CONFIG_SOURCES = (  # (top-level package, file inside it, class): parents first, then the method's own
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
 )
 
 RECIPE_FIELDS = {  # TRL name -> the recipe field that owns it
@@ -86,24 +86,26 @@ SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def trl_problem(name: str, value: Any) -> str | None:
-    """What is wrong with setting TRL's option `name` to `value` in a recipe, or None."""
+def trl_problem(name: str, value: Any, method: str = "sft") -> str | None:
+    """What is wrong with setting TRL's option `name` to `value` in a recipe of this training method, or None."""
     if name in RECIPE_FIELDS:
         return f"the recipe has its own field for this, set {RECIPE_FIELDS[name]}"
     if reason := _reason(name):
         return f"cannot be set: {reason}"
-    options = sft_options()
+    options = trl_options(method)
     if name not in options:
         near = get_close_matches(name, [option for option in options if not _reason(option)], n=1)
-        return "TRL's SFTConfig has no such option" + (f'; did you mean "{near[0]}"?' if near else "")
+        return f"TRL's {METHODS[method].config[1]} has no such option" + (
+            f'; did you mean "{near[0]}"?' if near else ""
+        )
     return _type_problem(value, options[name])
 
 
 @cache
-def sft_options() -> dict[str, str]:
-    """Every field of TRL's `SFTConfig` with its annotation as text, from the source that is installed."""
+def trl_options(method: str) -> dict[str, str]:
+    """Every field of the method's class of options with its annotation as text, from the source that is installed."""
     options: dict[str, str] = {}
-    for package, file, class_name in CONFIG_SOURCES:
+    for package, file, class_name in (*CONFIG_SOURCES, ("trl", *METHODS[method].config)):
         options.update(_annotated_names(_package_folder(package) / file, class_name))
     return options
 

@@ -1,21 +1,24 @@
-"""Training and evaluation examples, from JSON Lines files.
+"""Rows of data, from JSON Lines files.
 
 A row is one of
     {"messages": [{"role": "user", "content": "…"}, …, {"role": "assistant", "content": "…"}]}
-    {"prompt": "…" or [messages], "completion": "…" or [messages]}
-and becomes an Example, the conversational prompt-completion form that TRL reads. A row may name its data source with
-"source": "…", up to 60 characters; without it, that is the file's name. A file is checked to its end: its first 20
-problems are reported together, and nothing is started.
+    {"prompt": "…" or [messages], "completion": "…" or [messages]}, with "label": true or false a Labelled row
+    {"prompt": "…" or [messages], "chosen": "…" or [messages], "rejected": "…" or [messages]}
+    {"text": "…"}
+and becomes the Row that studio/data/rows.py has for it. A row may name its data source with "source": "…", up to 60
+characters; without it, that is the file's name. A file is checked to its end: its first 20 problems are reported
+together, and nothing is started.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from studio.data.rows import Example, Labelled, Message, PlainText, Preference, Row, RowKind
 from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 from studio.recipe_text import describe
 
@@ -25,29 +28,12 @@ LONGEST_SOURCE = 60
 RESERVED_SOURCES = ("all", "all sources")
 """What tables and pictures call all sources together."""
 
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation. `role` is system, user or assistant; `content` is never empty."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt that ends with the user's turn, the assistant's completion of it, and the data source it is from."""
-
-    prompt: tuple[Message, ...]
-    completion: tuple[Message, ...]
-    source: str = ""
-
-    def as_row(self) -> dict[str, list[dict[str, str]]]:
-        """The example as TRL's conversational prompt-completion row."""
-        return {
-            "prompt": [{"role": m.role, "content": m.content} for m in self.prompt],
-            "completion": [{"role": m.role, "content": m.content} for m in self.completion],
-        }
+KINDS: dict[RowKind, str] = {
+    "example": "a conversation",
+    "text": "plain text",
+    "preference": "a preference pair",
+    "labelled": "a labelled completion",
+}
 
 
 class RowProblems(Exception):
@@ -61,44 +47,50 @@ def read_examples(path: Path | str) -> list[Example]:
     """Every example in the JSON Lines file at `path`, in file order. Blank lines are passed over.
 
     Raises:
-        DataError: no such file, an empty file, or any row that cannot be trained on.
+        DataError: no such file, an empty file, or any row that is no conversation or cannot be trained on.
     """
-    examples, problems = check_examples(path)
-    if problems:
-        raise DataError(problems[:SHOWN_PROBLEMS], hidden_count=max(0, len(problems) - SHOWN_PROBLEMS))
-    return examples
+    return cast(list[Example], read_rows(path, ("example",)))
 
 
-def read_all(*paths: Path | None) -> list[list[Example]]:
-    """The examples of several files, with the problems of all files in one error. None gives an empty list.
+def read_rows(path: Path | str, kinds: Sequence[RowKind]) -> list[Row]:
+    """Every row of the file at `path`, in file order, all of one of the `kinds` that a training method reads.
 
     Raises:
-        DataError: as `read_examples`.
+        DataError: no such file, an empty file, a row of another kind, or one that cannot be trained on.
     """
-    checked = [check_examples(path) if path else ([], []) for path in paths]
+    return read_all(path, kinds=kinds)[0]
+
+
+def read_all(*paths: Path | str | None, kinds: Sequence[RowKind] = ("example",)) -> list[list[Row]]:
+    """The rows of several files, with the problems of all files in one error. None gives an empty list.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    checked = [check_rows(path, kinds) if path else ([], []) for path in paths]
     shown = [problem for _, problems in checked for problem in problems[:SHOWN_PROBLEMS]]
     if shown:
         raise DataError(shown, hidden_count=sum(len(problems) for _, problems in checked) - len(shown))
-    return [examples for examples, _ in checked]
+    return [rows for rows, _ in checked]
 
 
-def check_examples(path: Path | str) -> tuple[list[Example], list[Problem]]:
+def check_rows(path: Path | str, kinds: Sequence[RowKind] = ("example",)) -> tuple[list[Row], list[Problem]]:
     """The good rows of the file at `path` and the problems of all others."""
-    examples: list[Example] = []
+    rows: list[Row] = []
     problems: list[Problem] = []
     file = str(path)
     try:
         for number, line in _lines(Path(path)):
             try:
-                examples.append(_example(line, Path(path).stem))
+                rows.append(_row(line, Path(path).stem, kinds))
             except RowProblems as row:
                 problems += [Problem(field, number, message, file) for field, message in row.problems]
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         problems.append(Problem("", None, f"cannot be read: {reason}", file))
-    if not examples and not problems:
+    if not rows and not problems:
         problems.append(Problem("", None, "the file is empty; it needs at least one row", file))
-    return examples, problems
+    return rows, problems
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -109,11 +101,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _example(line: bytes, file_name: str) -> Example:
-    """The row's example; its source is `file_name` where the row names none."""
-    row = _json_object(line)
-    example = _from_row(row)
-    return replace(example, source=_source(row.get("source"), file_name))
+def _row(line: bytes, file_name: str, kinds: Sequence[RowKind]) -> Row:
+    """The row; its source is `file_name` where it names none."""
+    values = _json_object(line)
+    row = _from_row(values)
+    if row.kind not in kinds:
+        wanted = " or ".join(KINDS[kind] for kind in kinds)
+        raise RowProblems(("", f"is {KINDS[row.kind]}; this training method reads {wanted}"))
+    return replace(row, source=_source(values.get("source"), file_name))
 
 
 def _source(named: Any, file_name: str) -> str:
@@ -123,18 +118,43 @@ def _source(named: Any, file_name: str) -> str:
     return f"{name} (source)" if name in RESERVED_SOURCES else name
 
 
-def _from_row(row: dict[str, Any]) -> Example:
+def _from_row(row: dict[str, Any]) -> Row:
     if "messages" in row and ("prompt" in row or "completion" in row):
         raise RowProblems(("", "has both messages and prompt/completion; keep one of the two forms"))
     if "messages" in row:
         return _from_messages(row["messages"])
-    missing = [name for name in ("prompt", "completion") if name not in row]
-    if len(missing) == 2:
+    if "chosen" in row or "rejected" in row:
+        return _preference(*(_given(row, "prompt", "chosen", "rejected")))
+    if "text" in row and "prompt" not in row:
+        return _text(row["text"])
+    if "prompt" not in row and "completion" not in row:
         found = ", ".join(list(row)[:6]) or "nothing"
         raise RowProblems(("", f"needs messages, or prompt and completion; received {found}"))
-    if missing:
-        raise RowProblems((missing[0], "is missing"))
-    return _from_pair(row["prompt"], row["completion"])
+    example = _from_pair(*_given(row, "prompt", "completion"))
+    if "label" not in row:
+        return example
+    if not isinstance(row["label"], bool):
+        raise RowProblems(("label", f"is true or false, received {describe(row['label'])}"))
+    return Labelled(example.prompt, example.completion, row["label"])
+
+
+def _given(row: dict[str, Any], *names: str) -> list[Any]:
+    if missing := [name for name in names if name not in row]:
+        raise RowProblems(*((name, "is missing") for name in missing))
+    return [row[name] for name in names]
+
+
+def _text(value: Any) -> PlainText:
+    if message := _content_problem(value):
+        raise RowProblems(("text", message))
+    return PlainText(value)
+
+
+def _preference(prompt: Any, chosen: Any, rejected: Any) -> Preference:
+    better, worse = _from_pair(prompt, chosen, "chosen"), _from_pair(prompt, rejected, "rejected")
+    if better.completion == worse.completion:
+        raise RowProblems(("rejected", "is the same as chosen; there is nothing to prefer"))
+    return Preference(better.prompt, better.completion, worse.completion)
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -159,21 +179,21 @@ def _from_messages(value: Any) -> Example:
     return Example(messages[:-1], messages[-1:])
 
 
-def _from_pair(prompt: Any, completion: Any) -> Example:
+def _from_pair(prompt: Any, completion: Any, name: str = "completion") -> Example:
     problems: list[tuple[str, str]] = []
     turns: dict[str, tuple[Message, ...]] = {}
-    for name, value, role in (("prompt", prompt, "user"), ("completion", completion, "assistant")):
+    for part, value, role in (("prompt", prompt, "user"), (name, completion, "assistant")):
         try:
-            turns[name] = _messages(name, [{"role": role, "content": value}] if isinstance(value, str) else value)
+            turns[part] = _messages(part, [{"role": role, "content": value}] if isinstance(value, str) else value)
         except RowProblems as error:
             as_text = isinstance(value, str)
-            problems += [(name if as_text else field, message) for field, message in error.problems]
+            problems += [(part if as_text else field, message) for field, message in error.problems]
     if problems:
         raise RowProblems(*problems)
     _check_prompt("prompt", turns["prompt"])
-    if any(message.role != "assistant" for message in turns["completion"]):
-        raise RowProblems(("completion", "holds assistant turns alone"))
-    return Example(turns["prompt"], turns["completion"])
+    if any(message.role != "assistant" for message in turns[name]):
+        raise RowProblems((name, "holds assistant turns alone"))
+    return Example(turns["prompt"], turns[name])
 
 
 def _check_prompt(field: str, prompt: tuple[Message, ...]) -> None:

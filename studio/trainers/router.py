@@ -1,7 +1,7 @@
 """Training with the routers in view: losses on the routing, what it does meanwhile, and rules that warn or stop.
 
-    watch_router(model, tokenizer, recipe, examples, job) ─▶ RouterWatch | None
-    RouterTrainer    TRL's trainer; adds the recipe's losses to TRL's and shows each forward pass to the watch
+    watch_router(model, tokenizer, recipe, rows, job) ─▶ RouterWatch | None
+    WatchesRouter    mixed into a TRL trainer: adds the recipe's losses, shows each forward pass to the watch
     RouterWatch      one row a logging step in metrics.jsonl, and one for the steps after the last; then the rules
 
 A row, lists by MoE layer, over the tokens since the last row (padding aside):
@@ -31,16 +31,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl.trainer.sft_trainer import SFTTrainer
 
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.lora import expert_count
 from adapters.router_losses import Scoring, distillation_loss, load_balance_loss, routing_kl, z_loss
 from adapters.router_profile import relative_entropy
 from adapters.routing import Routing, watch_routing
-from studio.data import Example, read_examples
+from studio.data import Row, held_out_rows, sequences
+from studio.encoding import encode
 from studio.errors import TrainingError
-from studio.evaluation import decoder_and_head, encode
+from studio.evaluation import decoder_and_head
 from studio.jobs import Job
 from studio.placing import check_router
 from studio.recipe import Recipe, RouterSettings
@@ -67,12 +67,12 @@ RULES: dict[str, tuple[str, int, str]] = {
 
 
 def watch_router(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, examples: Sequence[Example], job: Job
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row], job: Job
 ) -> RouterWatch | None:
     """What the recipe's section `router` asks for of this model; None where that is nothing.
 
     Args:
-        examples: of the training file; the probe set is taken from them where the recipe has no held-out file.
+        rows: of the training file; the probe set is taken from them where the recipe has no held-out file.
 
     Raises:
         TargetError: it asks for something that this model cannot have.
@@ -84,8 +84,8 @@ def watch_router(
         return None
     probe: list[Batch] = []
     if settings.watch:
-        rows = read_examples(recipe.data.eval) if recipe.data.eval else examples
-        encoded = (encode(tokenizer, row, recipe.data.max_length_tokens)[0] for row in rows[: settings.probe_examples])
+        probed = sequences((held_out_rows(recipe) or rows)[: settings.probe_examples])
+        encoded = (encode(tokenizer, row, recipe.data.max_length_tokens)[0] for row in probed)
         probe = probe_batches(encoded, int(tokenizer.pad_token_id), model.device)
     return RouterWatch(model, layout, settings, coefs, probe, job)
 
@@ -293,8 +293,8 @@ def _loss_key(name: str) -> str:
     return f"{name.removesuffix('_loss')}_loss"
 
 
-class RouterTrainer(SFTTrainer):
-    """TRL's loss and the recipe's losses on the routing."""
+class WatchesRouter:
+    """Mixed into a TRL trainer: TRL's loss and the recipe's losses on the routing."""
 
     watch: RouterWatch | None = None
 
@@ -306,9 +306,9 @@ class RouterTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if self.watch is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         with self.watch.routing() as seen:  # left before the backward pass, which may run the layers again
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
         # with the items of the whole batch given, nobody divides by the accumulation steps: as TRL does for its own
-        parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1  # type: ignore[attr-defined]
         return loss + self.watch.take(seen, inputs.get("attention_mask")) / parts

@@ -22,8 +22,8 @@ from adapters.router_losses import routing_kl
 from adapters.routing import watch_routing
 from studio import open_job
 from studio.data import Example, Message
+from studio.encoding import encode
 from studio.errors import TargetError, TrainingError
-from studio.evaluation import encode
 from studio.jobs import Job
 from studio.placing import plan_placement
 from studio.plan import recipe_base

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, Llama4ForCausalLM
 from studio import evaluation
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, Message
+from studio.encoding import check_lengths, encode
 from studio.errors import DataError
-from studio.evaluation import check_lengths, encode, evaluate
+from studio.evaluation import evaluate
 
 EXAMPLES = [
     Example(

@@ -21,7 +21,7 @@ from adapters.routing import watch_routing
 from studio.base import EMBEDDED_DIR
 from studio.base_model import load_recipe_base
 from studio.data import read_examples
-from studio.evaluation import encode
+from studio.encoding import encode
 from studio.profile import profile_path
 from studio.profiling import draw_sample, profile_routing
 from studio.recipe import Recipe, parse_recipe

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from studio.data import Example, Message, check_examples, read_all, read_examples
+from studio.data import Example, Message, check_rows, read_all, read_examples
 from studio.errors import DataError, Problem
 
 GOOD = '{"prompt": "2 + 2 =", "completion": "4"}'
@@ -84,7 +84,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         ("null", "", "received nothing (null)"),
         ("[" * 100_000, "", "is not valid JSON"),
         (b'{"prompt": "\xff"}', "", "is not UTF-8 text (byte 13 of the line)"),
-        ('{"text": "a"}', "", "needs messages, or prompt and completion; received text"),
+        ('{"body": "a"}', "", "needs messages, or prompt and completion; received body"),
         ('{"prompt": "a"}', "completion", "is missing"),
         ('{"completion": "a"}', "prompt", "is missing"),
         ('{"prompt": "a", "completion": "b", "messages": []}', "", "keep one of the two forms"),
@@ -180,5 +180,5 @@ def test_any_json_object_is_either_an_example_or_named_problems(row: dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        examples, problems = check_examples(path)
+        examples, problems = check_rows(path)
     assert bool(examples) != bool(problems)

@@ -14,7 +14,7 @@ from studio.errors import Problem, RecipeError
 from studio.placing import needs_profile
 from studio.plan import make_plan
 from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
-from studio.trl_options import REASONS, RECIPE_FIELDS, sft_options, trl_problem
+from studio.trl_options import REASONS, RECIPE_FIELDS, trl_options, trl_problem
 from tests.unit.test_placement import profile_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -296,7 +296,7 @@ def test_every_field_has_a_description_and_none_takes_code_or_secrets() -> None:
 
 
 def test_trl_options_come_from_all_three_sources() -> None:
-    options = sft_options()
+    options = trl_options("sft")
     assert {"packing", "use_liger_kernel", "neftune_noise_alpha", "adam_beta1"} <= options.keys()
     assert options["packing"] == "bool"
     assert trl_problem("adam_beta1", 0.8) is None
@@ -304,7 +304,7 @@ def test_trl_options_come_from_all_three_sources() -> None:
 
 def test_every_refused_trl_option_exists_or_once_did() -> None:
     """A misspelt name in the tables would refuse nothing."""
-    known = {*sft_options(), "warmup_ratio"}
+    known = {*trl_options("sft"), "warmup_ratio"}
     assert RECIPE_FIELDS.keys() <= known
     for pattern in REASONS:
         assert any(name.startswith(pattern.rstrip("*")) for name in known), pattern

@@ -1,0 +1,154 @@
+"""What a row of data is, whatever file and form it came from.
+
+    Example       a prompt that ends with the user's turn, and its completion      SFT, GRPO, RLOO (as reference)
+    PlainText     text without turns                                               continued pretraining
+    Preference    a prompt, a better and a worse completion                        DPO, ORPO, CPO, reward models
+    Labelled      a prompt, a completion, and whether it is wanted                 KTO
+
+What a model reads is a *sequence*, an Example or a PlainText; `sequences` says which ones a row stands for. Plans,
+profiles, the router's probe and the held-out loss work on sequences, whatever the training method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+RowKind = Literal["example", "text", "preference", "labelled"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: text; empty only where the turn calls tools.
+        thinking: an assistant's reasoning before the answer, for templates that read `reasoning_content`.
+        tool_calls: an assistant's calls, each {"type": "function", "function": {"name": …, "arguments": {…}}}.
+        name: of the tool that answers.
+    """
+
+    role: str
+    content: str
+    thinking: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str = ""
+
+    def as_turn(self) -> dict[str, Any]:
+        """The turn as chat templates and TRL read it; what is empty is left out."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.thinking:
+            turn["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            turn["tool_calls"] = [dict(call) for call in self.tool_calls]
+        if self.name:
+            turn["name"] = self.name
+        return turn
+
+
+Turns = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt that ends with the user's (or a tool's) turn, the completion of it, and the data source it is from.
+
+    Attributes:
+        tools: JSON schemas of the tools that the conversation may call.
+    """
+
+    prompt: Turns
+    completion: Turns
+    source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    kind: RowKind = "example"
+
+    @property
+    def turns(self) -> Turns:
+        return (*self.prompt, *self.completion)
+
+    def as_row(self) -> dict[str, Any]:
+        """The example as TRL's conversational prompt-completion row."""
+        row: dict[str, Any] = {"prompt": as_turns(self.prompt), "completion": as_turns(self.completion)}
+        return {**row, "tools": [dict(tool) for tool in self.tools]} if self.tools else row
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Text as it stands, every token of which is learned."""
+
+    text: str
+    source: str = ""
+
+    kind: RowKind = "text"
+
+
+Sequence = Example | PlainText
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt, the completion that is preferred, and the one that is not; the two differ."""
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    kind: RowKind = "preference"
+
+    def as_row(self) -> dict[str, Any]:
+        """The pair as TRL's conversational preference row with an explicit prompt."""
+        return {name: as_turns(getattr(self, name)) for name in ("prompt", "chosen", "rejected")}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt, a completion, and whether it is wanted (`label`)."""
+
+    prompt: Turns
+    completion: Turns
+    label: bool
+    source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    kind: RowKind = "labelled"
+
+    def as_row(self) -> dict[str, Any]:
+        """The row as TRL's unpaired preference form."""
+        return {"prompt": as_turns(self.prompt), "completion": as_turns(self.completion), "label": self.label}
+
+
+Row = Example | PlainText | Preference | Labelled
+
+
+def as_turns(messages: Turns) -> list[dict[str, Any]]:
+    """Messages as chat templates read them."""
+    return [message.as_turn() for message in messages]
+
+
+def sequences(rows: Iterable[Row]) -> list[Sequence]:
+    """What a model reads of the rows, in order: of a pair first the preferred conversation, then the other."""
+    found: list[Sequence] = []
+    for row in rows:
+        if isinstance(row, Preference):
+            sides = (row.chosen, row.rejected)
+            found += [Example(row.prompt, side, row.source, row.tools) for side in sides]
+        elif isinstance(row, Labelled):
+            found.append(Example(row.prompt, row.completion, row.source, row.tools))
+        else:
+            found.append(row)
+    return found
+
+
+def wanted_sequences(rows: Iterable[Row]) -> list[Sequence]:
+    """The sequences that a model should come to write: a pair's preferred side, labelled rows that are wanted."""
+    kept = (row for row in rows if not (isinstance(row, Labelled) and not row.label))
+    return [
+        Example(row.prompt, row.chosen, row.source, row.tools) if isinstance(row, Preference) else sequences([row])[0]
+        for row in kept
+    ]

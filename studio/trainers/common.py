@@ -1,0 +1,135 @@
+"""What every trainer does alike: TRL's common options, a loss that must be finite, the report to the job, the end.
+
+class _Trainer(StudioTrainer, SFTTrainer): ...          StudioTrainer comes first: it wraps TRL's own steps
+finish(_Trainer(model=…, args=XConfig(**options(recipe, job, …)), callbacks=callbacks(…)))
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from studio.errors import TrainingError
+from studio.jobs import Job
+from studio.models import compute_dtype
+from studio.recipe import Recipe
+from studio.trainers.router import RouterWatch, WatchesRouter
+
+STEP_SECONDS = 0.5
+"""How often the step in state.json is brought up to date; each time is a write that reaches the disk."""
+
+LOGGED = ("loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy", "entropy")
+"""What is kept of each line that Trainer logs; a method may name more."""
+
+
+def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
+    """TRL's options as the recipe says them, then those of one `method`, then the recipe's section `trl`."""
+    training, on_gpu = recipe.training, torch.cuda.is_available()
+    ours: dict[str, Any] = {
+        "output_dir": str(job.path / "checkpoints"),
+        "max_steps": training.max_steps or -1,
+        "num_train_epochs": training.epochs or 1.0,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler,
+        "warmup_steps": training.warmup_fraction,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "seed": training.seed,
+        "logging_steps": training.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and compute_dtype(recipe.model.dtype) == "bfloat16",
+        "dataloader_pin_memory": on_gpu,
+    }
+    return {**ours, **method, **recipe.trl}
+
+
+class StudioTrainer(WatchesRouter):
+    """Mixed into a TRL trainer: losses on the routing, and a stop at the first loss that is not finite.
+
+    Trainer would log such a loss as 0.0, go on and save a NaN adapter.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]  # of the TRL trainer beside it
+        if not torch.isfinite(loss).all():
+            step = self.state.global_step + 1  # type: ignore[attr-defined]
+            raise TrainingError(
+                f"the loss became {loss.item()} at step {step}: training stopped and no adapter was written. "
+                f"A learning rate lower than {self.args.learning_rate:g} usually helps"  # type: ignore[attr-defined]
+            )
+        return loss
+
+
+def callbacks(job: Job, watch: RouterWatch | None, logged: tuple[str, ...] = ()) -> list[TrainerCallback]:
+    """The report to the job and, where there is one, the watch over the routing; `logged`: metrics of the method."""
+    return [Report(job, (*LOGGED, *logged)), *([watch] if watch else [])]
+
+
+def finish(trainer: Trainer) -> dict[str, Any]:
+    """Trains to the end.
+
+    Returns:
+        {"steps": optimizer steps done, "loss": mean training loss}.
+
+    Raises:
+        TrainingError: the loss or a weight became NaN or infinite, or the routing passed a limit of the recipe.
+    """
+    outcome = trainer.train()
+    assert trainer.model is not None
+    if not all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad):
+        raise TrainingError(f"the adapter holds NaN or infinity after step {outcome.global_step}; it was not written")
+    return {"steps": outcome.global_step, "loss": outcome.training_loss}
+
+
+class Report(TrainerCallback):
+    """Writes what Trainer logs into the job's metrics.jsonl, and the step into its state.
+
+    Args:
+        names: of the logged values that are kept; a slash in TRL's name becomes an underscore.
+    """
+
+    def __init__(self, job: Job, names: tuple[str, ...]):
+        self.job, self.names = job, names
+        self.last = (time.monotonic(), 0)
+        self.shown = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.last = (time.monotonic(), 0)
+        self.job.update(phase="training", step=0, total_steps=state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        tokens, now = int(logs.get("num_tokens", 0)), time.monotonic()
+        rate = (tokens - self.last[1]) / max(now - self.last[0], 1e-9)
+        self.last = (now, tokens)
+        row = {name.replace("/", "_"): float(logs[name]) for name in self.names if name in logs}
+        self.job.log_metrics(
+            {"kind": "train", "step": state.global_step, **row, "tokens_per_second": rate, "time": time.time()}
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.monotonic() - self.shown >= STEP_SECONDS:
+            self.shown = time.monotonic()
+            self.job.update(step=state.global_step)
