@@ -32,6 +32,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from adapters.placement import PLACEMENTS
+from studio.data.formats import COLUMNS
 from studio.errors import Problem, RecipeError
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
@@ -46,6 +47,7 @@ FRACTION_UNSET = 0.25
 """Ours: the quarter of the experts that MoE-Sieve (arXiv 2603.24044, abstract) adapts."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_DATA = re.compile(rf"hub:{HUB_ID.pattern}(:[\w.-]+)?")
 
 
 def _refusal(message: str) -> PydanticCustomError:
@@ -70,6 +72,15 @@ def _path(text: str, folder: Path) -> Path:
     return Path(os.path.abspath(folder / os.path.expanduser(text)))
 
 
+def _absolute_or_hub(value: Any, info: ValidationInfo) -> Any:
+    """As `_absolute`; "hub:org/name:split" stays as it is."""
+    if not str(value).startswith("hub:"):
+        return _absolute(value, info)
+    if not HUB_DATA.fullmatch(str(value)):
+        raise _refusal(f'received {describe(str(value))}; allowed: "hub:org/name" or "hub:org/name:split"')
+    return Path(str(value))
+
+
 def _absolute_from_cwd(value: Any) -> Any:
     return _path(str(value), Path.cwd()) if isinstance(value, str | Path) else value
 
@@ -85,7 +96,7 @@ def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...
     return tuple(ids)
 
 
-InputPath = Annotated[Path, BeforeValidator(_absolute)]
+DataPath = Annotated[Path, BeforeValidator(_absolute_or_hub)]
 OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]
 Rank = Annotated[int, Field(ge=0, le=1024)]
 ExpertId = Annotated[int, Field(ge=0, le=65535)]
@@ -146,16 +157,47 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The examples: JSON Lines, each row {"messages": [...]} or {"prompt": ..., "completion": ...}."""
+    """The data: JSON Lines, JSON, CSV, TSV, Parquet, an Arrow directory, a folder of text, or a fetched hub data set."""
 
-    train: InputPath
-    """JSON Lines file of training examples. A relative path starts at the recipe file."""
+    train: DataPath
+    """File or folder of training rows, or "hub:org/name:split". A relative path starts at the recipe file."""
 
-    eval: InputPath | None = None
-    """JSON Lines file of held-out examples, for the comparison before and after. null: no comparison."""
+    eval: DataPath | None = None
+    """The same of held-out rows, for the comparison before and after. null: no comparison."""
+
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "preference",
+        "preference_implicit",
+        "kto",
+        "text",
+    ] = "auto"
+    """What the rows look like. auto: each row is recognised by its columns; `studio data inspect` says as what."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns with other names, as {ours: theirs}, such as {"prompt": "ask", "completion": "reply"}."""
+
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """Rows that cannot be trained on: refuse the file, or drop them, counted and listed in dropped_rows.jsonl."""
 
     max_length_tokens: int = Field(default=256, ge=16, le=1_048_576)
     """Examples are cut to this many tokens. Memory for activations grows with it."""
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_ours(cls, columns: dict[str, str]) -> dict[str, str]:
+        known = {name: f"unknown column; allowed: {', '.join(COLUMNS)}" for name in columns if name not in COLUMNS}
+        empty = {name: "received an empty name; allowed: a column of the file" for name in columns if not columns[name]}
+        if found := {**empty, **known}:
+            listed = "; ".join(f"{name}: {message}" for name, message in found.items())
+            raise PydanticCustomError("refused_keys", "{message}", {"message": listed, "keys": found})
+        if twice := sorted({theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1}):
+            raise _refusal(f"received {', '.join(twice)} for several columns; allowed: each column of the file once")
+        return columns
 
 
 class AdapterSettings(Settings):
