@@ -157,7 +157,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The data: JSON Lines, JSON, CSV, TSV, Parquet, an Arrow directory, a folder of text, or a fetched hub data set."""
+    """The data: JSON Lines, JSON, CSV, TSV, Parquet, an Arrow directory, a folder of text, or a hub's data set."""
 
     train: DataPath
     """File or folder of training rows, or "hub:org/name:split". A relative path starts at the recipe file."""

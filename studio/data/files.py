@@ -275,9 +275,8 @@ def _csv_rows(file: BinaryIO, name: str, kind: str) -> Iterator[Raw]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise Broken(
-                f"is not valid {kind.upper()}: {error}; a quote may be missing in the row that begins here", line
-            )
+            said = f"is not valid {kind.upper()}: {error}; a quote may be missing in the row that begins here"
+            raise Broken(said, line) from None
         if not cells:
             continue
         problems, feed.problems = feed.problems, []

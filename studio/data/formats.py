@@ -27,13 +27,9 @@ COMPLETIONS = ("completion", "response", "answer", "output", "solution")
 INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt", "system_message")
 TEXTS = ("text", "content")
-COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "text") + (
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "tools",
-    "source",
+COLUMNS = (
+    *("messages", "prompt", "completion", "chosen", "rejected", "label", "text"),
+    *("instruction", "input", "output", "system", "tools", "source"),
 )
 """What `data.columns` may map to: the names under which the formats read."""
 
@@ -55,13 +51,15 @@ class Format:
         title: in words.
         looks_like: a row, shortened.
         kind: of the rows that it gives.
-        fits: whether a row's columns are this format's.
+        columns: a row of this format has at least one of them.
+        fits: whether the columns of such a row are this format's.
         convert: the row; raises RowProblems with everything that is wrong with it.
     """
 
     title: str
     looks_like: str
     kind: RowKind
+    columns: frozenset[str]
     fits: Callable[[Values], bool]
     convert: Callable[[Values], Row]
 
@@ -87,11 +85,15 @@ def recognise(values: Values, kinds: Sequence[RowKind]) -> str:
 
 def fits(values: Values) -> list[str]:
     """The names of all formats that the columns of a row fit."""
-    return [name for name, entry in FORMATS.items() if entry.fits(values)]
+    found = [name for name, entry in FORMATS.items() if not entry.columns.isdisjoint(values) and entry.fits(values)]
+    return found or (["text"] if _is_text(values) else [])
 
 
 def _first(values: Values, names: Sequence[str]) -> str:
-    return next((name for name in names if name in values), "")
+    for name in names:
+        if name in values:
+            return name
+    return ""
 
 
 def _one(values: Values, names: Sequence[str], ours: str) -> str:
@@ -127,7 +129,7 @@ def _is_pair(values: Values) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether one side of a pair is a conversation from its start: turns that begin with another role's, or a transcript."""
+    """Whether one side of a pair is a conversation from its start: begins with another's turn, or is a transcript."""
     value = from_json(value)
     if isinstance(value, str):
         return bool(_SPEAKER.match(value))
@@ -153,9 +155,8 @@ def _is_kto(values: Values) -> bool:
 
 
 def _is_text(values: Values) -> bool:
-    if not _first(values, TEXTS) or "prompt" in values or "completion" in values:
-        return False
-    return not any(entry.fits(values) for name, entry in FORMATS.items() if name != "text")
+    """Of a row that fits no other format: many of these have a column text besides."""
+    return bool(_first(values, TEXTS)) and "prompt" not in values and "completion" not in values
 
 
 # -------------------------------------------------------------------- conversions
@@ -365,6 +366,7 @@ FORMATS: dict[str, Format] = {
         "messages (ChatML)",
         '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
         "example",
+        frozenset(CONVERSATIONS),
         _is_messages,
         _from_conversation,
     ),
@@ -372,6 +374,7 @@ FORMATS: dict[str, Format] = {
         "ShareGPT",
         '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}',
         "example",
+        frozenset(CONVERSATIONS),
         _is_sharegpt,
         _from_conversation,
     ),
@@ -379,6 +382,7 @@ FORMATS: dict[str, Format] = {
         "Alpaca",
         '{"instruction": "…", "input": "…", "output": "…"}',
         "example",
+        frozenset(("instruction",)),
         _is_alpaca,
         _from_alpaca,
     ),
@@ -386,6 +390,7 @@ FORMATS: dict[str, Format] = {
         "prompt and completion",
         '{"prompt": "…" or messages, "completion": "…" or messages}',
         "example",
+        frozenset(PROMPTS),
         _is_prompt_completion,
         _from_prompt_completion,
     ),
@@ -393,13 +398,15 @@ FORMATS: dict[str, Format] = {
         "preference pairs with a prompt",
         '{"prompt": "…" or messages, "chosen": "…" or messages, "rejected": "…" or messages}',
         "preference",
-        lambda values: _is_pair(values) and not _is_implicit(values),
+        frozenset(("chosen", "rejected")),
+        lambda values: not _is_implicit(values),
         _from_preference,
     ),
     "preference_implicit": Format(
         "preference pairs of whole conversations",
         '{"chosen": [the common start …, answer], "rejected": [the common start …, answer]}',
         "preference",
+        frozenset(("chosen", "rejected")),
         _is_implicit,
         _from_implicit,
     ),
@@ -407,10 +414,11 @@ FORMATS: dict[str, Format] = {
         "completions with labels (KTO)",
         '{"prompt": "…" or messages, "completion": "…" or messages, "label": true}',
         "labelled",
+        frozenset(("label",)),
         _is_kto,
         _from_kto,
     ),
-    "text": Format("plain text", '{"text": "…"}', "text", _is_text, _from_text),
+    "text": Format("plain text", '{"text": "…"}', "text", frozenset(), _is_text, _from_text),
 }
 
 

@@ -97,8 +97,8 @@ def twice(key: object) -> str:
 def not_utf8(data: bytes, place: int, where: str, before: int = 0) -> str:
     """What is said of a byte that is no UTF-8, and how the file is converted."""
     return (
-        f"is not UTF-8 text (byte {before + place + 1} {where} is 0x{data[place]:02X}); if the file is Windows or Latin "
-        "text, convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW_FILE"
+        f"is not UTF-8 text (byte {before + place + 1} {where} is 0x{data[place]:02X}); if it is Windows text, "
+        "convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW_FILE"
     )
 
 

@@ -188,4 +188,5 @@ def as_written(row: Row, written: Sequence[str]) -> Row:
         raise RowProblems(("tools", "are given, which this model's chat template does not write"))
     if "reasoning_content" in written:
         return row
-    return replace(row, **{name: tuple(map(thinking_as_text, part)) for name, part in turns.items()})
+    changed: dict[str, Any] = {name: tuple(map(thinking_as_text, part)) for name, part in turns.items()}
+    return replace(row, **changed)

@@ -62,7 +62,7 @@ def _batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     for file in files:
-        with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as reader:
+        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as reader:
             for batch in reader:
                 for start in range(0, batch.num_rows, BATCH_ROWS):
                     yield batch.slice(start, BATCH_ROWS)

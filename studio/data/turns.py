@@ -5,7 +5,7 @@
     {"role": "assistant", "tool_calls": [{"function": {"name": "…", "arguments": {…} or JSON text}}]}
     {"role": "assistant", "content": "<think>…</think>…"}, or beside the content reasoning_content, reasoning, thinking
 
-Every problem is a (field, message) pair of a `RowProblems`. Nothing is guessed: what a template could not write is refused.
+Every problem is a (field, message) pair of a `RowProblems`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ OTHER_ROLES = {
 """Names that data sets have for the roles; `function_call` is an assistant's turn whose text is the call."""
 
 CALL_ROLES = ("function_call", "tool_call")
+_PLAIN = {"role", "content"}
 THINKING = ("reasoning_content", "reasoning", "thinking")
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -130,8 +131,11 @@ def _tool(where: str, item: Any) -> Mapping[str, Any]:
 def _message(where: str, item: Any) -> Message:
     if not isinstance(item, dict):
         raise RowProblems((where, f'is {{"role": …, "content": …}}, received {describe(item)}'))
+    if item.keys() == _PLAIN and item["role"] in ROLES and content_problem(item["content"]) is None:
+        return _split(f"{where}.content", Message(item["role"], item["content"]))  # most messages: nothing more to ask
     role_key, text_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    calls, problems = (), []
+    calls: tuple[Mapping[str, Any], ...] = ()
+    problems: list[tuple[str, str]] = []
     if role_key not in item:
         problems.append((f"{where}.{role_key}", "is missing"))
     given = item.get(role_key)
