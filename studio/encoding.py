@@ -6,13 +6,19 @@ One encoding for training, evaluation, profile and what is shown of a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from studio.data import Example, PlainText, Sequence
+from studio.data import Example, PlainText, RecipeRows, Row, Sequence, recipe_rows, sequences
+from studio.data.lengths import long_prompt
+from studio.data.of_recipe import refused
+from studio.data.reading import refuse
 from studio.data.rows import as_turns
-from studio.errors import SHOWN_PROBLEMS, DataError, Problem
+from studio.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from studio.recipe import Recipe
 
 IGNORED = -100
 LossOn = Literal["completion", "assistant", "all"]
@@ -87,24 +93,30 @@ def template(tokenizer: PreTrainedTokenizerBase, example: Example, turns: Any, *
     return cast(list[int], rendered)
 
 
-def check_lengths(
-    tokenizer: PreTrainedTokenizerBase, sequences: Many[Sequence], max_length_tokens: int, file: str
-) -> None:
-    """Refuses examples whose prompt alone fills `max_length_tokens`: nothing of their answer would be learned.
+def split_by_length(
+    tokenizer: PreTrainedTokenizerBase, rows: Many[Row], max_length_tokens: int
+) -> tuple[list[Row], list[Problem]]:
+    """The rows whose prompt leaves room for an answer, and the others: nothing of their answer would be learned."""
+    fitting: list[Row] = []
+    problems: list[Problem] = []
+    for row in rows:
+        prompts = [prompt_ids(tokenizer, side) for side in sequences([row])[:1] if isinstance(side, Example)]
+        if prompts and len(prompts[0]) >= max_length_tokens:
+            problems.append(long_prompt(row.place, len(prompts[0]), max_length_tokens))
+        else:
+            fitting.append(row)
+    return fitting, problems
+
+
+def rows_of_job(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> RecipeRows:
+    """The recipe's rows without those whose prompt alone fills `data.max_length_tokens`; of the held-out ones as many
+    as are evaluated.
 
     Raises:
-        DataError: the first 20 of them, and how many more.
+        DataError: of all of them, under `data.bad_rows: refuse`.
     """
-    rows = (
-        (number, len(prompt_ids(tokenizer, sequence)))
-        for number, sequence in enumerate(sequences, 1)
-        if isinstance(sequence, Example)
-    )
-    allowed = f"allowed: fewer than data.max_length_tokens, {max_length_tokens}; raise it or shorten the prompt"
-    problems = [
-        Problem("", None, f"example {number}: the prompt has {tokens} tokens; {allowed}", file)
-        for number, tokens in rows
-        if tokens >= max_length_tokens
-    ]
-    if problems:
-        raise DataError(problems[:SHOWN_PROBLEMS], max(0, len(problems) - SHOWN_PROBLEMS))
+    found, limit = recipe_rows(recipe), recipe.data.max_length_tokens
+    train, long = split_by_length(tokenizer, found.train, limit)
+    held_out, long_held_out = split_by_length(tokenizer, found.held_out[: recipe.evaluation.examples], limit)
+    refuse([refused(recipe, train, long), refused(recipe, held_out, long_held_out)])
+    return RecipeRows(train, held_out, (*found.dropped, *long, *long_held_out))

@@ -54,16 +54,17 @@ def run(job: Job) -> None:
     clock = _Clock(job)
     with clock.phase("loading", "load"):
         model, tokenizer, placement, recipe = _load(job)
-    from studio.data import both_rows, sequences
-    from studio.encoding import check_lengths
+    from studio.data import sequences
+    from studio.data.of_recipe import DROPPED, dropped_lines
+    from studio.encoding import rows_of_job
     from studio.evaluation import evaluate
+    from studio.job_files import write_atomic
     from studio.trainers import trainer_for
 
-    train_rows, held_out = both_rows(recipe)
-    held_out = held_out[: recipe.evaluation.examples]
-
-    for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
-        check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
+    rows = rows_of_job(tokenizer, recipe)
+    train_rows, held_out = rows.train, rows.held_out
+    if rows.dropped:
+        write_atomic(job.path / DROPPED, dropped_lines(rows.dropped))
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:

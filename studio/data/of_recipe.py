@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from studio.methods import METHODS
 
 if TYPE_CHECKING:
     from studio.recipe import Recipe
+
+
+DROPPED = "dropped_rows.jsonl"
+"""File of a job that lists the rows left out: {"file", "line", "reason"} each."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,23 @@ def count_of(problems: Sequence[Problem]) -> int:
     return len({(problem.file, problem.line) for problem in problems})
 
 
-def written_by_template(recipe: Recipe) -> tuple[str, ...]:
+def dropped_lines(problems: Sequence[Problem]) -> str:
+    """The text of DROPPED: one JSON object a row, with all that is wrong with it."""
+    reasons: dict[tuple[str | None, int | None], list[str]] = {}
+    for problem in problems:
+        said = f"{problem.field}: {problem.message}" if problem.field else problem.message
+        reasons.setdefault((problem.file, problem.line), []).append(said)
+    rows = ({"file": file, "line": line, "reason": "; ".join(said)} for (file, line), said in reasons.items())
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def written_by_template(base: str) -> tuple[str, ...]:
     """Of reasoning, tool calls and tools, what the base's chat template names; all where it cannot be read here."""
     from adapters.checkpoint import read_json_object
     from studio.models import resolve_base
 
     try:
-        directory = resolve_base(recipe.model.base)
+        directory = resolve_base(base)
         beside, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
         if beside.is_file():
             text = beside.read_text(encoding="utf-8")

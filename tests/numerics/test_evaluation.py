@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,8 @@ from transformers import AutoTokenizer, Llama4ForCausalLM
 
 from studio import evaluation
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, Message
-from studio.encoding import check_lengths, encode
-from studio.errors import DataError
+from studio.data import Example, Message, Place
+from studio.encoding import encode, split_by_length
 from studio.evaluation import evaluate
 
 EXAMPLES = [
@@ -83,12 +83,14 @@ def test_what_the_template_puts_before_an_answer_belongs_to_the_reference(tools)
         tokenizer.chat_template = template
 
 
-def test_a_prompt_that_fills_the_length_is_refused_with_its_number(tools) -> None:
+def test_a_prompt_that_fills_the_length_is_told_from_the_rest_with_its_line(tools) -> None:
     _, tokenizer = tools
+    rows = [replace(e, place=Place("rows.jsonl", line)) for line, e in enumerate(EXAMPLES, 1)]
     lengths = [len(encode(tokenizer, e, 10_000)[0]) for e in EXAMPLES]
-    check_lengths(tokenizer, EXAMPLES, max(lengths), "file")
-    with pytest.raises(DataError, match="example 6: the prompt has"):
-        check_lengths(tokenizer, EXAMPLES, lengths[-1] - 8, "file")
+    assert split_by_length(tokenizer, rows, max(lengths)) == (rows, [])
+    fitting, (problem,) = split_by_length(tokenizer, rows, lengths[-1] - 8)
+    assert fitting == rows[:5] and (problem.file, problem.line) == ("rows.jsonl", 6)
+    assert "the prompt has" in problem.message
 
 
 def test_every_example_is_reported(tools, tmp_path: Path) -> None:
