@@ -19,7 +19,7 @@ from adapters.errors import CheckpointError, StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, Row, Sequence, both_rows, sequences
+from studio.data import Example, Row, Sequence, both_rows, sequences, wanted_sequences
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.placing import coverage, plan_placement
@@ -148,7 +148,7 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         longest_tokens=max(lengths),
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
-        warnings=_warnings(recipe, base, memory, at_hand),
+        warnings=(*_warnings(recipe, base, memory, at_hand), *_said_of_template(base, train)),
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
 
@@ -239,6 +239,14 @@ def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | Non
     if base.directory is None:
         found.append(f"{base.name} is a published shape: its weights and its tokenizer were not looked for")
     return tuple(found)
+
+
+def _said_of_template(base: Base, rows: list[Row]) -> tuple[str, ...]:
+    if base.directory is None:
+        return ()
+    from studio.chat_template import SAMPLED_ROWS, template_warnings
+
+    return template_warnings(base.directory, wanted_sequences(rows[:SAMPLED_ROWS]))
 
 
 def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:

@@ -14,10 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from studio.errors import StudioError
 from studio.jobs import Job, open_job
+
+if TYPE_CHECKING:
+    from studio.data import Row
 
 PROGRESS_SECONDS = 0.5
 WATCHED_TOKENS = 16_384
@@ -53,17 +56,11 @@ def run(job: Job) -> None:
     """
     clock = _Clock(job)
     with clock.phase("loading", "load"):
+        train_rows, held_out = _rows(job)
         model, tokenizer, placement, recipe = _load(job)
-    from studio.data import both_rows, sequences
-    from studio.encoding import check_lengths
+    from studio.data import sequences
     from studio.evaluation import evaluate
     from studio.trainers import trainer_for
-
-    train_rows, held_out = both_rows(recipe)
-    held_out = held_out[: recipe.evaluation.examples]
-
-    for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
-        check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
@@ -95,6 +92,20 @@ def run(job: Job) -> None:
         _picture(job, model)
     job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
     job.update(status="succeeded", phase="done", step=trained["steps"])
+
+
+def _rows(job: Job) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and to be measured on, each rendered once by the model's template, in a limited child."""
+    from studio.chat_template import check_rendered
+    from studio.data import both_rows, sequences
+    from studio.models import resolve_base
+
+    recipe = job.recipe()
+    train, held_out = both_rows(recipe)
+    held_out, base = held_out[: recipe.evaluation.examples], resolve_base(recipe.model.base)
+    for rows, file in ((train, recipe.data.train), (held_out, recipe.data.eval)):
+        check_rendered(base, sequences(rows), recipe.data.max_length_tokens, str(file))
+    return train, held_out
 
 
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:
@@ -168,6 +179,7 @@ def _draw(job: Job) -> None:
 
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     from adapters.peft_files import save_adapter
+    from studio.chat_template import chat_template
     from studio.job_files import write_atomic
     from studio.models import compute_dtype, resolve_base
 
@@ -175,6 +187,9 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     name = str(base) if recipe.model.base == "embedded" else recipe.model.base
     held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
     saved = save_adapter(model, placement, job.path / "adapter", base_name=name, base=base, held=held)
+    template = chat_template(base)
+    if template.is_default:
+        write_atomic(job.path / "adapter" / "chat_template.jinja", template.text)
     write_atomic(job.path / "adapter" / "placement.json", (job.path / "placement.json").read_text(encoding="utf-8"))
     return saved
 
