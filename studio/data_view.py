@@ -108,7 +108,8 @@ def _lengths(report: DataReport) -> RenderableType:
     ]
     table.add_row("of a row", *cells, as_count(report.tokens["total"]))
     share = report.truncated_rows / max(1, report.good_rows)
-    cut = f"{report.truncated_rows:,} rows ({as_percent(share)}) are longer than {report.max_length_tokens:,}: they are cut"
+    rows = f"{report.truncated_rows:,} rows ({as_percent(share)})"
+    cut = f"{rows} are longer than {report.max_length_tokens:,} tokens: their ends are cut off"
     line = Text(cut if report.truncated_rows else f"None is longer than {report.max_length_tokens:,} tokens")
     if report.long_prompts:
         line.append(f"; of {report.long_prompts:,} the prompt alone fills that, which training refuses", "bold red")

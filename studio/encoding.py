@@ -5,20 +5,13 @@ One encoding for training, evaluation, profile and what is shown of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from studio.data import Example, PlainText, RecipeRows, Row, Sequence, recipe_rows, sequences
-from studio.data.lengths import long_prompt
-from studio.data.of_recipe import refused
-from studio.data.reading import refuse
+from studio.data import Example, PlainText, Sequence
 from studio.data.rows import as_turns
 from studio.errors import DataError, Problem
-
-if TYPE_CHECKING:
-    from studio.recipe import Recipe
 
 IGNORED = -100
 LossOn = Literal["completion", "assistant", "all"]
@@ -75,9 +68,14 @@ def _earlier_turns(tokenizer: PreTrainedTokenizerBase, example: Example, whole: 
 
 
 def prompt_and_whole(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, up to where the answer starts, and of the whole conversation."""
-    prompt = template(tokenizer, example, example.prompt, add_generation_prompt=True)
-    return prompt, template(tokenizer, example, example.turns, add_generation_prompt=False)
+    """Token ids of the prompt, up to where the answer starts, and of the whole conversation, which begins with them.
+
+    Where the last characters of the prompt and the first of the answer are one token, the answer starts with that.
+    """
+    prompt = prompt_ids(tokenizer, example)
+    whole = template(tokenizer, example, example.turns, add_generation_prompt=False)
+    common = next((place for place, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    return prompt[:common], whole
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
@@ -91,32 +89,3 @@ def template(tokenizer: PreTrainedTokenizerBase, example: Example, turns: Any, *
         options["tools"] = [dict(tool) for tool in example.tools]
     rendered = tokenizer.apply_chat_template(as_turns(turns), tokenize=True, return_dict=False, **options)
     return cast(list[int], rendered)
-
-
-def split_by_length(
-    tokenizer: PreTrainedTokenizerBase, rows: Many[Row], max_length_tokens: int
-) -> tuple[list[Row], list[Problem]]:
-    """The rows whose prompt leaves room for an answer, and the others: nothing of their answer would be learned."""
-    fitting: list[Row] = []
-    problems: list[Problem] = []
-    for row in rows:
-        prompts = [prompt_ids(tokenizer, side) for side in sequences([row])[:1] if isinstance(side, Example)]
-        if prompts and len(prompts[0]) >= max_length_tokens:
-            problems.append(long_prompt(row.place, len(prompts[0]), max_length_tokens))
-        else:
-            fitting.append(row)
-    return fitting, problems
-
-
-def rows_of_job(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> RecipeRows:
-    """The recipe's rows without those whose prompt alone fills `data.max_length_tokens`; of the held-out ones as many
-    as are evaluated.
-
-    Raises:
-        DataError: of all of them, under `data.bad_rows: refuse`.
-    """
-    found, limit = recipe_rows(recipe), recipe.data.max_length_tokens
-    train, long = split_by_length(tokenizer, found.train, limit)
-    held_out, long_held_out = split_by_length(tokenizer, found.held_out[: recipe.evaluation.examples], limit)
-    refuse([refused(recipe, train, long), refused(recipe, held_out, long_held_out)])
-    return RecipeRows(train, held_out, (*found.dropped, *long, *long_held_out))

@@ -19,7 +19,7 @@ from adapters.errors import StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Row, recipe_rows
+from studio.data import Row, recipe_rows, wanted_sequences
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import DROPPED, count_of, refused
 from studio.data.reading import refuse
@@ -154,7 +154,7 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         dropped_rows=count_of(dropped),
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
-        warnings=(*_warnings(recipe, base, memory, at_hand), *_dropped(dropped)),
+        warnings=(*_warnings(recipe, base, memory, at_hand), *_said_of_template(base, train), *_dropped(dropped)),
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
 
@@ -247,6 +247,14 @@ def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | Non
     return tuple(found)
 
 
+def _said_of_template(base: Base, rows: list[Row]) -> tuple[str, ...]:
+    if base.directory is None:
+        return ()
+    from studio.chat_template import SAMPLED_ROWS, template_warnings
+
+    return template_warnings(base.directory, wanted_sequences(rows[:SAMPLED_ROWS]))
+
+
 def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:
     """What would make the peak smaller, the cheapest first."""
     training = recipe.training
@@ -280,8 +288,8 @@ def _fitting_rows(recipe: Recipe, base: Base) -> tuple[list[Row], list[Row], lis
     counter, limit = TokenCounter(_tokenizer_of(recipe, base)), recipe.data.max_length_tokens
     lengths = counter.lengths(found.train)
     held_out = found.held_out[: recipe.evaluation.examples]
-    long = dict(counter.too_long(found.train, lengths, limit))
-    long_held_out = dict(counter.too_long(held_out, counter.lengths(held_out), limit))
+    long = dict(counter.long_prompts(found.train, lengths, limit))
+    long_held_out = dict(counter.long_prompts(held_out, counter.lengths(held_out), limit))
     kept = [number for number in range(len(lengths)) if number not in long]
     train = [found.train[number] for number in kept]
     held_out = [row for number, row in enumerate(held_out) if number not in long_held_out]

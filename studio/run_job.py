@@ -14,10 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from studio.errors import StudioError
 from studio.jobs import Job, open_job
+
+if TYPE_CHECKING:
+    from studio.data import Row
 
 PROGRESS_SECONDS = 0.5
 WATCHED_TOKENS = 16_384
@@ -53,18 +56,11 @@ def run(job: Job) -> None:
     """
     clock = _Clock(job)
     with clock.phase("loading", "load"):
+        train_rows, held_out = _rows(job)
         model, tokenizer, placement, recipe = _load(job)
     from studio.data import sequences
-    from studio.data.of_recipe import DROPPED, dropped_lines
-    from studio.encoding import rows_of_job
     from studio.evaluation import evaluate
-    from studio.job_files import write_atomic
     from studio.trainers import trainer_for
-
-    rows = rows_of_job(tokenizer, recipe)
-    train_rows, held_out = rows.train, rows.held_out
-    if rows.dropped:
-        write_atomic(job.path / DROPPED, dropped_lines(rows.dropped))
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
@@ -96,6 +92,18 @@ def run(job: Job) -> None:
         _picture(job, model)
     job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
     job.update(status="succeeded", phase="done", step=trained["steps"])
+
+
+def _rows(job: Job) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and to be measured on, each rendered once by the model's template, in a limited child."""
+    from studio.chat_template import rendered_rows
+    from studio.data.of_recipe import DROPPED, dropped_lines
+    from studio.job_files import write_atomic
+
+    rows = rendered_rows(job.recipe())
+    if rows.dropped:
+        write_atomic(job.path / DROPPED, dropped_lines(rows.dropped))
+    return rows.train, rows.held_out
 
 
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:
@@ -169,6 +177,7 @@ def _draw(job: Job) -> None:
 
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     from adapters.peft_files import save_adapter
+    from studio.chat_template import chat_template
     from studio.job_files import write_atomic
     from studio.models import compute_dtype, resolve_base
 
@@ -176,6 +185,9 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     name = str(base) if recipe.model.base == "embedded" else recipe.model.base
     held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
     saved = save_adapter(model, placement, job.path / "adapter", base_name=name, base=base, held=held)
+    template = chat_template(base)
+    if template.is_default:
+        write_atomic(job.path / "adapter" / "chat_template.jinja", template.text)
     write_atomic(job.path / "adapter" / "placement.json", (job.path / "placement.json").read_text(encoding="utf-8"))
     return saved
 

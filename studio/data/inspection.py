@@ -268,7 +268,7 @@ class _Seen:
     def flush(self) -> None:
         lengths = self.counter.lengths(self.pending)
         self.lengths.extend(lengths)
-        self.long_prompts += len(self.counter.too_long(self.pending, lengths, self.max_length_tokens))
+        self.long_prompts += len(self.counter.long_prompts(self.pending, lengths, self.max_length_tokens))
         self.pending, self.pending_characters = [], 0
 
     def facts(self) -> dict[str, Any]:
@@ -352,9 +352,9 @@ def _rendered(
     """The rows through the encoding that trains them, and a note where the chat template cannot write one."""
     if not rows:
         return (), []
-    from transformers import AutoTokenizer
+    from studio.base_model import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer = load_tokenizer(directory)
     shown: list[Rendered] = []
     notes: list[str] = []
     for row in rows:

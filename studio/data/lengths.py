@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from studio.data.rows import Example, Place, PlainText, Row, sequences
+from studio.data.rows import Example, PlainText, Row, sequences
 from studio.errors import CheckpointError, Problem
 
 TEMPLATE_TOKENS = 8
@@ -44,14 +44,14 @@ class TokenCounter:
         texts = ["" if isinstance(row, PlainText) else "\n".join(t.content.strip() for t in row.prompt) for row in rows]
         return self._counts(texts, False)
 
-    def too_long(
+    def long_prompts(
         self, rows: Sequence[Row], lengths: Sequence[int], max_length_tokens: int
     ) -> list[tuple[int, Problem]]:
         """(index, problem) of the rows whose prompt alone fills `max_length_tokens`."""
         long = [number for number, length in enumerate(lengths) if length > max_length_tokens]
         prompts = self.prompt_lengths([rows[number] for number in long])
         return [
-            (number, long_prompt(rows[number].place, tokens, max_length_tokens))
+            (number, problem_of(rows[number], "prompt", too_long(tokens, max_length_tokens)))
             for number, tokens in zip(long, prompts, strict=True)
             if tokens >= max_length_tokens
         ]
@@ -60,11 +60,16 @@ class TokenCounter:
         return [len(found.ids) for found in self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
 
-def long_prompt(place: Place | None, tokens: int, max_length_tokens: int) -> Problem:
-    """What is said of a row of whose answer nothing would be learned."""
-    file, line, counted = place or (None, None, "line")
+def too_long(tokens: int, max_length_tokens: int) -> str:
+    """What is said of a prompt that leaves nothing of its answer to be learned."""
     allowed = f"allowed: fewer than data.max_length_tokens, {max_length_tokens}; raise it or shorten the prompt"
-    return Problem("prompt", line, f"the prompt has {tokens} tokens; {allowed}", file, counted)
+    return f"has {tokens} tokens; {allowed}"
+
+
+def problem_of(row: Row, field: str, message: str) -> Problem:
+    """A problem with the file and line of the row."""
+    file, line, counted = row.place or (None, None, "line")
+    return Problem(field, line, message, file, counted)
 
 
 def _texts(sequence: Example | PlainText) -> list[str]:

@@ -103,19 +103,14 @@ def dropped_lines(problems: Sequence[Problem]) -> str:
 
 def written_by_template(base: str) -> tuple[str, ...]:
     """Of reasoning, tool calls and tools, what the base's chat template names; all where it cannot be read here."""
-    from adapters.checkpoint import read_json_object
+    from studio.chat_template import chat_template
     from studio.models import resolve_base
 
     try:
-        directory = resolve_base(base)
-        beside, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-        if beside.is_file():
-            text = beside.read_text(encoding="utf-8")
-        else:
-            text = str(read_json_object(config).get("chat_template") or "") if config.is_file() else ""
+        text = chat_template(resolve_base(base)).text
     except (StudioError, OSError, UnicodeDecodeError):
         return WRITTEN  # whoever needs the base says what is wrong with it
-    return tuple(name for name in WRITTEN if name in text) if text else WRITTEN
+    return tuple(name for name in WRITTEN if name in text)
 
 
 def _good_rows(recipe: Recipe, path: Path | None) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from transformers import AutoTokenizer, Llama4ForCausalLM
 
 from studio import evaluation
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, Message, Place
-from studio.encoding import encode, split_by_length
+from studio.data import Example, Message
+from studio.encoding import encode
 from studio.evaluation import evaluate
 
 EXAMPLES = [
@@ -81,16 +80,6 @@ def test_what_the_template_puts_before_an_answer_belongs_to_the_reference(tools)
         assert run((model, tokenizer), EXAMPLES[:1]).references == ("Well, ok 1",)
     finally:
         tokenizer.chat_template = template
-
-
-def test_a_prompt_that_fills_the_length_is_told_from_the_rest_with_its_line(tools) -> None:
-    _, tokenizer = tools
-    rows = [replace(e, place=Place("rows.jsonl", line)) for line, e in enumerate(EXAMPLES, 1)]
-    lengths = [len(encode(tokenizer, e, 10_000)[0]) for e in EXAMPLES]
-    assert split_by_length(tokenizer, rows, max(lengths)) == (rows, [])
-    fitting, (problem,) = split_by_length(tokenizer, rows, lengths[-1] - 8)
-    assert fitting == rows[:5] and (problem.file, problem.line) == ("rows.jsonl", 6)
-    assert "the prompt has" in problem.message
 
 
 def test_every_example_is_reported(tools, tmp_path: Path) -> None:
