@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
         hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = attention_mask.long().cumsum(1).argmax(1)
         read = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return SequenceClassifierOutput(logits=self.model.reward_head(read.float()))  # type: ignore[arg-type]
+        return SequenceClassifierOutput(logits=self.model.reward_head(read.float()))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         self.model.enable_input_require_grads()

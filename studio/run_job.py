@@ -208,12 +208,12 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
 def _result(
     job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
 ) -> dict[str, Any]:
-    texts = [measured[0] if measured else None for measured in (before, after)]
+    base, tuned = (measured[0] if measured else None for measured in (before, after))
     summaries = [{**measured[1], "examples": len(held_out)} if measured else None for measured in (before, after)]
     return {
         "before": summaries[0],
         "after": summaries[1],
-        "generations": _generations(*texts, recipe.evaluation.generations) if all(texts) else [],
+        "generations": _generations(base, tuned, recipe.evaluation.generations) if base and tuned else [],
         "memory": {
             "predicted_bytes": job.plan().memory.peak_bytes,
             "measured_bytes": peak_bytes(),

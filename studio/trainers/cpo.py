@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation (arXiv 2401.08417) and SimPO (arXiv 2405.14734), by TRL; there is no reference."""
+"""Contrastive preference optimisation (arXiv 2401.08417) and SimPO (arXiv 2405.14734), by TRL; without a reference."""
 
 from __future__ import annotations
 

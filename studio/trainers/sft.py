@@ -48,7 +48,7 @@ def train(
         callbacks=callbacks(job, watch),
     )
     trainer.watch = watch
-    if trainer.args.packing:
+    if settings.get("packing"):
         trainer.data_collator = PackedRows(int(tokenizer.pad_token_id))
     return finish(trainer)
 
