@@ -22,7 +22,10 @@ from studio.recipe import parse_recipe
 from studio.reward_model import add_reward_head
 from tests.e2e.conftest import TICKETS
 
-SHORT = {"epochs": None, "max_steps": 2, "batch_size": 2, "learning_rate": 5e-3, "logging_steps": 1}
+SHORT = {
+    "epochs": None, "max_steps": 2, "batch_size": 2, "learning_rate": 5e-3, "lr_scheduler": "constant",
+    "warmup_fraction": 0.0, "logging_steps": 1,
+}  # fmt: skip
 
 
 class Recorder:
