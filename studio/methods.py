@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from studio.data.rows import RowKind
 
+REWARD_HEAD = "reward_head.safetensors"
+"""In the adapter directory of a reward model; studio/reward_model.py says what it holds."""
+
 PAIRED: tuple[RowKind, ...] = ("preference",)
 
 

@@ -22,8 +22,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from adapters.errors import AdapterFileError
 from studio.evaluation import decoder_and_head
+from studio.methods import REWARD_HEAD
 
-HEAD = "reward_head.safetensors"
 READS = "last token"
 START_STD = 0.02
 
@@ -80,7 +80,7 @@ def save_reward_head(model: Any, directory: Path) -> None:
     weight = model.reward_head.weight.detach().float().cpu().contiguous()
     if not torch.isfinite(weight).all():
         raise AdapterFileError("the reward head holds NaN or infinity and was not written")
-    save_file({"weight": weight}, directory / HEAD, metadata={"format": "pt", "reads": READS})
+    save_file({"weight": weight}, directory / REWARD_HEAD, metadata={"format": "pt", "reads": READS})
 
 
 def load_reward_head(model: Any, directory: Path) -> None:
@@ -89,9 +89,11 @@ def load_reward_head(model: Any, directory: Path) -> None:
     Raises:
         AdapterFileError: there is none, or it is of another model.
     """
-    path = directory / HEAD
+    path = directory / REWARD_HEAD
     if not path.is_file():
-        raise AdapterFileError(f"{directory} holds no {HEAD}: it is no reward model; train one with method: reward")
+        raise AdapterFileError(
+            f"{directory} holds no {REWARD_HEAD}: it is no reward model; train one with method: reward"
+        )
     with safe_open(path, "pt") as file:
         names, reads = list(file.keys()), (file.metadata() or {}).get("reads")
         weight = file.get_tensor("weight") if names == ["weight"] else torch.empty(0)

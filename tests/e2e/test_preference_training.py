@@ -240,9 +240,7 @@ def test_a_reward_model_is_read_back_beside_stock_peft(base: Path, tmp_path: Pat
     with torch.no_grad():
         alone = [RewardModel(stock)(torch.tensor([side]), torch.ones(1, len(side))).logits[0] for side in sides]
     torch.testing.assert_close(torch.stack(alone), scores, rtol=1e-4, atol=1e-4)
-    evaluated = evaluate_preferences(
-        run.model, run.tokenizer, PAIRS, max_length_tokens=96, batch_size=2, scores=True
-    )
+    evaluated = evaluate_preferences(run.model, run.tokenizer, PAIRS, max_length_tokens=96, batch_size=2, scores=True)
     assert evaluated is not None and evaluated.kl is None
     assert evaluated.margin == pytest.approx(float((scores[::2] - scores[1::2]).mean()), rel=1e-4)
 

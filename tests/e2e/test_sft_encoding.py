@@ -74,7 +74,10 @@ def test_packed_labels_are_those_of_encode_and_every_example_is_there_once(
             starts = [*batch["position_ids"][row, :real].eq(0).nonzero().flatten().tolist(), real]
             for start, end in zip(starts, starts[1:], strict=False):
                 found.append(
-                    (tuple(batch["input_ids"][row, start:end].tolist()), tuple(batch["labels"][row, start:end].tolist()))
+                    (
+                        tuple(batch["input_ids"][row, start:end].tolist()),
+                        tuple(batch["labels"][row, start:end].tolist()),
+                    )
                 )
     expected = [learned(*encode(run.tokenizer, row, 96, "assistant")) for row in ROWS]
     assert sorted(found) == sorted(expected)
@@ -109,7 +112,9 @@ def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, **inputs: 
     with torch.no_grad():
         logits = head(decoder(input_ids=ids, use_cache=False, **inputs).last_hidden_state[:, :-1]).float()
     kept = labels[:, 1:] != -100
-    losses: list[float] = torch.nn.functional.cross_entropy(logits[kept], labels[:, 1:][kept], reduction="none").tolist()
+    losses: list[float] = torch.nn.functional.cross_entropy(
+        logits[kept], labels[:, 1:][kept], reduction="none"
+    ).tolist()
     return losses
 
 

@@ -119,7 +119,15 @@ class Page:
         except StudioError as error:
             head = el("section", el("h1", "This job cannot be shown"), el("p", str(error)), cls="card")
             nothing = {"figures": None, "warnings": None, "result": None, "routing": None}
-            return {"head": head, **nothing, "curve": (0, []), "router": (0, []), "preference": (0, ()), "cancel": False, "details": False}
+            return {
+                "head": head,
+                **nothing,
+                "curve": (0, []),
+                "router": (0, []),
+                "preference": (0, ()),
+                "cancel": False,
+                "details": False,
+            }
 
     def _updates(self, changed: Seen) -> Updates:
         found: Updates = {}
