@@ -12,6 +12,7 @@ from studio.base import EMBEDDED_DIR
 from studio.card import HUB_ID, public_name
 from studio.errors import AdapterFileError, ExportError, JobError, StudioError
 from studio.jobs import Job, open_job
+from studio.methods import REWARD_HEAD
 from studio.models import resolve_base
 
 
@@ -83,10 +84,20 @@ def _from_job(job: Job, base: str | None) -> Origin:
         raise JobError(f"{job.name} has no adapter: it is {job.state().status}. Export a job that succeeded")
     name = base or job.recipe().model.base
     adapter = job.path / "adapter"
+    _writes_text(adapter)
     return Origin(resolve_base(name), name, adapter, job, read_sidecar(adapter))
 
 
+def _writes_text(adapter: Path) -> None:
+    if (adapter / REWARD_HEAD).is_file():
+        raise ExportError(
+            f"{adapter} is a reward model: it scores texts and writes none, and no program here reads its head. "
+            "studio.reward_model.load_reward_head reads it beside the adapter (docs/preference.md)"
+        )
+
+
 def _from_adapter(adapter: Path, base: str | None) -> Origin:
+    _writes_text(adapter)
     name = base or read_json_object(adapter / "adapter_config.json", AdapterFileError).get("base_model_name_or_path")
     if not name:
         raise AdapterFileError(f"{adapter / 'adapter_config.json'} does not name its base model; give it with --base")

@@ -35,6 +35,10 @@ LOSS_TILES = 9
 GPU_LOSS_TILE_TOKENS, GPU_LOSS_TILE_VOCABULARY = 4096, 32768
 """The same on a GPU, where TRL's kernels work in place: one tile."""
 
+FULL_LOGITS = 4
+"""Arrays of the size of all logits, in float32, alive at once in ORPO and CPO: the logits, their gradient, and the
+log-softmax of the likelihood's half of the batch with its own."""
+
 EXPERT_SKEW = 4
 """The busiest expert is taken to have this many times the mean number of tokens."""
 
@@ -77,6 +81,7 @@ class Held:
         quantized: a matrix is dequantised while it is used.
         accumulates: gradients of earlier forward passes are there in the next.
         checkpointing: only layer inputs are kept, one layer at a time is computed again.
+        full_logits: the loss holds the logits of every position (ORPO, CPO).
     """
 
     weights_bytes: int
@@ -84,6 +89,7 @@ class Held:
     quantized: bool
     accumulates: bool
     checkpointing: bool
+    full_logits: bool = False
 
 
 def predict_memory(base: Base, held: Held, run: Pass) -> MemoryPlan:
@@ -116,6 +122,8 @@ def _loss(base: Base, held: Held, run: Pass) -> dict[str, int]:
         tile = min(run.tokens, GPU_LOSS_TILE_TOKENS) * GPU_LOSS_TILE_VOCABULARY * run.dtype_bytes
     else:
         tile = LOSS_TILES * 4 * min(run.tokens, LOSS_TILE_TOKENS) * min(vocabulary, LOSS_TILE_VOCABULARY)
+    if held.full_logits:
+        tile = FULL_LOGITS * 4 * run.tokens * vocabulary
     kept = _kept(base, held, run) + hidden * (8 + 3 * run.dtype_bytes)
     return {**_none(), "activations_bytes": int(kept), "logits_bytes": tile}
 

@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from studio.data.rows import RowKind
 
+REWARD_HEAD = "reward_head.safetensors"
+"""In the adapter directory of a reward model; studio/reward_model.py says what it holds."""
+
+PAIRED: tuple[RowKind, ...] = ("preference",)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -17,13 +22,70 @@ class Method:
         rows: kinds of rows that it trains on, and is evaluated on.
         trainer: module whose `train(model, tokenizer, recipe, rows, job)` runs it.
         config: (file below TRL's package, class) of its options, for the recipe's section `trl`.
+        paired: both sides of a pair go through the model in one batch.
+        reads: fields of the recipe's section `preference` that it reads.
+        losses: values of `preference.loss_type`, the first one is taken where the recipe has none.
+        smoothed: those of the losses that read `preference.label_smoothing`.
+        full_logits: its loss holds the logits of every position at once; the others never do.
+        scores: what it trains is a reward model, which writes no text.
     """
 
     rows: tuple[RowKind, ...]
     trainer: str
     config: tuple[str, str]
+    paired: bool = False
+    reads: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    smoothed: tuple[str, ...] = ()
+    full_logits: bool = False
+    scores: bool = False
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(("example", "text"), "studio.trainers.sft", ("trainer/sft_config.py", "SFTConfig")),
-}
+    "dpo": Method(
+        PAIRED,
+        "studio.trainers.dpo",
+        ("trainer/dpo_config.py", "DPOConfig"),
+        paired=True,
+        reads=("beta", "loss_type", "loss_weights", "label_smoothing"),
+        losses=(
+            "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+            "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+        ),
+        smoothed=("robust", "exo_pair", "aot", "aot_unpaired"),
+    ),
+    "kto": Method(
+        ("labelled", "preference"),
+        "studio.trainers.kto",
+        ("trainer/kto_config.py", "KTOConfig"),
+        reads=("beta", "loss_type"),
+        losses=("kto", "apo_zero_unpaired"),
+    ),
+    "orpo": Method(
+        PAIRED,
+        "studio.trainers.orpo",
+        ("experimental/orpo/orpo_config.py", "ORPOConfig"),
+        paired=True,
+        reads=("beta",),
+        full_logits=True,
+    ),
+    "cpo": Method(
+        PAIRED,
+        "studio.trainers.cpo",
+        ("experimental/cpo/cpo_config.py", "CPOConfig"),
+        paired=True,
+        reads=("beta", "loss_type", "label_smoothing"),
+        losses=("sigmoid", "hinge", "ipo", "simpo"),
+        smoothed=("sigmoid", "simpo"),
+        full_logits=True,
+    ),
+    "reward": Method(
+        PAIRED, "studio.trainers.reward", ("trainer/reward_config.py", "RewardConfig"), paired=True, scores=True
+    ),
+}  # fmt: skip
+
+
+def readers_of(field: str) -> tuple[str, ...]:
+    """The methods that read a field of the recipe's section `preference`."""
+    return tuple(name for name, method in METHODS.items() if field in method.reads)

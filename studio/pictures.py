@@ -1,6 +1,7 @@
 """Pictures of the routing as PNG files, for the job directory and for reports. matplotlib's Agg alone, no window.
 
-    write_job_pictures(job_dir)    pictures/use.png, rank.png, change.png, delta.png, coverage.png, router.png
+    write_job_pictures(job_dir)    pictures/use.png, rank.png, change.png, delta.png, coverage.png, router.png,
+                                   preference.png
 
 Dimension legend: L MoE layers, E experts.
 """
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from studio import job_files as files
+from studio.preference_view import Panel, preference_panels
 from studio.progress import ROUTER_MEASURES, Rows, router_rows
 from studio.quantities import as_percent
 from studio.routing_view import Heatmap, SourceCoverage, job_routing
@@ -34,6 +36,12 @@ COLOURS: dict[str, tuple[str, ...]] = {
     "layers": ("#2ba99d", "#2563ab", "#7c4fc4", "#c0478f"),
 }
 """From the least value to the largest; for a change, blue is less and orange more."""
+
+SIDES = {
+    "chosen": "#0f766e", "rejected": "#c2571a", "margin": "#2563ab", "accuracy": "#2563ab", "kl": "#7c4fc4",
+    "mean": "#2563ab", "lowest": "#c2571a", "highest": "#0f766e",
+}  # fmt: skip
+"""Lines of the course of a preference job."""
 
 UNADAPTED = ("rank", "delta")
 """Pictures in which experts without an adapter are left grey."""
@@ -103,6 +111,28 @@ def draw_router(path: Path, rows: Rows) -> Path:
     return _written(figure, path)
 
 
+def draw_preference(path: Path, panels: Sequence[Panel]) -> Path:
+    """The course of a preference job: a panel each for rewards, margin, accuracy and the KL from the base."""
+    lines = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 0.6 + 2.7 * lines), dpi=DPI, layout="constrained")
+    for axes, panel in zip(np.ravel(figure.subplots(lines, 2, squeeze=False)), panels, strict=False):
+        for name, points in panel.lines.items():
+            axes.plot(*zip(*points, strict=True), color=SIDES[name], linewidth=1.5, label=name)
+        axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=INK)
+        axes.set_ylabel(panel.unit, fontsize=8.5, color=QUIET)
+        axes.set_xlabel("step", fontsize=8.5, color=QUIET)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if panel.title == "Accuracy":
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        if len(panel.lines) > 1:
+            axes.legend(fontsize=8.5, frameon=False)
+        _quiet_frame(axes)
+    for axes in figure.axes[len(panels) :]:
+        axes.set_visible(False)
+    return _written(figure, path)
+
+
 def write_job_pictures(job_dir: Path | str) -> list[Path]:
     """Draws what the files of a job directory allow into its folder pictures/; returns what was written."""
     folder = Path(job_dir)
@@ -113,6 +143,8 @@ def write_job_pictures(job_dir: Path | str) -> list[Path]:
         written.append(draw_coverage(pictures / "coverage.png", sources))
     if router_rows(rows):
         written.append(draw_router(pictures / "router.png", rows))
+    if panels := preference_panels(rows):
+        written.append(draw_preference(pictures / "preference.png", panels))
     return written
 
 

@@ -9,6 +9,7 @@ Read from config.json, safetensors headers and the data files alone: no weights,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,13 +20,15 @@ from adapters.errors import StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Row, recipe_rows, wanted_sequences
+from studio.data import Preference, Row, recipe_rows, wanted_sequences
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import DROPPED, count_of, refused
 from studio.data.reading import refuse
 from studio.errors import Problem
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
+from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
+from studio.packed_plan import check_packing, packed_rows, packs
 from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
@@ -121,6 +124,7 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
+    check_packing(recipe, base)
     train, held_out, lengths, dropped = _fitting_rows(recipe, base)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
         from studio.profile import find_profile
@@ -153,7 +157,7 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         longest_tokens=max(lengths),
         dropped_rows=count_of(dropped),
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
-        total_steps=total_steps(recipe, len(train)),
+        total_steps=total_steps(recipe, batch_rows(recipe, train, lengths)),
         warnings=(*_warnings(recipe, base, memory, at_hand), *_said_of_template(base, train), *_dropped(dropped)),
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
@@ -188,8 +192,19 @@ def recipe_base(recipe: Recipe) -> Base:
     return base
 
 
+def batch_rows(recipe: Recipe, rows: Sequence[Row], lengths_tokens: Sequence[int]) -> int:
+    """Rows that batches are made of: packed ones with `trl: {packing: true}`; of a pair, kto trains the sides apart.
+
+    Packed rows are counted from the plan's lengths, which do not know the chat template: so about right.
+    """
+    if packs(recipe):
+        return packed_rows(lengths_tokens, recipe.data.max_length_tokens)
+    pairs = sum(isinstance(row, Preference) for row in rows) if recipe.training.method == "kto" else 0
+    return len(rows) + pairs
+
+
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of the whole training; with `trl: {packing: true}` an upper bound."""
+    """Optimizer steps of the whole training on that many rows of batches."""
     training = recipe.training
     if training.max_steps is not None:
         return training.max_steps
@@ -217,11 +232,12 @@ def _choose_path(
         quantized=recipe.model.quantization != "none",
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=training.gradient_checkpointing,
+        full_logits=METHODS[training.method].full_logits,
     )
     limit = recipe.data.max_length_tokens
     run = Pass(
-        batch_size=training.batch_size,
-        length_tokens=limit if recipe.trl.get("packing") else min(limit, longest_tokens),
+        batch_size=training.batch_size * (2 if METHODS[training.method].paired else 1),
+        length_tokens=limit if packs(recipe) else min(limit, longest_tokens),
         dtype_bytes=BYTES[compute_dtype(recipe.model.dtype)],
         on_gpu=on_gpu,
         attention_rank=placement.attention,
@@ -238,6 +254,8 @@ def _choose_path(
 
 def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | None) -> tuple[str, ...]:
     found = []
+    if packs(recipe) and recipe.training.max_steps is None:
+        found.append("packing: the number of steps is an estimate until the rows are packed")
     if at_hand is not None and not fits(memory.peak_bytes, at_hand):
         options = "; ".join(_options(recipe, base, memory, at_hand))
         peak = f"the predicted peak of {as_bytes(memory.peak_bytes)} plus 10 %"

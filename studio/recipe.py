@@ -34,6 +34,8 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from adapters.placement import PLACEMENTS
 from studio.data.formats import COLUMNS
 from studio.errors import Problem, RecipeError
+from studio.methods import readers_of
+from studio.preference_losses import preference_problems
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
 from studio.trl_options import trl_problem
@@ -362,8 +364,9 @@ class RouterSettings(Settings):
 class TrainingSettings(Settings):
     """How the adapter is trained."""
 
-    method: Literal["sft"] = "sft"
-    """Training method. sft: supervised fine-tuning on the completions."""
+    method: Literal["sft", "dpo", "kto", "orpo", "cpo", "reward"] = "sft"
+    """sft: supervised fine-tuning, on conversations or plain text. From preference pairs: dpo, orpo, cpo (also SimPO),
+    and reward, which trains a reward model. kto: from completions labelled as wanted or not, or pairs."""
 
     epochs: float | None = Field(default=3.0, gt=0, le=1000)
     """Passes over the training examples. null where max_steps is set."""
@@ -392,8 +395,8 @@ class TrainingSettings(Settings):
     max_grad_norm: float = Field(default=1.0, ge=0, le=1000)
     """Gradients are scaled down to this norm. 0: never."""
 
-    loss_on: Literal["completion", "all"] = "completion"
-    """Which tokens are learned: those of the completion, or all."""
+    loss_on: Literal["completion", "assistant", "all"] = "completion"
+    """What sft learns: the completion, every turn of the assistant, or all tokens. Plain text is learned whole."""
 
     expert_path: Literal["auto", "fast", "lean"] = "auto"
     """fast keeps the experts' activations, lean computes them again (less memory). auto: fast where it fits."""
@@ -420,6 +423,29 @@ class TrainingSettings(Settings):
             both = "both are" if self.epochs is not None else "neither is"
             raise _refusal(f"{both} set: give either epochs or max_steps, and null for the other")
         return self
+
+
+class PreferenceSettings(Settings):
+    """What the preference methods share; everything else of a method is in `trl`."""
+
+    beta: float = Field(default=0.1, gt=0, le=1000)
+    """How strongly the policy is held to the reference (dpo, kto), or the weight of the odds ratio (orpo)."""
+
+    loss_type: tuple[str, ...] = ()
+    """Losses of the method, such as [sigmoid] or [sigmoid, sft] for dpo; only dpo takes several. []: its usual one."""
+
+    loss_weights: tuple[float, ...] = ()
+    """Weights of several losses of dpo, one for each. []: 1 for each."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the pairs that are taken to be the wrong way round. Not every loss reads it."""
+
+    @field_validator("loss_type", "loss_weights", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
 
 
 class EvaluationSettings(Settings):
@@ -451,6 +477,7 @@ class Recipe(Settings):
     placement: PlacementSettings = PlacementSettings()
     router: RouterSettings = RouterSettings()
     training: TrainingSettings = TrainingSettings()
+    preference: PreferenceSettings = PreferenceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     trl: dict[str, JsonValue] = Field(default_factory=dict)
     """Any further option of the method's class in TRL, by its TRL name, such as {"neftune_noise_alpha": 5}."""
@@ -475,6 +502,23 @@ class Recipe(Settings):
                 "adapter",
                 f"routed_experts_rank is 0, but placement.rule {self.placement.rule} chooses experts; "
                 "set it above 0, or the rule to shared",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_method_reads_what_is_given(self) -> Self:
+        if problems := preference_problems(self.training.method, self.preference):
+            raise PydanticCustomError(
+                "refused_keys",
+                "{message}",
+                {"message": "; ".join(problems.values()), "keys": {f"preference.{k}": v for k, v in problems.items()}},
+            )
+        training = self.training
+        if training.method != "sft" and training.loss_on != "completion":
+            raise _refused_section("training", f"loss_on is read by sft alone, and the method is {training.method}")
+        if training.method == "kto" and training.batch_size == 1:
+            raise _refused_section(
+                "training", "batch_size is 1, but kto estimates the KL from other rows of the batch: 2 or more"
             )
         return self
 
@@ -543,6 +587,9 @@ def _switched() -> Iterator[tuple[str, str, str, Sequence[Any]]]:
     ranked = [rule for rule, entry in PLACEMENTS.items() if "rank" in entry.settings]
     yield "AdapterSettings", "routed_experts_rank", "placement.rule", ranked
     yield "RouterSettings", "rank", "router.mode", ("lora",)
+    for name in PreferenceSettings.model_fields:
+        yield "PreferenceSettings", name, "training.method", readers_of(name)
+    yield "TrainingSettings", "loss_on", "training.method", ("sft",)
     for name in RouterSettings.model_fields:
         if name.endswith("_coef"):
             yield "RouterSettings", name, "router.mode", ("lora", "full")

@@ -58,7 +58,8 @@ def _messages(detail: ErrorDetails, schema: Schema) -> list[tuple[list[str | int
     location = list(detail["loc"])
     kind = detail["type"]
     if kind == "refused_keys":
-        return [([*location, key], message) for key, message in detail["ctx"]["keys"].items()]
+        keys = detail["ctx"]["keys"].items()
+        return [([*location, *([key] if location else key.split("."))], message) for key, message in keys]
     if kind == "refused":
         return [(location, detail["msg"])]
     if kind == "extra_forbidden":

@@ -58,25 +58,45 @@ def run(job: Job) -> None:
     with clock.phase("loading", "load"):
         train_rows, held_out = _rows(job)
         model, tokenizer, placement, recipe = _load(job)
-    from studio.data import sequences
+    from studio.data import sequences, wanted_sequences
     from studio.evaluation import evaluate
+    from studio.methods import METHODS
+    from studio.pairs import check_pairs
+    from studio.preference import evaluate_preferences
     from studio.trainers import trainer_for
+
+    scores = METHODS[recipe.training.method].scores
+    for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
+        check_pairs(tokenizer, rows, recipe.data.max_length_tokens, str(file))
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
             return None
+        found, preferred = None, None
         with clock.phase(phase, f"evaluate_{when}"):
-            found = evaluate(
+            if wanted_sequences(held_out) and not scores:
+                found = evaluate(
+                    model,
+                    tokenizer,
+                    held_out,
+                    max_length_tokens=recipe.data.max_length_tokens,
+                    max_new_tokens=recipe.evaluation.max_new_tokens,
+                    batch_size=recipe.training.batch_size,
+                    progress=clock.progress(phase),
+                )
+            preferred = evaluate_preferences(
                 model,
                 tokenizer,
                 held_out,
                 max_length_tokens=recipe.data.max_length_tokens,
-                max_new_tokens=recipe.evaluation.max_new_tokens,
                 batch_size=recipe.training.batch_size,
+                scores=scores,
                 progress=clock.progress(phase),
             )
-        job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
-        return found
+        numbers = {"loss": found.loss, "exact_match": found.exact_match} if found else {}
+        numbers |= preferred.as_metrics() if preferred else {}
+        job.log_metrics({"kind": "eval", "when": when, **numbers})
+        return found, numbers
 
     profile = _profiler(job, model, tokenizer, recipe, sequences(train_rows))
     with clock.phase("evaluating base", "profile"):
@@ -113,7 +133,9 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     from adapters.lora import attach
     from adapters.routed import set_expert_path
     from studio.base_model import load_recipe_base
+    from studio.methods import METHODS
     from studio.placing import read_placement
+    from studio.reward_model import add_reward_head
 
     recipe = job.recipe()
     placement = read_placement(job.path / "placement.json")
@@ -123,6 +145,8 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     set_expert_path(model, job.plan().expert_path)
     if recipe.model.quantization != "none":
         check_quantized(model)
+    if METHODS[recipe.training.method].scores:
+        add_reward_head(model, recipe.training.seed)
     return model, tokenizer, placement, recipe
 
 
@@ -180,6 +204,7 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     from studio.chat_template import chat_template
     from studio.job_files import write_atomic
     from studio.models import compute_dtype, resolve_base
+    from studio.reward_model import save_reward_head
 
     base = resolve_base(recipe.model.base)
     name = str(base) if recipe.model.base == "embedded" else recipe.model.base
@@ -188,6 +213,8 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     template = chat_template(base)
     if template.is_default:
         write_atomic(job.path / "adapter" / "chat_template.jinja", template.text)
+    if hasattr(model, "reward_head"):
+        save_reward_head(model, job.path / "adapter")
     write_atomic(job.path / "adapter" / "placement.json", (job.path / "placement.json").read_text(encoding="utf-8"))
     return saved
 
@@ -195,24 +222,12 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
 def _result(
     job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
 ) -> dict[str, Any]:
-    def summary(found: Any) -> dict[str, Any] | None:
-        if found is None:
-            return None
-        return {"loss": found.loss, "exact_match": found.exact_match, "examples": len(held_out)}
-
-    shown = range(min(recipe.evaluation.generations, len(after.answers) if after else 0))
+    base, tuned = (measured[0] if measured else None for measured in (before, after))
+    summaries = [{**measured[1], "examples": len(held_out)} if measured else None for measured in (before, after)]
     return {
-        "before": summary(before),
-        "after": summary(after),
-        "generations": [
-            {
-                "prompt": after.prompts[i],
-                "reference": after.references[i],
-                "base": before.answers[i],
-                "tuned": after.answers[i],
-            }
-            for i in shown
-        ],
+        "before": summaries[0],
+        "after": summaries[1],
+        "generations": _generations(base, tuned, recipe.evaluation.generations) if base and tuned else [],
         "memory": {
             "predicted_bytes": job.plan().memory.peak_bytes,
             "measured_bytes": peak_bytes(),
@@ -229,6 +244,13 @@ def _result(
             "pictures": str(job.path / "pictures"),
         },
     }
+
+
+def _generations(base: Any, tuned: Any, most: int) -> list[dict[str, str]]:
+    """The first held-out prompts with their answers; `base` and `tuned` are Evaluations."""
+    columns = (tuned.prompts, tuned.references, base.answers, tuned.answers)
+    rows = list(zip(*columns, strict=True))[:most]
+    return [dict(zip(("prompt", "reference", "base", "tuned"), row, strict=True)) for row in rows]
 
 
 def peak_bytes() -> int:

@@ -227,10 +227,18 @@ def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table.add_column(f"Held-out, {after['examples']:,} examples")
     for name in ("base", "tuned", "change"):
         table.add_column(name, justify="right")
-    change = (after["loss"] - before["loss"]) / before["loss"] if before["loss"] else 0.0
-    table.add_row("loss", f"{before['loss']:.4f}", f"[bold]{after['loss']:.4f}", f"{round(100 * change):+d} %")
-    exact = [side["exact_match"] for side in (before, after)]
-    table.add_row("exact match", as_percent(exact[0]), f"[bold]{as_percent(exact[1])}", _points(exact[1] - exact[0]))
+    if before.get("loss") is not None:
+        change = (after["loss"] - before["loss"]) / before["loss"] if before["loss"] else 0.0
+        table.add_row("loss", f"{before['loss']:.4f}", f"[bold]{after['loss']:.4f}", f"{round(100 * change):+d} %")
+    for name, title in (("exact_match", "exact match"), ("preference_accuracy", "preference accuracy")):
+        if before.get(name) is not None:
+            one, two = before[name], after[name]
+            table.add_row(title, as_percent(one), f"[bold]{as_percent(two)}", _points(two - one))
+    if before.get("preference_interval"):
+        ranges = [" – ".join(map(as_percent, side["preference_interval"])) for side in (before, after)]
+        table.add_row("  95 % interval", *ranges, "")
+    if after.get("reference_kl") is not None:
+        table.add_row("KL from the base, nats a token", "0", f"[bold]{after['reference_kl']:.3g}", "")
     return table
 
 

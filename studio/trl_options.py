@@ -1,7 +1,7 @@
 """The options that a recipe may pass through to TRL under `trl:`, checked without importing TRL.
 
-The names and annotations of `SFTConfig` and its parents are read from the installed source with `ast`: importing TRL
-costs seconds and loads torch, and a recipe must validate within one.
+The names and annotations of the method's class and its parents are read from the installed source with `ast`:
+importing TRL costs seconds and loads torch, and a recipe must validate within one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,25 @@ RECIPE_FIELDS = {  # TRL name -> the recipe field that owns it
     "router_aux_loss_coef": "router.load_balance_coef",
 }
 
+PREFERENCE_FIELDS = {  # owned by the section preference, where the method reads them there
+    "beta": "preference.beta",
+    "loss_type": "preference.loss_type",
+    "loss_weights": "preference.loss_weights",
+    "label_smoothing": "preference.label_smoothing",
+}
+
 REASONS = {  # TRL name, or prefix ending in "*" -> why a recipe may not set it
+    "padding_free": "it mixes the rows of a batch without flash attention; write packing: true",
+    "truncation_mode": "the studio cuts examples at their end, see data.max_length_tokens",
+    "max_completion_length": "the studio cuts examples at their end, see data.max_length_tokens",
+    "padding_value": "the tokenizer is the base model's own",
+    "pad_token": "the tokenizer is the base model's own",
+    "eos_token": "the tokenizer is the base model's own",
+    "is_encoder_decoder": "the studio trains decoders",
+    "generate_during_eval": "the studio evaluates before and after training, see the section evaluation",
+    "sync_ref_model": "the reference is the base model, with the adapters off",
+    "ref_model_*": "the reference is the base model, with the adapters off",
+    "train_sampling_strategy": "the studio reads and prepares the data, see the section data",
     "trust_remote_code": "the studio never runs code that ships with a model",
     "model_init_kwargs": "the studio loads the base itself, see the section model",
     "push_to_hub": "the studio uploads nothing",
@@ -90,8 +108,12 @@ def trl_problem(name: str, value: Any, method: str = "sft") -> str | None:
     """What is wrong with setting TRL's option `name` to `value` in a recipe of this training method, or None."""
     if name in RECIPE_FIELDS:
         return f"the recipe has its own field for this, set {RECIPE_FIELDS[name]}"
+    if field := PREFERENCE_FIELDS.get(name) if name in METHODS[method].reads else None:
+        return f"the recipe has its own field for this, set {field}"
     if reason := _reason(name):
         return f"cannot be set: {reason}"
+    if (name, value) == ("packing_strategy", "wrapped"):
+        return "wrapped is refused: it cuts examples and lets them see each other; allowed: bfd, bfd_split"
     options = trl_options(method)
     if name not in options:
         near = get_close_matches(name, [option for option in options if not _reason(option)], n=1)

@@ -28,6 +28,7 @@ PHASE_TITLES = {
     "evaluating tuned": "Measure the tuned",
     "saving": "Save the adapter",
 }
+SHARES = ("exact_match", "preference_accuracy")
 MOST_POINTS = 2_000
 MOST_COMPARED = 1_000_000
 ALIKE = 0.6
@@ -147,6 +148,8 @@ def live_figures(state: JobState, rows: Rows, result: dict[str, Any] | None) -> 
     cards = [
         _before_after("Held-out loss", "loss", before, after),
         _before_after("Exact match", "exact_match", before, after),
+        _before_after("Preference accuracy", "preference_accuracy", before, after),
+        _reference_kl(after),
     ]
     newest = next((row for row in reversed(rows) if row.get("kind") == "train"), None)
     if result:
@@ -158,7 +161,7 @@ def live_figures(state: JobState, rows: Rows, result: dict[str, Any] | None) -> 
 
 
 def _before_after(label: str, key: str, before: Row | None, after: Row | None) -> Markup | None:
-    if before is None:
+    if before is None or key not in before:
         return None
     first = _quantity(key, before.get(key))
     if after is None:
@@ -175,14 +178,22 @@ def _before_after(label: str, key: str, before: Row | None, after: Row | None) -
 def _quantity(key: str, value: float | None) -> str:
     if value is None:
         return "not finite"
-    return as_percent(value) if key == "exact_match" else f"{value:.3f}"
+    return as_percent(value) if key in SHARES else f"{value:.3f}"
+
+
+def _reference_kl(after: Row | None) -> Markup | None:
+    value = after.get("reference_kl") if after else None
+    return None if value is None else figure("KL from the base", f"{value:.3g}", "nats a token, held-out answers")
 
 
 def _change(key: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     one, two = before.get(key), after.get(key)
     if one is None or two is None:
         return "base → tuned"
-    if key == "exact_match":
+    if key in SHARES:
+        interval = after.get("preference_interval") if key == "preference_accuracy" else None
+        if interval:
+            return f"base → tuned; 95 %: {' – '.join(map(as_percent, interval))}, {after.get('pairs', 0):,} pairs"
         return f"base → tuned, {100 * (two - one):+.1f} points"
     return f"base → tuned, {100 * (two - one) / one:+.0f} %" if one else "base → tuned"
 

@@ -17,8 +17,8 @@ drift is that of the model after step n; the counts are of the forward passes th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ PROBE_TOKENS = 2048
 
 Batch = tuple[Tensor, Tensor]
 """(ids, mask), both (rows, length) int64, padded on the right."""
+
+Pass = tuple[Sequence[Routing], Tensor | None]
+"""The routing of one forward pass, layer by layer, and its mask, (rows, length), 0 for padding; None: there is none."""
 
 LOSSES: dict[str, Callable[[Sequence[Routing], Tensor, Scoring], Tensor]] = {
     "load_balance": load_balance_loss,
@@ -143,20 +146,40 @@ class RouterWatch(TrainerCallback):
         self.passes = 0
         self.sums: dict[str, Tensor | float] = dict.fromkeys(self.coefs, 0.0)
 
-    def routing(self) -> AbstractContextManager[list[Routing]]:
-        """Watches one forward pass."""
-        return watch_routing(self.model, self.layout, base="distill" in self.coefs)
+    @contextmanager
+    def routing(self) -> Iterator[list[Pass]]:
+        """Yields a list that each forward pass with gradients extends.
 
-    def take(self, seen: Sequence[Routing], mask: Tensor | None) -> Tensor | float:
-        """Counts one forward pass; returns what it adds to the loss.
+        Passes without gradients are not the policy learning: a reference's, the mismatched rows from which KTO
+        estimates the KL, the second one that TRL makes for label smoothing.
+        """
+        passes: list[Pass] = []
+        with watch_routing(self.model, self.layout, base="distill" in self.coefs) as seen:
+
+            def after(_decoder: Any, _args: Any, inputs: dict[str, Any], _output: Any) -> None:
+                if torch.is_grad_enabled():
+                    passes.append((list(seen), inputs.get("attention_mask")))
+                seen.clear()
+
+            handle = decoder_and_head(self.model)[0].register_forward_hook(after, with_kwargs=True)
+            try:
+                yield passes
+            finally:
+                handle.remove()
+
+    def take(self, passes: Sequence[Pass], real: Tensor | None = None) -> Tensor | float:
+        """Counts the forward passes; returns what they add to the loss.
 
         Args:
-            seen: what `routing` saw. mask: (rows, length), 0 for padding; None: there is none.
+            passes: what `routing` saw.
+            real: (rows, length), 0 for padding, where the passes have no mask that says so.
 
         Raises:
             TrainingError: a loss is on and could not reach the routers.
         """
-        seen = seen[: len({routing.layer for routing in seen})]  # with label smoothing TRL runs the model twice
+        return sum((self._take(seen, real if mask is None else mask) for seen, mask in passes), start=0.0) / len(passes)
+
+    def _take(self, seen: Sequence[Routing], mask: Tensor | None) -> Tensor | float:
         kept = torch.ones_like(seen[0].logits[:, 0], dtype=torch.bool) if mask is None else mask.flatten().bool()
         self._count(seen, kept)
         if self.coefs and not all(routing.logits.requires_grad for routing in seen):
@@ -305,10 +328,14 @@ class WatchesRouter:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        real = inputs.pop("real_tokens", None)
         if self.watch is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        with self.watch.routing() as seen:  # left before the backward pass, which may run the layers again
+        with self.watch.routing() as passes:  # left before the backward pass, which may run the layers again
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        # with the items of the whole batch given, nobody divides by the accumulation steps: as TRL does for its own
-        parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1  # type: ignore[attr-defined]
-        return loss + self.watch.take(seen, inputs.get("attention_mask")) / parts
+        return loss + self.watch.take(passes, real) / self._parts(num_items_in_batch)
+
+    def _parts(self, num_items_in_batch: Tensor | int | None) -> int:
+        """Accumulation steps that nobody else divides by: those of a loss that the items of the whole batch divide."""
+        scaled = self.loss_is_scaled_for_ga is not False and num_items_in_batch is not None  # type: ignore[attr-defined]
+        return int(self.current_gradient_accumulation_steps) if scaled else 1  # type: ignore[attr-defined]

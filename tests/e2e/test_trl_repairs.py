@@ -1,13 +1,15 @@
-"""Each repair in studio/trainers/llama4.py is still needed: these fail once TRL works without it."""
+"""Each repair in studio/trainers/ is still needed: these fail once TRL works without it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from studio.trainers.llama4 import repair_for_trl
 from tests.e2e.conftest import build_base
@@ -31,3 +33,33 @@ def test_llama4_still_needs_its_base_model_prefix(tmp_path: Path) -> None:
     with pytest.raises(Exception) as error:
         sft_steps(base, tmp_path / "without", repaired=False)
     assert not isinstance(error.value, AssertionError)
+
+
+@pytest.mark.parametrize(("config", "trainer"), [(DPOConfig, DPOTrainer), (KTOConfig, KTOTrainer)])
+def test_trl_still_copies_the_adapter_it_is_given_as_the_reference(tmp_path: Path, config: type, trainer: type) -> None:
+    """studio/trainers/reference.py: with a copy, the reference would be the adapter's start, at twice its memory."""
+    base = build_base("qwen3_moe", tmp_path / "base")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    options = {"report_to": "none", "use_cpu": True, "bf16": False, "router_aux_loss_coef": 0.0}
+    args = config(output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, **options)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer(model=adapted, args=args, train_dataset=Dataset.from_list([row] * 2), processing_class=tokenizer)
+    assert list(adapted.peft_config) == ["default", "ref"]
+
+
+def test_llama4_still_has_no_class_for_a_reward_model(tmp_path: Path) -> None:
+    """studio/reward_model.py: the head of our own."""
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForSequenceClassification.from_pretrained(build_base("llama4_text", tmp_path / "base"))
+
+
+def test_trl_still_joins_the_rows_of_a_packed_batch_into_one(tmp_path: Path) -> None:
+    """studio/trainers/packing.py: its mask grows with the square of batch x length, where ours grows with the batch."""
+    base = build_base("qwen3_moe", tmp_path / "base")
+    settings = {"per_device_train_batch_size": 2, "max_length": 96, "packing": True, "report_to": "none"}
+    rows = Dataset.from_dict({"input_ids": [[5] * 60] * 4, "labels": [[5] * 60] * 4})
+    args = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, router_aux_loss_coef=0.0, **settings)
+    theirs = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(base), args=args, train_dataset=rows)
+    batch = next(iter(theirs.get_train_dataloader()))
+    assert batch["input_ids"].shape == torch.Size([1, 120])

@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, disable_progress_bars
+from hypothesis import given
+from hypothesis import strategies as st
+from trl import pack_dataset
 
 from adapters.checkpoint import DTYPE_BYTES, read_index
 from adapters.errors import CheckpointError, StudioError, TargetError
 from studio import Recipe, make_plan
 from studio.base import EMBEDDED_DIR
 from studio.memory import _available_to_process
+from studio.packed_plan import packed_rows
 from studio.plan import total_steps
 from studio.weights import four_bit_bytes, int8_bytes
 
 TICKETS = Path(__file__).parents[2] / "recipes" / "data" / "tickets-train.jsonl"
+PAIRS = TICKETS.with_name("ticket-pairs-train.jsonl")
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:
@@ -319,3 +325,29 @@ def test_a_tokenizer_that_truncates_does_not_shorten_the_plan(tmp_path: Path) ->
     tokenizer["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert make_plan(recipe(model={"base": str(base)})).longest_tokens == make_plan(recipe()).longest_tokens
+
+
+def test_pairs_go_through_the_model_together_and_orpo_holds_all_logits() -> None:
+    def memory(method: str, batch_size: int) -> Any:
+        return make_plan(recipe(data={"train": PAIRS}, training={"method": method, "batch_size": batch_size})).memory
+
+    assert memory("dpo", 4).activations_bytes == memory("kto", 8).activations_bytes
+    assert memory("orpo", 16).logits_bytes > 4 * memory("dpo", 16).logits_bytes
+
+
+def test_kto_trains_the_sides_of_a_pair_apart() -> None:
+    wanted = recipe(data={"train": PAIRS}, training={"method": "kto", "epochs": 1, "batch_size": 16})
+    assert make_plan(wanted).total_steps == 2 * 2400 / 16
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=40))
+def test_packed_rows_are_those_of_trls_packing(lengths: list[int]) -> None:
+    rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+    disable_progress_bars()
+    assert packed_rows(lengths, 32) == len(pack_dataset(rows, 32))
+
+
+def test_steps_of_packed_rows_are_an_estimate_and_said_to_be() -> None:
+    plan = make_plan(recipe(training={"epochs": 1, "batch_size": 4}, trl={"packing": True}))
+    assert plan.total_steps < plan.train_examples / 8
+    assert any("estimate" in warning for warning in plan.warnings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from studio.errors import Problem, RecipeError
+from studio.methods import METHODS
 from studio.placing import needs_profile
 from studio.plan import make_plan
 from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
-from studio.trl_options import REASONS, RECIPE_FIELDS, trl_options, trl_problem
+from studio.trl_options import PREFERENCE_FIELDS, REASONS, RECIPE_FIELDS, trl_options, trl_problem
 from tests.unit.test_placement import profile_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -112,6 +115,22 @@ training = st.builds(
         expert_path=st.sampled_from(["auto", "fast", "lean"]),
     ),
 )
+
+
+def with_preference(recipe: dict[str, Any], drawn: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
+    if drawn is None:
+        return recipe
+    method, preference = drawn
+    training = {**recipe.get("training", {}), "method": method}
+    return {**recipe, "training": training, "preference": preference, "trl": {}}
+
+
+preferences = st.one_of(
+    fields(beta=st.floats(1e-6, 1000), loss_type=st.just("hinge") | st.just(["ipo"])).map(lambda p: ("cpo", p)),
+    st.lists(st.sampled_from(["sigmoid", "robust", "sft"]), min_size=1, unique=True).map(
+        lambda names: ("dpo", {"loss_type": names, "loss_weights": [0.5] * len(names)})
+    ),
+)
 recipes = st.fixed_dictionaries(
     {
         "data": st.fixed_dictionaries({"train": names}, optional={"eval": st.none() | names}),
@@ -132,11 +151,12 @@ recipes = st.fixed_dictionaries(
         "trl": fields(
             neftune_noise_alpha=st.none() | st.floats(0, 10),
             packing=st.booleans(),
-            eos_token=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8),
+            optim_args=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8),
             optim_target_modules=st.lists(st.sampled_from(["null", "yes", "1e3", "~", "- a", "a: b"])),
         ),
     },
-).map(Recipe.model_validate)
+)
+recipes = st.builds(with_preference, recipes, st.none() | preferences).map(Recipe.model_validate)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -292,7 +312,51 @@ def test_every_field_has_a_description_and_none_takes_code_or_secrets() -> None:
         section = schema["$defs"].get(entry.get("$ref", "").rsplit("/", 1)[-1], {})
         assert entry.get("description") or section.get("description"), name
     assert not {name for name in properties if "trust" in name or name.endswith("_token")}
-    assert len(properties) <= 68
+    assert len(properties) <= 90
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "words"),
+    [
+        ("preference: {beta: 0.3}", "preference.beta", "training.method is sft; it is read by dpo, kto, orpo, cpo"),
+        ("training: {method: dpo}\npreference: {loss_type: sigmod}", "preference.loss_type", 'did you mean "sigmoid"?'),
+        ("training: {method: kto}\npreference: {loss_type: [kto, kto]}", "preference.loss_type", "and kto takes one"),
+        ("training: {method: dpo}\npreference: {loss_type: [ipo, ipo]}", "preference.loss_type", "names a loss twice"),
+        (
+            "training: {method: orpo}\npreference: {loss_type: [sigmoid]}",
+            "preference.loss_type",
+            "read by dpo, kto, cpo",
+        ),
+        ("training: {method: dpo}\npreference: {loss_weights: [1, 2]}", "preference.loss_weights", "2 weights for 1"),
+        ("training: {method: dpo}\npreference: {label_smoothing: 0.1}", "preference.label_smoothing", "read by robust"),
+        ("training: {method: dpo}\npreference: {loss_type: exo_pair}", "preference.label_smoothing", "above 0"),
+        ("training: {method: dpo}\ntrl: {beta: 0.2}", "trl.beta", "set preference.beta"),
+        ("training: {method: dpo}\ntrl: {sync_ref_model: true}", "trl.sync_ref_model", "with the adapters off"),
+        ("training: {method: orpo}\ntrl: {packing: true}", "trl.packing", "TRL's ORPOConfig has no such option"),
+        ("trl: {packing_strategy: wrapped}", "trl.packing_strategy", "lets them see each other"),
+        ("trl: {padding_free: true}", "trl.padding_free", "packing: true"),
+    ],
+)
+def test_what_a_method_does_not_read_is_refused(text: str, field: str, words: str) -> None:
+    problem = only_problem(f"{NEEDED}{text}\n")
+    assert problem.field == field and words in problem.message
+    assert problem.line is not None
+
+
+@pytest.mark.parametrize("text", ["{method: dpo, loss_on: all}", "{method: kto, batch_size: 1}"])
+def test_what_a_method_cannot_train_with_is_refused(text: str) -> None:
+    assert only_problem(f"{NEEDED}training: {text}\n").field == "training"
+
+
+def test_the_losses_of_the_recipe_are_trls() -> None:
+    """Each name is in the source of the method's trainer, and every loss that DPO's source knows has its name here."""
+    folder = Path(importlib.util.find_spec("trl").origin).parent  # type: ignore[union-attr,arg-type]
+    for method in METHODS.values():
+        source = (folder / method.config[0].replace("_config", "_trainer")).read_text()
+        for loss in method.losses:
+            assert f'"{loss}"' in source
+    known = re.findall(r'loss_type == "(\w+)"', (folder / "trainer/dpo_trainer.py").read_text())
+    assert sorted(METHODS["dpo"].losses) == sorted(known)
 
 
 def test_trl_options_come_from_all_three_sources() -> None:
@@ -304,7 +368,7 @@ def test_trl_options_come_from_all_three_sources() -> None:
 
 def test_every_refused_trl_option_exists_or_once_did() -> None:
     """A misspelt name in the tables would refuse nothing."""
-    known = {*trl_options("sft"), "warmup_ratio"}
+    known = {*(name for method in METHODS for name in trl_options(method)), "warmup_ratio"}
     assert RECIPE_FIELDS.keys() <= known
     for pattern in REASONS:
         assert any(name.startswith(pattern.rstrip("*")) for name in known), pattern
@@ -312,7 +376,7 @@ def test_every_refused_trl_option_exists_or_once_did() -> None:
 
 def test_every_owned_trl_option_points_to_a_field_of_the_recipe() -> None:
     recipe = parse_recipe(NEEDED)
-    for field in RECIPE_FIELDS.values():
+    for field in (*RECIPE_FIELDS.values(), *PREFERENCE_FIELDS.values()):
         section, name = field.split(".")
         assert name in type(getattr(recipe, section)).model_fields
 

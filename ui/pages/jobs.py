@@ -17,12 +17,14 @@ from markupsafe import Markup
 
 import studio
 from studio import Job, JobError, JobState, StudioError
+from studio.preference_view import preference_panels
 from studio.progress import router_rows, waiting_for
 from ui import job_views
 from ui.heatmaps import as_plot, router_figure
 from ui.html import el
 from ui.look import show
 from ui.places import Places, Source
+from ui.preference_views import preference_figure
 from ui.routing_panel import RoutingPanel, build_routing_panel
 from ui.routing_views import warnings_view
 from ui.views import error_note, plan_view
@@ -52,6 +54,8 @@ class Page:
     warnings: Any
     router_box: Any
     router: Any
+    preference_box: Any
+    preference: Any
     routing: RoutingPanel
     result: Any
     cancel: Any
@@ -102,6 +106,7 @@ class Page:
                 "curve": (state.total_steps, job_views.loss_points(rows)),
                 "warnings": warnings_view(rows),
                 "router": (state.total_steps, router_rows(rows)),
+                "preference": (state.total_steps, preference_panels(rows)),
                 "routing": (job.path, _stamps(job)),
                 "result": job_views.result_view(job, result) if result and state.status == "succeeded" else None,
                 "cancel": not state.ended,
@@ -114,7 +119,15 @@ class Page:
         except StudioError as error:
             head = el("section", el("h1", "This job cannot be shown"), el("p", str(error)), cls="card")
             nothing = {"figures": None, "warnings": None, "result": None, "routing": None}
-            return {"head": head, **nothing, "curve": (0, []), "router": (0, []), "cancel": False, "details": False}
+            return {
+                "head": head,
+                **nothing,
+                "curve": (0, []),
+                "router": (0, []),
+                "preference": (0, ()),
+                "cancel": False,
+                "details": False,
+            }
 
     def _updates(self, changed: Seen) -> Updates:
         found: Updates = {}
@@ -132,6 +145,10 @@ class Page:
             total, rows = changed["router"]
             found[self.router_box] = gr.update(visible=bool(rows))
             found[self.router] = as_plot(router_figure(rows, total)) if rows else None
+        if "preference" in changed:
+            total, panels = changed["preference"]
+            found[self.preference_box] = gr.update(visible=bool(panels))
+            found[self.preference] = as_plot(preference_figure(panels, total)) if panels else None
         if "routing" in changed:
             found |= self._routing(changed["routing"])
         if "cancel" in changed:
@@ -203,6 +220,9 @@ def _layout(places: Places) -> Page:
                 elem_classes="card curve",
             )
             warnings = show(visible=False)
+            with gr.Column(visible=False, elem_classes="card") as preference_box:
+                show(el("h2", "Preference while training"))
+                preference = gr.Plot(show_label=False, container=False, elem_classes="picture")
             with gr.Column(visible=False, elem_classes="card") as router_box:
                 show(el("h2", "The router while training"))
                 router = gr.Plot(show_label=False, container=False, elem_classes="picture")
@@ -222,6 +242,8 @@ def _layout(places: Places) -> Page:
         figures=figures,
         curve=curve,
         warnings=warnings,
+        preference_box=preference_box,
+        preference=preference,
         router_box=router_box,
         router=router,
         routing=routing,

@@ -1,0 +1,43 @@
+"""Direct preference optimisation (arXiv 2305.18290) and its kin through TRL's `DPOTrainer`; the model is there once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from studio.data import Row
+from studio.jobs import Job
+from studio.recipe import Recipe
+from studio.trainers.common import StudioTrainer, finish
+from studio.trainers.encoded import pairs
+from studio.trainers.preference import prepared
+from studio.trainers.reference import as_reference
+
+
+def train(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row], job: Job
+) -> dict[str, Any]:
+    """Trains the adapters of `model` in place, against the base as reference.
+
+    Returns, raises:
+        as `studio.trainers.common.finish`; and
+        TargetError: the recipe's section `router` asks for what this model cannot have.
+    """
+    watch, settings, parts = prepared(model, tokenizer, recipe, rows, job, router_aux_loss_coef=0.0)
+    data = pairs(tokenizer, rows, recipe.data.max_length_tokens)
+    trainer = _Trainer(
+        model=model, ref_model=as_reference(model), args=DPOConfig(**settings), train_dataset=data, **parts
+    )
+    trainer.watch = watch
+    return finish(trainer)
+
+
+class _Trainer(StudioTrainer, DPOTrainer):
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset

@@ -1,0 +1,51 @@
+"""Kahneman-Tversky optimisation (arXiv 2402.01306) through TRL's `KTOTrainer`; no second copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+
+from studio.data import Row
+from studio.jobs import Job
+from studio.recipe import Recipe
+from studio.trainers.common import StudioTrainer, finish
+from studio.trainers.encoded import labelled_answers
+from studio.trainers.preference import prepared
+from studio.trainers.reference import as_reference
+
+
+def train(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row], job: Job
+) -> dict[str, Any]:
+    """Trains the adapters of `model` in place, against the base as reference.
+
+    Returns, raises:
+        as `studio.trainers.common.finish`; and
+        TargetError: the recipe's section `router` asks for what this model cannot have.
+    """
+    watch, settings, parts = prepared(model, tokenizer, recipe, rows, job, router_aux_loss_coef=0.0)
+    data = labelled_answers(tokenizer, rows, recipe.data.max_length_tokens, recipe.training.seed)
+    trainer = _Trainer(
+        model=model, ref_model=as_reference(model), args=KTOConfig(**settings), train_dataset=data, **parts
+    )
+    trainer.watch = watch
+    return finish(trainer)
+
+
+class _Trainer(StudioTrainer, KTOTrainer):
+    def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: KTOConfig, *_: Any) -> Dataset:
+        """Each row gets the answer of the row before it in its batch: from such mismatches the KL is estimated."""
+        if not self.calculate_KL:
+            return dataset
+
+        def mismatched(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            answers = batch["completion_ids"]
+            return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+        return dataset.map(mismatched, batched=True, batch_size=args.per_device_train_batch_size)
