@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_packed_labels_are_those_of_encode_and_every_example_is_there_once(
             real = int(batch["real_tokens"][row].sum())
             assert batch["labels"][row, real:].eq(-100).all()
             starts = [*batch["position_ids"][row, :real].eq(0).nonzero().flatten().tolist(), real]
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in itertools.pairwise(starts):
                 found.append(
                     (
                         tuple(batch["input_ids"][row, start:end].tolist()),
