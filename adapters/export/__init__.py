@@ -130,7 +130,7 @@ EXPORTERS: dict[str, Format] = {
             "gguf",
             "GGUF for llama.cpp",
             "model",
-            "adapters.export.gguf:write_gguf",
+            "adapters.export.gguf_child:write_gguf",
             "adapters.verify.gguf_files:check_gguf",
         ),
         Format(
