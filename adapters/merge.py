@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def merge_adapter(
     shard_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> MergeReport:
     """Writes the merged model to `out`, whole or not at all. Killed, the next call goes on where it was.
 
@@ -85,6 +86,7 @@ def merge_adapter(
         held: merge into the base as training held it, quantised; None merges into the base's own weights.
         shard_bytes: the size at which another file is begun; None keeps the base's files.
         progress: called with (bytes written, bytes in all).
+        check: called with the folder before it appears under its name; what it raises leaves nothing.
 
     Raises:
         AdapterFileError: the adapter does not fit the base; all misfits are listed.
@@ -98,6 +100,8 @@ def merge_adapter(
     plan = _plan(adapter, held)
     with new_directory(out, overwrite, resume=True) as directory:
         written = _Writing(merged, directory, dtype, shard_bytes, plan).write(progress)
+        if check:
+            check(directory)
     return written.report(out)
 
 
