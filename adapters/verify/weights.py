@@ -20,9 +20,9 @@ from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import listed
 from adapters.export import Source
 from adapters.layouts import ExpertLayout, layout_for
-from adapters.merged import MergedWeights
 from adapters.tensor_files import DTYPES, NAMES, OpenFiles, read_tensor
 from adapters.verify import Check
+from adapters.verify.held_reading import HeldReading
 from adapters.verify.peft_reading import Pair, PeftReading
 
 Read = Callable[[str, int | None], Tensor]
@@ -207,7 +207,7 @@ def _base_reader(source: Source, index: Mapping[str, TensorInfo]) -> Read:
     """W: from the base's files, or as training held it; no adapter is read, so none can be taken for the base's."""
     if source.held is None:
         return lambda key, expert: read_tensor(index[key], expert)
-    return MergedWeights(source.base, None, source.held).weight
+    return HeldReading(source.base, source.held)
 
 
 def _dtype(key: str, info: TensorInfo, dtype: str | None) -> torch.dtype:
