@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def _export_to(staged: Path, plan: ExportPlan, source: Source, into: dict[str, A
     facts = _fill(plan, source, inside, told) | into
     told(VERIFYING, 0, 0)
     prompts = held_out_prompts(job=plan.origin.job.path if plan.origin.job else None, file=plan.request.prompts)
-    checks = _verified(plan, source, inside, prompts.items) if plan.request.verify else [SWITCHED_OFF]
+    checks = _verified(plan, source, inside, prompts.items, told) if plan.request.verify else [SWITCHED_OFF]
     refuse_failed(plan.out, checks)
     told(CERTIFYING, 0, 0)
     origin = prompts.origin if plan.request.verify else ""
@@ -112,11 +112,12 @@ def _fill(plan: ExportPlan, source: Source, inside: Path, told: Progress) -> dic
     return facts
 
 
-def _verified(plan: ExportPlan, source: Source, inside: Path, prompts: Sequence[Any]) -> list[Check]:
-    """Every check of the format and of the consumer."""
+def _verified(plan: ExportPlan, source: Source, inside: Path, prompts: Sequence[Any], told: Progress) -> list[Check]:
+    """Every check of the format and of the consumer; told of are the weights compared."""
     from adapters.verify.run import verify_export
 
-    checks = verify_export(inside, plan.format.name, source, prompts, options=plan.options)
+    compared = partial(told, VERIFYING)
+    checks = verify_export(inside, plan.format.name, source, prompts, options=plan.options, progress=compared)
     return checks + plan.consumer.check(source, inside) if plan.consumer and plan.consumer.check else checks
 
 

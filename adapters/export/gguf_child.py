@@ -27,7 +27,7 @@ from adapters.export.gguf import make_gguf
 from adapters.export.gguf_tensors import plan_tensors
 from adapters.export.importance import importance_file
 from adapters.verify.checker import options_from, source_from
-from adapters.verify.fresh import FreshProcessError, ask_module, told_to_parent
+from adapters.verify.fresh import FreshProcessError, ask_module, tell_parent
 
 PROGRAM_BYTES, CORE_BYTES = 2 * 2**30, 16 * 2**20
 """Memory of its own that Python, torch, the adapter's factors and small buffers may take, and the stacks of a core's
@@ -100,7 +100,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """{"facts"} of the file written, or {"error", "message", "attributes"}."""
     source, options = source_from(question["source"]), options_from(question["options"])
     try:
-        return {"facts": make_gguf(source, Path(question["directory"]), options, told_to_parent())}
+        return {"facts": make_gguf(source, Path(question["directory"]), options, tell_parent)}
     except StudioError as error:
         return {"error": type(error).__name__, "message": str(error), "attributes": vars(error)}
 

@@ -1,7 +1,7 @@
 """Questions put to a fresh process: a module of ours, or a script that imports the consumer's library and not ours.
 
 The question is a JSON file, and so is the answer; large arrays go through safetensors files that the question names.
-How far it is, a process says through a pipe: `told_to_parent`.
+How far it is, a process says through a pipe: `tell_parent`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ask_module(
     """The answer of `python -m module QUESTION ANSWER`. Whatever ends this call ends that process.
 
     Args:
-        progress: called with what the module says to `told_to_parent`.
+        progress: called with what the module says by `tell_parent`.
 
     Raises:
         FreshProcessError: with the last lines that the process wrote.
@@ -65,14 +65,10 @@ def ask_stock(script: str, question: Mapping[str, Any], timeout_seconds: float |
     return _ask([sys.executable, "-I", str(HERE / script)], question, timeout_seconds)
 
 
-def told_to_parent() -> Progress:
-    """In a process that was asked: says (done, total) to the one that asks."""
-    pipe = int(os.environ[PIPE])
-
-    def told(done: int, total: int) -> None:
-        os.write(pipe, b"%d %d\n" % (done, total))
-
-    return told
+def tell_parent(done: int, total: int) -> None:
+    """In a process that was asked: says how far it is to the one that asks; elsewhere nothing."""
+    if PIPE in os.environ:
+        os.write(int(os.environ[PIPE]), b"%d %d\n" % (done, total))
 
 
 def _ask(

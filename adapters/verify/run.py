@@ -17,7 +17,7 @@ from typing import Any
 
 from adapters.checkpoint import PICKLES, read_index
 from adapters.errors import ExportError
-from adapters.export import EXPORTERS, Options, Source
+from adapters.export import EXPORTERS, Options, Progress, Source
 from adapters.verify import Check, Evidence
 from adapters.verify.fresh import FreshProcessError, ask_module
 from adapters.verify.memory import why_not
@@ -47,6 +47,7 @@ def verify_export(
     prompts: Sequence[Prompt] = BUILT_IN,
     *,
     options: Options | None = None,
+    progress: Progress | None = None,
 ) -> list[Check]:
     """Holds an export against what it was made from.
 
@@ -55,6 +56,7 @@ def verify_export(
         format: a name in `adapters.export.EXPORTERS`.
         prompts: held-out texts or conversations; what the trained model says to them is the reference.
         options: those that it was written with.
+        progress: called with bytes of the base whose weights have been compared.
 
     Returns:
         Every check. It is for the caller to refuse the export when one has failed.
@@ -73,7 +75,7 @@ def verify_export(
         except FreshProcessError as error:
             checks.append(Check(REFERENCE, "failed", f"the trained model could not be run: {error}"))
             evidence = Evidence((), (), None, "the process that runs the trained model failed")
-        return [*checks, *_checked(directory, format, source, evidence, options)]
+        return [*checks, *_checked(directory, format, source, evidence, options, progress)]
 
 
 def verify_files(directory: Path, format: str, source: Source, *, options: Options | None = None) -> list[Check]:
@@ -84,7 +86,14 @@ def verify_files(directory: Path, format: str, source: Source, *, options: Optio
     return [plain, *_checked(directory, format, source, Evidence((), (), None, NOT_RUN), options)]
 
 
-def _checked(directory: Path, format: str, source: Source, evidence: Evidence, options: Options | None) -> list[Check]:
+def _checked(
+    directory: Path,
+    format: str,
+    source: Source,
+    evidence: Evidence,
+    options: Options | None,
+    progress: Progress | None = None,
+) -> list[Check]:
     question = {
         "directory": directory,
         "format": format,
@@ -92,7 +101,7 @@ def _checked(directory: Path, format: str, source: Source, evidence: Evidence, o
         "evidence": asdict(evidence),
         "options": asdict(options or Options()),
     }
-    return _asked("adapters.verify.checker", question, format)
+    return _asked("adapters.verify.checker", question, format, progress)
 
 
 def verify_combined(
@@ -114,9 +123,9 @@ def verify_converted(directory: Path, adapter: Path) -> list[Check]:
     return _asked("adapters.verify.converted", {"directory": directory, "adapter": adapter}, "conversion")
 
 
-def _asked(module: str, question: Mapping[str, Any], what: str) -> list[Check]:
+def _asked(module: str, question: Mapping[str, Any], what: str, progress: Progress | None = None) -> list[Check]:
     try:
-        return [Check(**row) for row in ask_module(module, question)]
+        return [Check(**row) for row in ask_module(module, question, progress=progress)]
     except FreshProcessError as error:
         return [Check(f"{what}: checked", "failed", f"the check itself failed: {error}")]
 
