@@ -230,6 +230,7 @@ def combine(
     base_name: str,
     overwrite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the combination of `adapters` as a standard PEFT directory, whole or not at all.
 
@@ -237,6 +238,7 @@ def combine(
         base: the model that all of them are for.
         base_name: recorded as `base_model_name_or_path`.
         progress: called with (bytes written, bytes in all).
+        check: called with the folder before it appears under its name; what it raises leaves nothing.
 
     Returns:
         {"out", "method", "adapters", "rank", "tensors", "parameters", "bytes", "lost", "warnings"}.
@@ -261,6 +263,8 @@ def combine(
         (directory / RECORD).write_text(
             json.dumps(_record(adapters, settings, lost), indent=2) + "\n", encoding="utf-8"
         )
+        if check:
+            check(directory)
     warnings += _warnings(settings, lost)
     return {
         "out": str(out),

@@ -37,12 +37,18 @@ FACTS = "compact_adapter"
 VERSION = 1
 Tensors = dict[str, Tensor]
 Facts = dict[str, str]
+CheckFolder = Callable[[Path], None]
 
 
-def to_compact(adapter: Path, out: Path, *, overwrite: bool = False) -> dict[str, int]:
+def to_compact(
+    adapter: Path, out: Path, *, overwrite: bool = False, check: CheckFolder | None = None
+) -> dict[str, int]:
     """Writes the standard PEFT directory `adapter` in the compact form to `out`, whole or not at all.
 
     An expert's rank is the last of its rows that is not zero in both factors, so an adapter made by stock PEFT will do.
+
+    Args:
+        check: called with the folder before it appears under its name; what it raises leaves nothing.
 
     Returns:
         {"bytes_before", "bytes", "experts"}: of the weights in either form, and how many expert matrices have a rank.
@@ -51,12 +57,14 @@ def to_compact(adapter: Path, out: Path, *, overwrite: bool = False) -> dict[str
         AdapterFileError: files missing, unreadable, or not a LoRA whose ranks fit its tensors.
         OutputExistsError: `out` exists, and not as an adapter directory that may be overwritten.
     """
-    return _convert(adapter, out, (WEIGHTS, COMPACT_WEIGHTS), _compacted, overwrite)
+    return _convert(adapter, out, (WEIGHTS, COMPACT_WEIGHTS), _compacted, overwrite, check)
 
 
-def to_standard(adapter: Path, out: Path, *, overwrite: bool = False) -> dict[str, int]:
+def to_standard(
+    adapter: Path, out: Path, *, overwrite: bool = False, check: CheckFolder | None = None
+) -> dict[str, int]:
     """Writes the compact directory `adapter` in the standard PEFT form to `out`; otherwise as `to_compact`."""
-    return _convert(adapter, out, (COMPACT_WEIGHTS, WEIGHTS), _filled, overwrite)
+    return _convert(adapter, out, (COMPACT_WEIGHTS, WEIGHTS), _filled, overwrite, check)
 
 
 def compact_in_place(directory: Path) -> dict[str, int]:
@@ -77,6 +85,7 @@ def _convert(
     names: tuple[str, str],
     change: Callable[[Path, dict[str, Any]], tuple[Tensors, Facts, int]],
     overwrite: bool,
+    check: CheckFolder | None,
 ) -> dict[str, int]:
     out = Path(os.path.abspath(out))
     source, target = adapter / names[0], out / names[1]
@@ -90,6 +99,8 @@ def _convert(
         save_file(tensors, directory / target.name, metadata=facts)
         if sidecar := read_sidecar(adapter):
             write_sidecar(directory, in_form(sidecar, "peft" if target.name == WEIGHTS else "compact"))
+        if check:
+            check(directory)
     return {"bytes_before": source.stat().st_size, "bytes": target.stat().st_size, "experts": experts}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,17 @@ def merge_adapter(
     *,
     dtype: torch.dtype | None = None,
     held: Mapping[str, Any] | None = None,
-    shard_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> MergeReport:
     """Writes the merged model to `out`, whole or not at all. Killed, the next call goes on where it was.
 
     Args:
         dtype: of the merged weights; None keeps each tensor's own.
         held: merge into the base as training held it, quantised; None merges into the base's own weights.
-        shard_bytes: the size at which another file is begun; None keeps the base's files.
         progress: called with (bytes written, bytes in all).
+        check: called with the folder before it appears under its name; what it raises leaves nothing.
 
     Raises:
         AdapterFileError: the adapter does not fit the base; all misfits are listed.
@@ -97,7 +97,9 @@ def merge_adapter(
     merged = MergedWeights(base, adapter, held)
     plan = _plan(adapter, held)
     with new_directory(out, overwrite, resume=True) as directory:
-        written = _Writing(merged, directory, dtype, shard_bytes, plan).write(progress)
+        written = _Writing(merged, directory, dtype, plan).write(progress)
+        if check:
+            check(directory)
     return written.report(out)
 
 
@@ -110,7 +112,7 @@ def write_safetensors(
     """
     dtype = getattr(torch, options.dtype) if options.dtype else None
     plan = _plan(source.adapter, source.held)
-    report = _Writing(source.open(), directory, dtype, options.shard_bytes, plan).write(progress).report(directory)
+    report = _Writing(source.open(), directory, dtype, plan).write(progress).report(directory)
     facts = {
         name: getattr(report, name) for name in ("tensors", "changed", "experts_changed", "bytes", "files", "dtype")
     }
@@ -132,12 +134,11 @@ class _Writing:
         merged: MergedWeights,
         directory: Path,
         dtype: torch.dtype | None,
-        shard_bytes: int | None,
         plan: dict[str, Any],
     ):
         self.merged, self.directory, self.dtype = merged, directory, dtype
         self.specs = {key: (written_dtype(merged, key, dtype), info.shape) for key, info in merged.index.items()}
-        self.shards = own_shards(merged) if shard_bytes is None else self._shards_of(shard_bytes)
+        self.shards = own_shards(merged)
         self.total = sum(spec_bytes(*spec) for spec in self.specs.values())
         self.squares: dict[str, Squares] = {}
         self.sha256: dict[str, str] = {}
@@ -146,21 +147,6 @@ class _Writing:
         seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
         sizes = {name: [str(self.specs[key]) for key in keys] for name, keys in self.shards.items()}
         self.journal = Journal(directory, [1, plan, seen, str(dtype), sizes])
-
-    def _shards_of(self, shard_bytes: int) -> dict[str, list[str]]:
-        keys = [key for shard in own_shards(self.merged).values() for key in shard]
-        groups: list[list[str]] = [[]]
-        size = 0
-        for key in keys:
-            length = spec_bytes(*self.specs[key])
-            if groups[-1] and size + length > shard_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(key)
-            size += length
-        if len(groups) == 1:
-            return {"model.safetensors": groups[0]}
-        return {f"model-{n:05}-of-{len(groups):05}.safetensors": keys for n, keys in enumerate(groups, 1)}
 
     def write(self, progress: Progress | None) -> _Writing:
         """Weights first, config last: what is not finished has no config.json."""

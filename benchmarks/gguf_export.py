@@ -3,7 +3,8 @@
     python benchmarks/gguf_export.py [--quick] [--json FILE] [--converter LLAMA_CPP_CHECKOUT]
 
 Each way runs in a process of its own, the ways by turns, with the checkpoint in the page cache. Seconds are those of
-the whole process, imports included, since both are started anew for each model; the peak is its whole resident memory.
+the whole process, imports included, since both are started anew for each model; the peak is the resident memory of the
+largest process: ours quantises in a child.
 With a checkout of llama.cpp its convert_hf_to_gguf.py makes the same files, and the tensors' bytes are compared. It has
 no K-quants: a Q4_K_M of ours is timed alone.
 """
@@ -31,8 +32,11 @@ QUANTS = ("BF16", "Q8_0", "Q4_K_M")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CLASSES = {"qwen3_moe": "Qwen3MoeForCausalLM", "llama4_text": "Llama4ForCausalLM"}
 PEAK = """
-import atexit, re
-atexit.register(lambda: print("PEAK", re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]))
+import atexit, re, resource
+def peak():
+    own = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+atexit.register(lambda: print("PEAK", peak()))
 """
 OURS = """
 import sys

@@ -20,7 +20,7 @@ import studio
 from studio.errors import JobError, ProblemsError, StudioError, VerificationError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from adapters.packed_cache import CacheEntry
     from adapters.router_profile import RouterProfile
@@ -49,6 +49,7 @@ app.add_typer(data_app)
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 JobPath = Annotated[str, typer.Argument(metavar="JOB", help="A job directory, or a name in the root.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON, errors included.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the result before it appears.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 MakeProfile = Annotated[
     bool, typer.Option("--profile", help="Make the router profile first where the placement rule needs one.")
@@ -201,18 +202,21 @@ def merge(
             "auto: what has the lower loss on the job's held-out data.",
         ),
     ] = "auto",
+    verify: Verify = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base: a model that loads without the studio. Killed, the next call goes on."""
+    """Merge an adapter into its base: a model that loads without the studio. Killed, the next call goes on.
+
+    Its files and weights are compared with base and adapter before it appears; export also runs it.
+    """
     from studio.terminal import merge_progress, merge_view
 
     with merge_progress(output(), quiet=as_json) as progress:
-        report = studio.merge(adapter, out, base=base, dtype=dtype, into=into, overwrite=overwrite, progress=progress)
-    if as_json:
-        print_json(report)
-    else:
-        output().print(merge_view(report), soft_wrap=True)
+        report = studio.merge(
+            adapter, out, base=base, dtype=dtype, into=into, verify=verify, overwrite=overwrite, progress=progress
+        )
+    show_written(report, merge_view(report), as_json)
 
 
 @app.command(
@@ -241,7 +245,7 @@ def export(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Examples to verify with, if not the job's held-out ones.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the result before it appears.")] = True,
+    verify: Verify = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -269,17 +273,18 @@ def convert(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter directory.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter directory to write.", show_default=False)],
     to: Annotated[str, typer.Option("--to", metavar="compact|peft", help="The form to write.", show_default=False)],
+    verify: Verify = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in its other form: compact (each expert its own rank) or peft (stock PEFT loads it)."""
+    """Write an adapter in its other form: compact (each expert its own rank) or peft (stock PEFT loads it).
+
+    Both forms are compared bit by bit before the new one appears.
+    """
     from studio.terminal import convert_view
 
-    report = studio.convert(adapter, out, to=to, overwrite=overwrite)
-    if as_json:
-        print_json(report)
-    else:
-        output().print(convert_view(report), soft_wrap=True)
+    report = studio.convert(adapter, out, to=to, verify=verify, overwrite=overwrite)
+    show_written(report, convert_view(report), as_json)
 
 
 @app.command(epilog="Example: studio combine runs/a runs/b --weight 0.7 --weight 0.3 --out combined")
@@ -304,12 +309,18 @@ def combine(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of dare's choice.")] = 0,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapters name.")] = None,
+    verify: Verify = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Combine several adapters of one base into one."""
+    """Combine several adapters of one base into one.
+
+    A sum is compared with the adapters, value by value, before it appears; of ties and dare all but the values.
+    """
+    from rich.text import Text
+
     from studio.combining import summary
-    from studio.terminal import merge_progress
+    from studio.terminal import clean, merge_progress
 
     with merge_progress(output(), quiet=as_json, what="combining") as progress:
         report = studio.combine(
@@ -321,13 +332,11 @@ def combine(
             density=density,
             seed=seed,
             base=base,
+            verify=verify,
             overwrite=overwrite,
             progress=progress,
         )
-    if as_json:
-        print_json(report)
-    else:
-        typer.echo(summary(report))
+    show_written(report, Text(clean(summary(report))), as_json)
 
 
 @app.command(epilog="Example: studio verify exports/quickstart --adapter runs/quickstart")
@@ -538,6 +547,16 @@ def profile_with_bars(recipe: Recipe, quiet: bool) -> RouterProfile:
 
     with profile_progress(output(), quiet) as (routing, loading):
         return studio.make_profile(recipe, routing, loading)
+
+
+def show_written(report: dict[str, Any], view: RenderableType, as_json: bool) -> None:
+    """What was written, and how every check of it came out."""
+    from studio.export_view import checks_table, verdict
+
+    if as_json:
+        print_json(report)
+        return
+    output().print(checks_table(report["checks"]), "", view, verdict(report["checks"]), soft_wrap=True)
 
 
 def watch(job: Job, as_json: bool) -> None:

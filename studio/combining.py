@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adapters.verify.run import verify_combined
+from studio.checking import BeforeItAppears
 from studio.errors import AdapterFileError
 from studio.merging import _adapter_directory, _recorded_base
 from studio.models import resolve_base
@@ -25,6 +28,7 @@ def combine(
     density: float | None = None,
     seed: int = 0,
     base: str | None = None,
+    verify: bool = True,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -39,12 +43,15 @@ def combine(
         density: the fraction of values that ties (0.2) and dare (0.5) keep.
         seed: of dare's choice.
         base: "embedded", a directory or a hub id; None reads it from the adapters.
+        verify: hold the result against the adapters, as far as there is a second way to it, in a fresh process, before
+            `out` appears.
 
     Returns:
         {"out", "adapters", "method", "rank", "tensors", "parameters", "bytes", "lost": {"largest", "mean"},
-        "warnings"}; `lost` are fractions of the Frobenius norm of a tensor's combined change.
+        "warnings", "checks"}; `lost` are fractions of the Frobenius norm of a tensor's combined change.
 
     Raises:
+        VerificationError: a check failed; it has all of them. Nothing is kept.
         StudioError: an adapter or the base cannot be read, they do not fit, or `out` exists; nothing is written.
     """
     directories = [_adapter_directory(Path(adapter)) for adapter in adapters]
@@ -63,9 +70,22 @@ def combine(
         density=DENSITIES[method] if density is None else density,
         seed=seed,
     )
-    return combined(
-        resolve_base(name), directories, Path(out), settings, base_name=name, overwrite=overwrite, progress=progress
+    source = resolve_base(name)
+    compare = partial(
+        verify_combined, base=source, adapters=directories, weights=settings.weights, method=settings.method
     )
+    check = BeforeItAppears(Path(out), compare if verify else None)
+    report = combined(
+        source,
+        directories,
+        Path(out),
+        settings,
+        base_name=name,
+        overwrite=overwrite,
+        progress=progress,
+        check=check,
+    )
+    return {**report, "checks": check.as_json()}
 
 
 def _common_base(directories: Sequence[Path]) -> str:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import listed
 from adapters.export import EXPORTERS, Format, Source
 from adapters.export.consumers import CONSUMERS, Consumer, consumers_of, mixed_in_vllm
 from adapters.sidecar import SIDECAR, read_sidecar
@@ -23,7 +22,8 @@ from adapters.verify import Check
 from studio.base import EMBEDDED_DIR
 from studio.card import HUB_ID
 from studio.certificate import CERTIFICATE
-from studio.errors import ExportError, StudioError, VerificationError
+from studio.checking import SWITCHED_OFF, make_readable, refuse_failed
+from studio.errors import ExportError, StudioError
 from studio.export_plan import ExportPlan, ExportRequest, command_of, plan_export
 from studio.export_sizes import GGUF_BITS
 from studio.progress import EXPORT_STAGES
@@ -35,7 +35,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all); the total is 0 where it is not known."""
 
 CHOOSING, WRITING, VERIFYING, CERTIFYING = EXPORT_STAGES
-SWITCHED_OFF = Check("verification", "not run", "it was switched off (--no-verify): nothing was compared")
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -85,8 +84,8 @@ def _export_to(staged: Path, plan: ExportPlan, source: Source, into: dict[str, A
     facts = _fill(plan, source, inside, told) | into
     told(VERIFYING, 0, 0)
     prompts = held_out_prompts(job=plan.origin.job.path if plan.origin.job else None, file=plan.request.prompts)
-    checks = _verified(plan, source, inside, prompts.items) if plan.request.verify else [SWITCHED_OFF]
-    _refuse(plan, checks)
+    checks = _verified(plan, source, inside, prompts.items, told) if plan.request.verify else [SWITCHED_OFF]
+    refuse_failed(plan.out, checks)
     told(CERTIFYING, 0, 0)
     origin = prompts.origin if plan.request.verify else ""
     _write_card(plan, source, staged, checks, origin)
@@ -109,25 +108,17 @@ def _fill(plan: ExportPlan, source: Source, inside: Path, told: Progress) -> dic
     facts = plan.format.write(source, inside, plan.options, lambda done, total: told(WRITING, done, total))
     if plan.consumer and plan.consumer.finish:
         plan.consumer.finish(source, inside, plan.name)
-    for path in inside.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    make_readable(inside)
     return facts
 
 
-def _verified(plan: ExportPlan, source: Source, inside: Path, prompts: Sequence[Any]) -> list[Check]:
-    """Every check of the format and of the consumer."""
+def _verified(plan: ExportPlan, source: Source, inside: Path, prompts: Sequence[Any], told: Progress) -> list[Check]:
+    """Every check of the format and of the consumer; told of are the weights compared."""
     from adapters.verify.run import verify_export
 
-    checks = verify_export(inside, plan.format.name, source, prompts, options=plan.options)
+    compared = partial(told, VERIFYING)
+    checks = verify_export(inside, plan.format.name, source, prompts, options=plan.options, progress=compared)
     return checks + plan.consumer.check(source, inside) if plan.consumer and plan.consumer.check else checks
-
-
-def _refuse(plan: ExportPlan, checks: Sequence[Check]) -> None:
-    failed = [check for check in checks if check.status == "failed"]
-    if failed:
-        lines = [f"{check.name}: {check.detail}" for check in failed]
-        title = f"{plan.out} was not written: {len(failed)} of {len(checks)} checks failed"
-        raise VerificationError(listed(title, lines), checks)
 
 
 def _write_card(plan: ExportPlan, source: Source, staged: Path, checks: Sequence[Check], prompts_from: str) -> None:

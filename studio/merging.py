@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import read_json_object
+from adapters.export import Options, Source
+from adapters.verify.run import verify_converted, verify_files
+from studio.checking import BeforeItAppears
 from studio.errors import AdapterFileError, ExportError
 from studio.merge_choice import INTO, choose_into
 from studio.models import resolve_base
@@ -23,6 +27,7 @@ def merge(
     base: str | None = None,
     dtype: str | None = None,
     into: str = "auto",
+    verify: bool = True,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -35,12 +40,14 @@ def merge(
         dtype: float32, bfloat16 or float16; None keeps the base's.
         into: "original": the base's own weights; "quantized": these as training held them, dequantised; "auto": what
             has the lower loss on the job's held-out data, and the base's own where that cannot be measured.
+        verify: hold files and weights against base and adapter, in a fresh process, before `out` appears.
         progress: called with (bytes written, bytes in all).
 
     Returns:
-        The fields of `adapters.merge.MergeReport`, and "into": {"chosen", "why", "losses"}.
+        The fields of `adapters.merge.MergeReport`, "into": {"chosen", "why", "losses"}, and every check as "checks".
 
     Raises:
+        VerificationError: a check failed; it has all of them. Nothing is kept.
         StudioError: the adapter or base cannot be read, they do not fit, the disk has no room, or `out` exists; nothing
             is written.
     """
@@ -57,6 +64,11 @@ def merge(
 
     check_output(source, directory, Path(out).absolute(), overwrite)
     choice = choose_into(directory, source, into)
+    merged = Source(source, directory, Path(out).name, choice.held)
+    check = BeforeItAppears(
+        Path(out),
+        partial(verify_files, format="safetensors", source=merged, options=Options(dtype)) if verify else None,
+    )
     report = merge_adapter(
         source,
         directory,
@@ -65,23 +77,29 @@ def merge(
         held=choice.held,
         overwrite=overwrite,
         progress=progress,
+        check=check,
     )
     chosen = {"chosen": choice.into, "why": choice.why, "losses": choice.losses}
-    return {**dataclasses.asdict(report), "out": str(report.out), "into": chosen}
+    return {**dataclasses.asdict(report), "out": str(report.out), "into": chosen, "checks": check.as_json()}
 
 
-def convert(adapter: Path | str, out: Path | str, *, to: str, overwrite: bool = False) -> dict[str, Any]:
+def convert(
+    adapter: Path | str, out: Path | str, *, to: str, verify: bool = True, overwrite: bool = False
+) -> dict[str, Any]:
     """Writes an adapter in its other form, without loss.
 
     Args:
         adapter: an adapter directory, or a job directory that holds one.
         out: the adapter directory to write; it appears only when it is whole.
         to: "compact", which holds each expert's own rank and nothing else; or "peft", which stock PEFT loads.
+        verify: compare both forms bit by bit, in a fresh process, before `out` appears.
 
     Returns:
-        {"out", "to", "bytes_before", "bytes", "experts"}: of the weights, and the expert matrices that have a rank.
+        {"out", "to", "bytes_before", "bytes", "experts", "checks"}: of the weights, the expert matrices that have a
+        rank, and every check.
 
     Raises:
+        VerificationError: a check failed; it has all of them. Nothing is kept.
         StudioError: the adapter cannot be read or is in that form already, or `out` exists; nothing is written.
     """
     if to not in FORMS:
@@ -89,8 +107,10 @@ def convert(adapter: Path | str, out: Path | str, *, to: str, overwrite: bool = 
     from adapters.compact import to_compact, to_standard
 
     change = to_compact if to == "compact" else to_standard
-    report = change(_adapter_directory(Path(adapter)), Path(out), overwrite=overwrite)
-    return {"out": str(out), "to": to, **report}
+    directory = _adapter_directory(Path(adapter))
+    check = BeforeItAppears(Path(out), partial(verify_converted, adapter=directory) if verify else None)
+    report = change(directory, Path(out), overwrite=overwrite, check=check)
+    return {"out": str(out), "to": to, **report, "checks": check.as_json()}
 
 
 def _adapter_directory(path: Path) -> Path:

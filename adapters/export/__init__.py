@@ -66,13 +66,11 @@ class Options:
         dtype: of plain weights: float32, bfloat16 or float16; None keeps each tensor's own.
         quant: the GGUF type, e.g. "Q4_K_M".
         importance: an importance matrix for the GGUF quantiser.
-        shard_bytes: the size at which another file is begun; None keeps the base's files.
     """
 
     dtype: str | None = None
     quant: str | None = None
     importance: Path | None = None
-    shard_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ EXPORTERS: dict[str, Format] = {
             "gguf",
             "GGUF for llama.cpp",
             "model",
-            "adapters.export.gguf:write_gguf",
+            "adapters.export.gguf_child:write_gguf",
             "adapters.verify.gguf_files:check_gguf",
         ),
         Format(

@@ -1,4 +1,5 @@
-"""ggml's own quantiser, called in this process: float32 rows in, the bytes of a GGUF tensor out.
+"""ggml's own quantiser, called in this process: float32 rows in, the bytes of a GGUF tensor out. It aborts where
+something is wrong in it: exports call it in a child (`adapters.export.gguf_child`).
 
 The functions are C, exported by the shared library inside xllamacpp; they hold no state but tables made once, and
 ctypes lets go of the interpreter while they run, so several threads quantise at a time.

@@ -36,8 +36,10 @@ CHUNK_VALUES = 2**20
 THREADS = min(2, os.cpu_count() or 1)
 
 
-def write_gguf(source: Source, directory: Path, options: Options, progress: Progress | None = None) -> dict[str, Any]:
-    """Writes `NAME-QUANT.gguf` into the empty `directory`.
+def make_gguf(source: Source, directory: Path, options: Options, progress: Progress | None = None) -> dict[str, Any]:
+    """Writes `NAME-QUANT.gguf` into the empty `directory`, in this process, which an abort of ggml's would end.
+
+    Exports go through `adapters.export.gguf_child`.
 
     Args:
         options: `quant` (a name in `gguf_types.QUANTS`) and `importance` (an importance matrix, or examples).

@@ -8,7 +8,8 @@ that its tool llama-imatrix wrote are read as well.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,13 +34,22 @@ def importance_for(file: Path, source: Source, shapes: Mapping[str, tuple[int, .
     Raises:
         ExportError: the file cannot be read, is of another model, or the model is too large to be run here.
     """
+    with importance_file(file, source) as matrix:
+        return read_importance(matrix, shapes)
+
+
+@contextmanager
+def importance_file(file: Path, source: Source) -> Iterator[Path]:
+    """`file` itself where it is an importance matrix; else what is measured on it, for as long as the block runs."""
     with file.open("rb") as opened:
-        if opened.read(4) == b"GGUF" or file.suffix == ".gguf":
-            return read_importance(file, shapes)
+        matrix = opened.read(4) == b"GGUF" or file.suffix == ".gguf"
+    if matrix:
+        yield file
+        return
     with tempfile.TemporaryDirectory(prefix="importance-") as folder:
         measured = Path(folder) / "importance.gguf"
         ask_module("adapters.export.measure_importance", {"source": asdict(source), "examples": file, "out": measured})
-        return read_importance(measured, shapes)
+        yield measured
 
 
 def read_importance(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -114,10 +114,11 @@ def compare(file: F, trained: Trained, reader: Callable[[F, str, int, int], Tens
     ]
 
 
-def _off(found: Tensor, wanted: Tensor) -> float:
+def _off(found: Tensor, wanted: Tensor, largest: float | None = None) -> float:
+    """The largest difference as a part of `largest`, that of `wanted` where none is given."""
     if found.shape != wanted.shape or not torch.isfinite(found).all():
         return float("inf")
-    largest = float(wanted.abs().max())
+    largest = float(wanted.abs().max()) if largest is None else largest
     difference = float((found - wanted).abs().max())
     return difference / largest if largest else difference
 
@@ -242,23 +243,43 @@ def check_compact(directory: Path, source: Source, evidence: Evidence, options: 
 def check_standard(directory: Path, source: Source, dtype: str | None) -> list[Check]:
     """The standard form against the trained adapter, both by PEFT's rules, in the axes of the stock parameters."""
     before, after = PeftReading(_adapter(source), source.base), PeftReading(directory, source.base)
-    worst, where, matrices = 0.0, "", 0
-    problems = [f"{name} is not in the file" for name in before.pairs if name not in after.pairs]
+    return [check_used(after, [before]), check_sum(after, [(1.0, before)], CLOSE[dtype or "float32"])]
+
+
+def check_used(after: PeftReading, before: Sequence[PeftReading]) -> Check:
+    """Every tensor of the file is a factor, and what one of the adapters `before` changes has factors in it."""
+    wanted = {name: None for reading in before for name in reading.pairs}
+    problems = [f"{name} is not in the file" for name in wanted if name not in after.pairs]
     problems += [f"{key} is used for nothing" for key in after.unused()]
-    for name, pair in after.pairs.items():
-        for expert in range(pair.shape[0]) if len(pair.shape) == 3 else (None,):
-            found, matrices = after.delta(pair, expert).double(), matrices + 1
-            known = before.pairs.get(name)
-            off = _off(found, before.delta(known, expert).double() if known else torch.zeros_like(found))
-            worst, where = max((worst, where), (off, name if expert is None else f"{name}[{expert}]"))
-    limit = CLOSE[dtype or "float32"]
+    return _judged(USED, problems, f"{len(after.keys)} tensors")
+
+
+def check_sum(after: PeftReading, before: Sequence[tuple[float, PeftReading]], limit: float) -> Check:
+    """Every change in the file is the weighted sum of those of the adapters `before`, value by value."""
+    worst, where, matrices = 0.0, "", 0
+    for name, expert in matrices_of(after):
+        found, changes = after.delta(after.pairs[name], expert).double(), changes_of(before, name, expert)
+        matrices += 1
+        wanted = sum(changes, torch.zeros_like(found))
+        off = _off(found, wanted, sum(float(change.abs().max()) for change in changes))
+        worst, where = max((worst, where), (off, name if expert is None else f"{name}[{expert}]"))
     measured = {"largest_difference": worst, "limit": limit, "matrices": matrices, "where": where}
     detail = f"{matrices} matrices; the largest difference is {worst:.1e} of a matrix's largest value"
     detail += f" ({where})" if worst else ""
-    return [
-        _judged(USED, problems, f"{len(after.keys)} tensors"),
-        Check(SAME, "passed" if worst <= limit else "failed", detail, measured),
-    ]
+    return Check(SAME, "passed" if worst <= limit else "failed", detail, measured)
+
+
+def matrices_of(reading: PeftReading) -> Iterator[tuple[str, int | None]]:
+    """(parameter, expert) of every matrix that an adapter has factors for."""
+    for name, pair in reading.pairs.items():
+        for expert in range(pair.shape[0]) if len(pair.shape) == 3 else (None,):
+            yield name, expert
+
+
+def changes_of(before: Sequence[tuple[float, PeftReading]], name: str, expert: int | None) -> list[Tensor]:
+    """What each adapter that has the parameter adds to one matrix, weighted, float64."""
+    found = ((weight, reading, reading.pairs.get(name)) for weight, reading in before)
+    return [weight * reading.delta(pair, expert).double() for weight, reading, pair in found if pair is not None]
 
 
 def check_in_peft(directory: Path, source: Source, evidence: Evidence, dtype: str | None) -> list[Check]:

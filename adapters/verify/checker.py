@@ -23,7 +23,7 @@ def check(question: dict[str, Any]) -> list[Check]:
             Path(question["directory"]),
             source_from(question["source"]),
             Evidence(**{**question["evidence"], "logits": _path(question["evidence"]["logits"])}),
-            Options(**{**question["options"], "importance": _path(question["options"]["importance"])}),
+            options_from(question["options"]),
         )
     except StudioError as error:
         return [Check(f"{question['format']}: can be read", "failed", str(error))]
@@ -31,7 +31,12 @@ def check(question: dict[str, Any]) -> list[Check]:
 
 def source_from(given: dict[str, Any]) -> Source:
     """A `Source` as it was before it went through JSON."""
-    return Source(Path(given["base"]), _path(given["adapter"]), given["name"], given["held"])
+    return Source(**{**given, "base": Path(given["base"]), "adapter": _path(given["adapter"])})
+
+
+def options_from(given: dict[str, Any]) -> Options:
+    """`Options` as they were before they went through JSON."""
+    return Options(**{**given, "importance": _path(given["importance"])})
 
 
 def _path(value: str | None) -> Path | None:

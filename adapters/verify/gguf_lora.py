@@ -19,7 +19,8 @@ from torch import Tensor
 from adapters.checkpoint import read_config, read_index, text_config
 from adapters.errors import AdapterFileError, ExportError
 from adapters.export import Options, Source
-from adapters.export.gguf import gguf_file, write_gguf
+from adapters.export.gguf import gguf_file
+from adapters.export.gguf_child import write_gguf
 from adapters.layouts import layout_for
 from adapters.verify import Check, Evidence
 from adapters.verify.adapter_files import CLOSE, Trained, check_beside, compare

@@ -17,7 +17,7 @@ from typing import Any
 
 from adapters.checkpoint import PICKLES, read_index
 from adapters.errors import ExportError
-from adapters.export import EXPORTERS, Options, Source
+from adapters.export import EXPORTERS, Options, Progress, Source
 from adapters.verify import Check, Evidence
 from adapters.verify.fresh import FreshProcessError, ask_module
 from adapters.verify.memory import why_not
@@ -37,6 +37,7 @@ BUILT_IN: tuple[Prompt, ...] = (
 
 FILE_MODE = 0o644
 REFERENCE = "behaviour: the reference"
+NOT_RUN = "files and weights alone are compared here; `studio export` runs the model too"
 
 
 def verify_export(
@@ -46,6 +47,7 @@ def verify_export(
     prompts: Sequence[Prompt] = BUILT_IN,
     *,
     options: Options | None = None,
+    progress: Progress | None = None,
 ) -> list[Check]:
     """Holds an export against what it was made from.
 
@@ -54,6 +56,7 @@ def verify_export(
         format: a name in `adapters.export.EXPORTERS`.
         prompts: held-out texts or conversations; what the trained model says to them is the reference.
         options: those that it was written with.
+        progress: called with bytes of the base whose weights have been compared.
 
     Returns:
         Every check. It is for the caller to refuse the export when one has failed.
@@ -72,18 +75,59 @@ def verify_export(
         except FreshProcessError as error:
             checks.append(Check(REFERENCE, "failed", f"the trained model could not be run: {error}"))
             evidence = Evidence((), (), None, "the process that runs the trained model failed")
-        question = {
-            "directory": directory,
-            "format": format,
-            "source": asdict(source),
-            "evidence": asdict(evidence),
-            "options": asdict(options or Options()),
-        }
-        try:
-            found = ask_module("adapters.verify.checker", question)
-        except FreshProcessError as error:
-            found = [asdict(Check(f"{format}: checked", "failed", f"the check itself failed: {error}"))]
-    return [*checks, *(Check(**row) for row in found)]
+        return [*checks, *_checked(directory, format, source, evidence, options, progress)]
+
+
+def verify_files(directory: Path, format: str, source: Source, *, options: Options | None = None) -> list[Check]:
+    """The checks of `verify_export` that compare files and weights, in a fresh process; no model is run."""
+    plain = check_plain_files(directory)
+    if plain.status == "failed":
+        return [plain]
+    return [plain, *_checked(directory, format, source, Evidence((), (), None, NOT_RUN), options)]
+
+
+def _checked(
+    directory: Path,
+    format: str,
+    source: Source,
+    evidence: Evidence,
+    options: Options | None,
+    progress: Progress | None = None,
+) -> list[Check]:
+    question = {
+        "directory": directory,
+        "format": format,
+        "source": asdict(source),
+        "evidence": asdict(evidence),
+        "options": asdict(options or Options()),
+    }
+    return _asked("adapters.verify.checker", question, format, progress)
+
+
+def verify_combined(
+    directory: Path, base: Path, adapters: Sequence[Path], weights: Sequence[float], method: str
+) -> list[Check]:
+    """Holds a combination in the standard form against the adapters that it was made of, in a fresh process."""
+    plain = check_plain_files(directory)
+    if plain.status == "failed":
+        return [plain]
+    question = {"directory": directory, "base": base, "adapters": adapters, "weights": weights, "method": method}
+    return [plain, *_asked("adapters.verify.combined", question, "combination")]
+
+
+def verify_converted(directory: Path, adapter: Path) -> list[Check]:
+    """Holds an adapter in one of the forms "peft" and "compact" against the other it was made from, likewise.
+
+    Files beside the weights are the adapter's own and not looked at.
+    """
+    return _asked("adapters.verify.converted", {"directory": directory, "adapter": adapter}, "conversion")
+
+
+def _asked(module: str, question: Mapping[str, Any], what: str, progress: Progress | None = None) -> list[Check]:
+    try:
+        return [Check(**row) for row in ask_module(module, question, progress=progress)]
+    except FreshProcessError as error:
+        return [Check(f"{what}: checked", "failed", f"the check itself failed: {error}")]
 
 
 def make_evidence(source: Source, prompts: Sequence[Prompt], folder: Path) -> Evidence:

@@ -20,9 +20,10 @@ from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import listed
 from adapters.export import Source
 from adapters.layouts import ExpertLayout, layout_for
-from adapters.merged import MergedWeights
 from adapters.tensor_files import DTYPES, NAMES, OpenFiles, read_tensor
 from adapters.verify import Check
+from adapters.verify.fresh import tell_parent
+from adapters.verify.held_reading import HeldReading
 from adapters.verify.peft_reading import Pair, PeftReading
 
 Read = Callable[[str, int | None], Tensor]
@@ -139,6 +140,8 @@ def audit(
 ) -> list[Check]:
     """Holds every matrix of an export against base and adapter; one matrix of each is in memory at a time.
 
+    In a process that was asked it says how many bytes of the base lie behind it.
+
     Args:
         read: gives what was written, as float or in the file's own dtype.
         rounding: of the format, by the tensor's key; None for plain tensors: by the dtype of each.
@@ -150,7 +153,10 @@ def audit(
     deltas = file_deltas(reading, layout) if reading else {}
     base = _base_reader(source, index)
     found = Findings()
+    total, done = sum(info.size_bytes for info in index.values()), 0
     for key, info in index.items():
+        tell_parent(done, total)
+        done += info.size_bytes
         written, allowed = _dtype(key, info, dtype), rounding(key) if rounding else None
         if allowed and allowed.dtype:
             written, allowed = allowed.dtype, None
@@ -207,7 +213,7 @@ def _base_reader(source: Source, index: Mapping[str, TensorInfo]) -> Read:
     """W: from the base's files, or as training held it; no adapter is read, so none can be taken for the base's."""
     if source.held is None:
         return lambda key, expert: read_tensor(index[key], expert)
-    return MergedWeights(source.base, None, source.held).weight
+    return HeldReading(source.base, source.held)
 
 
 def _dtype(key: str, info: TensorInfo, dtype: str | None) -> torch.dtype:

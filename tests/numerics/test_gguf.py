@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from adapters.checkpoint import read_config, read_index
 from adapters.errors import CheckpointError, ExportError
 from adapters.export import EXPORTERS, Options, Source
-from adapters.export.gguf import gguf_file, write_gguf
+from adapters.export.gguf import gguf_file, make_gguf
 from adapters.export.gguf_types import Mixture, tensor_types
 from adapters.export.importance import write_importance
 from adapters.layouts import layout_for, moe_shapes
@@ -89,7 +89,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(source: Source, out: Path, **options: Any) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    write_gguf(source, out, Options(**options))
+    make_gguf(source, out, Options(**options))
     return gguf_file(out)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -437,15 +436,11 @@ def test_files_are_readable_by_others_and_dtypes_are_as_asked_for(sharded: tuple
     index_file.write_text(json.dumps(index))
     forget_base(adapter)
     (base / "config.json").chmod(0o600)
-    report = merge_adapter(base, adapter, tmp_path / "out", dtype=torch.float16, shard_bytes=50_000)
+    report = merge_adapter(base, adapter, tmp_path / "out", dtype=torch.float16)
     after = read_index(tmp_path / "out")
     assert {name: i.dtype for name, i in after.items() if i.dtype != "F16"} == {"model.counter": "I64"}
-    assert after[key].shape == info.shape and report.files == len({i.file for i in after.values()}) > 5
-    largest = max(math.prod(i.shape) for i in after.values()) * 2
-    assert all(
-        sum(i.size_bytes for i in after.values() if i.file == f) <= 50_000 + largest
-        for f in {i.file for i in after.values()}
-    )
+    assert after[key].shape == info.shape and report.files == len({i.file for i in after.values()}) > 1
+    assert {k: i.file.name for k, i in after.items()} == {k: i.file.name for k, i in read_index(base).items()}
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
     model = Tiny("qwen3_moe", 64, 32).model_class.from_pretrained(tmp_path / "out")

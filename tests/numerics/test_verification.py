@@ -106,6 +106,15 @@ def write(source: Source, out: Path, dtype: str | None) -> Path:
     return out
 
 
+def test_how_much_of_the_weights_is_compared_is_told(one: Exported) -> None:
+    told: list[tuple[int, int]] = []
+    evidence = Evidence((), (), None, "not asked for")
+    options = Options(dtype="float32")
+    run._checked(one.out, "safetensors", one.source, evidence, options, lambda *now: told.append(now))
+    sizes = [info.size_bytes for info in model_files.read_index(one.source.base).values()]
+    assert told == [(sum(sizes[:number]), sum(sizes)) for number in range(len(sizes))]
+
+
 def test_a_right_merge_passes_every_check(exported: Exported) -> None:
     checks = exported.checked(exported.out)
     assert not failed(checks), [checks[name].detail for name in failed(checks)]
@@ -626,8 +635,8 @@ def reference_that(does: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
     asked = run.ask_module
 
-    def ask(module: str, *rest: Any) -> Any:
-        return asked("other" if module == "adapters.verify.reference" else module, *rest)
+    def ask(module: str, *rest: Any, **named: Any) -> Any:
+        return asked("other" if module == "adapters.verify.reference" else module, *rest, **named)
 
     monkeypatch.setattr(run, "ask_module", ask)
 

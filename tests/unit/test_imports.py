@@ -30,6 +30,7 @@ LIGHT = (
     "studio.merge_choice",
     "adapters.journal",
     "studio.certificate",
+    "studio.checking",
     "studio.card",
     "studio.licence",
     "studio.held_out",
