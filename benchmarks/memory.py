@@ -141,7 +141,7 @@ def random_base(family: str, directory: Path) -> Path:
 
 
 def joined_tickets(path: Path, joined: int, pairs: bool) -> Path:
-    """Tickets, `joined` of them in one conversation turn each, so that rows get longer; as pairs with a worse answer."""
+    """Tickets, `joined` of them in one conversation turn each, so that rows get longer; also as pairs."""
     rows = [json.loads(line)["messages"] for line in TICKETS.read_text().splitlines()]
     with path.open("w") as file:
         for start in range(0, len(rows) - joined, joined):

@@ -7,9 +7,11 @@ TRL 1.16 copies the adapter of a `PeftModel` that it is handed and takes the cop
 from __future__ import annotations
 
 from typing import Any, cast
+from uuid import uuid4
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from studio.evaluation import decoder_and_head
@@ -25,7 +27,12 @@ class BaseAsReference(nn.Module):
     def __init__(self, policy: PeftModel):
         super().__init__()
         self.config = policy.config
+        self._number = uuid4().bytes
         self._policy = (policy,)  # in a tuple, so that its parameters do not become this module's
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """TRL names its file of precomputed log-probabilities by a hash of this: another one for each reference."""
+        return {"reference": torch.tensor(list(self._number))}
 
     def base_model(self, *args: Any, **inputs: Any) -> Any:
         """The decoder's output, from the base's weights alone."""
