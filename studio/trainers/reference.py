@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from studio.evaluation import decoder_and_head
@@ -27,12 +27,9 @@ class BaseAsReference(nn.Module):
     def __init__(self, policy: PeftModel):
         super().__init__()
         self.config = policy.config
-        self._number = uuid4().bytes
+        # TRL names its file of precomputed log-probabilities by a hash of the state: another one for each reference
+        self.register_buffer("number", torch.tensor(list(uuid4().bytes)))
         self._policy = (policy,)  # in a tuple, so that its parameters do not become this module's
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
-        """TRL names its file of precomputed log-probabilities by a hash of this: another one for each reference."""
-        return {"reference": torch.tensor(list(self._number))}
 
     def base_model(self, *args: Any, **inputs: Any) -> Any:
         """The decoder's output, from the base's weights alone."""
