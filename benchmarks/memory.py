@@ -59,6 +59,9 @@ CASES: tuple[dict[str, Any], ...] = (
     {"name": "batch 16, long, checkpointing", **LONG, "training": {"gradient_checkpointing": True}},
     {"name": "batch 16, long, attention only", **LONG, "adapter": ATTENTION_ONLY},
     {"name": "batch 16, long, unquantised", **LONG, "model": {"quantization": "none"}},
+    {"name": "dpo, batch 8, long", "batch_size": 8, "joined": 6, "training": {"method": "dpo"}},
+    {"name": "orpo, batch 8, long", "batch_size": 8, "joined": 6, "training": {"method": "orpo"}},
+    {"name": "packed, batch 8, rows of 512 tokens", "batch_size": 8, "max_length": 512, "trl": {"packing": True}},
     {"name": "batch 4, rows of 1,024 tokens", "batch_size": 4, "joined": 16},
     {"name": "batch 16, held-out examples", "batch_size": 16, "held_out": True},
     {
@@ -100,7 +103,9 @@ def measure_runtime() -> int:
 
 def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
-    data = {"train": joined_tickets(folder / "train.jsonl", case.get("joined", 1)), "max_length_tokens": 1024}
+    pairs = case.get("training", {}).get("method", "sft") != "sft"
+    train = joined_tickets(folder / "train.jsonl", case.get("joined", 1), pairs)
+    data = {"train": train, "max_length_tokens": case.get("max_length", 1024)}
     base = str(random_base(case["base"], folder.parent / case["base"])) if "base" in case else "embedded"
     recipe = studio.Recipe.model_validate(
         {
@@ -108,6 +113,7 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             "data": {**data, "eval": TICKETS} if case.get("held_out") else data,
             "adapter": case.get("adapter", {}),
             "training": {"max_steps": 6, "batch_size": case["batch_size"], **case.get("training", {})},
+            "trl": case.get("trl", {}),
             "evaluation": {"examples": 64, "generations": 1, "max_new_tokens": 32},
             "output": {"dir": folder / "job"},
         }
@@ -134,8 +140,8 @@ def random_base(family: str, directory: Path) -> Path:
     return directory
 
 
-def joined_tickets(path: Path, joined: int) -> Path:
-    """Tickets, `joined` of them in one conversation turn each, so that rows get longer."""
+def joined_tickets(path: Path, joined: int, pairs: bool) -> Path:
+    """Tickets, `joined` of them in one conversation turn each, so that rows get longer; also as pairs."""
     rows = [json.loads(line)["messages"] for line in TICKETS.read_text().splitlines()]
     with path.open("w") as file:
         for start in range(0, len(rows) - joined, joined):
@@ -143,7 +149,9 @@ def joined_tickets(path: Path, joined: int) -> Path:
             turns = [
                 {"role": role, "content": "\n".join(m[i]["content"] for m in group)} for i, role in enumerate(ROLES)
             ]
-            file.write(json.dumps({"messages": turns}) + "\n")
+            prompt, answer = (turn["content"] for turn in turns)
+            pair = {"prompt": prompt, "chosen": answer, "rejected": f"{answer}!"}
+            file.write(json.dumps(pair if pairs else {"messages": turns}) + "\n")
     return path
 
 

@@ -57,12 +57,15 @@ def losses(rows: Rows) -> list[float]:
 
 
 def loss_line(rows: Rows) -> str:
-    """Loss, learning rate, gradient norm and speed of the newest training row."""
+    """Loss, learning rate, gradient norm and speed of the newest training row; of a preference job also how it does."""
     newest = next((row for row in reversed(rows) if row.get("kind") == "train"), None)
     if newest is None:
         return ""
     parts = [f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "loss not finite"]
     for key, text in (("learning_rate", "lr {:.2g}"), ("grad_norm", "grad norm {:.2g}")):
+        if newest.get(key) is not None:
+            parts.append(text.format(newest[key]))
+    for key, text in (("rewards_accuracies", "accuracy {:.0%}"), ("rewards_margins", "margin {:.2g}")):
         if newest.get(key) is not None:
             parts.append(text.format(newest[key]))
     if newest.get("tokens_per_second"):

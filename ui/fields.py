@@ -315,8 +315,8 @@ def _as_text(value: Any) -> str:
 
 def _flow(value: Any) -> str:
     """A list or mapping on one line."""
-    yaml, stream = YAML(), StringIO()
-    yaml.default_flow_style, yaml.width = True, 10_000
+    yaml, stream = _yaml(), StringIO()
+    yaml.default_flow_style = True
     yaml.dump(_plain(value), stream)
     return stream.getvalue().strip()
 

@@ -7,7 +7,9 @@ TRL 1.16 copies the adapter of a `PeftModel` that it is handed and takes the cop
 from __future__ import annotations
 
 from typing import Any, cast
+from uuid import uuid4
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,6 +27,8 @@ class BaseAsReference(nn.Module):
     def __init__(self, policy: PeftModel):
         super().__init__()
         self.config = policy.config
+        # TRL names its file of precomputed log-probabilities by a hash of the state: another one for each reference
+        self.register_buffer("number", torch.tensor(list(uuid4().bytes)))
         self._policy = (policy,)  # in a tuple, so that its parameters do not become this module's
 
     def base_model(self, *args: Any, **inputs: Any) -> Any:

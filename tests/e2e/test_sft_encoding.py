@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,9 @@ def test_packed_labels_are_those_of_encode_and_every_example_is_there_once(
             real = int(batch["real_tokens"][row].sum())
             assert batch["labels"][row, real:].eq(-100).all()
             starts = [*batch["position_ids"][row, :real].eq(0).nonzero().flatten().tolist(), real]
-            for start, end in itertools.pairwise(starts):
-                found.append(
-                    (
-                        tuple(batch["input_ids"][row, start:end].tolist()),
-                        tuple(batch["labels"][row, start:end].tolist()),
-                    )
-                )
+            for start, end in pairwise(starts):
+                part = (batch[name][row, start:end].tolist() for name in ("input_ids", "labels"))
+                found.append(tuple(map(tuple, part)))
     expected = [learned(*encode(run.tokenizer, row, 96, "assistant")) for row in ROWS]
     assert sorted(found) == sorted(expected)
     lengths = [len(ids) for ids, _ in expected]

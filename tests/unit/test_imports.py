@@ -15,7 +15,7 @@ import studio
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("adapters", "studio", "ui")
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "gradio", "pandas", "numpy", "bitsandbytes"}
-WORDING = {"studio.progress", "studio.quantities"}
+WORDING = {"studio.preference_view", "studio.progress", "studio.quantities"}
 LIGHT = (
     "studio",
     "studio.cli",
@@ -24,6 +24,10 @@ LIGHT = (
     "studio.jobs",
     "studio.worker",
     "studio.plan",
+    "studio.methods",
+    "studio.packed_plan",
+    "studio.preference_losses",
+    "studio.preference_view",
     "studio.placing",
     "studio.models",
     "studio.merging",

@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 
 from adapters.router_profile import RouterProfile
-from studio.pictures import write_job_pictures
+from studio.pictures import draw_preference, write_job_pictures
+from studio.preference_view import preference_panels
 from studio.progress import ROUTER_MEASURES, router_rows, warnings
 from studio.routing_view import Heatmap, RoutingView, job_routing, reach
 from studio.terminal import heat_strip, profile_view
 from ui.heatmaps import as_plot, depth_colour, heatmap_figure, router_figure
 from ui.html import el
+from ui.preference_views import preference_figure
 from ui.routing_panel import KINDS
 from ui.routing_views import coverage_view, warnings_view
 
@@ -281,3 +283,22 @@ def test_the_terminal_shows_each_layer_with_its_busiest_experts() -> None:
 
 def test_rows_of_other_kinds_are_no_router_rows() -> None:
     assert [row["step"] for row in router_rows([*rows(), {"kind": "router", "step": 9}])] == [1, 2, 3]
+
+
+def test_a_preference_job_has_a_panel_for_each_measure_that_it_logged(tmp_path: Path) -> None:
+    logged = [
+        {"kind": "train", "step": step, "loss": 0.6, "rewards_chosen": 0.1 * step, "rewards_rejected": -0.1 * step}
+        | {"rewards_margins": 0.2 * step, "rewards_accuracies": 0.75}
+        for step in (1, 2, 3)
+    ] + [{"kind": "reference", "step": 2, "kl": 0.5}]
+    panels = preference_panels(logged)
+    assert [panel.title for panel in panels] == ["Rewards", "Margin", "Accuracy", "KL from the base"]
+    assert panels[0].lines["rejected"] == ((1, -0.1), (2, -0.2), (3, pytest.approx(-0.3)))
+    assert panels[3].lines == {"kl": ((2, 0.5),)}
+    drawn = draw_preference(tmp_path / "preference.png", panels)
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    figure = preference_figure(panels, 3)
+    assert [list(trace.y) for trace in figure.data][-1] == [0.5] and len(figure.data) == 5
+    reward = preference_panels([{"kind": "train", "step": 1, "accuracy": 0.5, "margin": 0.1, "mean_reward": 0.0}])
+    assert [panel.title for panel in reward] == ["Rewards", "Margin", "Accuracy"]
+    assert preference_panels([{"kind": "train", "step": 1, "loss": 1.0}]) == ()
