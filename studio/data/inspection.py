@@ -188,7 +188,7 @@ def inspect_data(
     looked_at = min(seen.rows, DETECTED_ROWS)
     form = max(detected, key=lambda name: (alone[name], detected[name]), default="")
     loss_on = recipe.training.loss_on if recipe else "completion"
-    examples, notes = _rendered(directory, seen.examples, limit, loss_on)
+    examples, notes = _rendered(directory, seen.chosen_examples(), limit, loss_on)
     return DataReport(
         file=str(file),
         kind=kind_of(Path(file)),
@@ -225,7 +225,7 @@ class _Seen:
         self.places, self.same, self.near, self.scripts = Places(), Duplicates(), NearDuplicates(), Scripts()
         self.pending: list[Row] = []
         self.pending_characters = 0
-        self.examples: list[Row] = []
+        self.examples: list[tuple[int, Row]] = []
         self.random = random.Random(0)
 
     def add_problems(self, problems: Sequence[Problem]) -> None:
@@ -261,9 +261,13 @@ class _Seen:
     def _keep_example(self, row: Row, good: int) -> None:
         """The first row, and of the others a sample in which each is as likely."""
         if len(self.examples) < EXAMPLES:
-            self.examples.append(row)
+            self.examples.append((good, row))
         elif (place := self.random.randrange(good - 1)) < EXAMPLES - 1:
-            self.examples[1 + place] = row
+            self.examples[1 + place] = (good, row)
+
+    def chosen_examples(self) -> list[Row]:
+        """The rows to show, in file order."""
+        return [row for _, row in sorted(self.examples, key=lambda numbered: numbered[0])]
 
     def flush(self) -> None:
         lengths = self.counter.lengths(self.pending)

@@ -7,12 +7,15 @@ finish(_Trainer(model=…, args=XConfig(**options(recipe, job, …)), callbacks=
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from studio.data import Example, Labelled, Preference
 from studio.errors import TrainingError
 from studio.jobs import Job
 from studio.models import compute_dtype
@@ -53,6 +56,11 @@ def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
         "dataloader_pin_memory": on_gpu,
     }
     return {**ours, **method, **recipe.trl}
+
+
+def dataset_of(rows: Sequence[Example | Preference | Labelled]) -> Dataset:
+    """The rows as TRL reads them. Arrow alone would give every tool call the arguments of all others, as null."""
+    return Dataset.from_list([row.as_row() for row in rows], on_mixed_types="use_json")
 
 
 class StudioTrainer(WatchesRouter):
