@@ -18,28 +18,8 @@ from studio.data.scripts import Scripts, script_of
 from studio.data_view import report_view
 from studio.errors import DataError
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "eleven",
-    "other",
-    "animals",
-    "watch",
-    "it",
-    "from",
-    "a",
-    "hill",
-    "far",
-    "away",
-]
+SENTENCE = "the quick brown fox jumps over the lazy dog while eleven other animals watch it from a hill far away"
+WORDS = SENTENCE.split()
 
 
 def chat(*contents: str, system: str = "") -> dict[str, Any]:
@@ -62,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> DataReport:
         chat("hi", "ho"),
         chat("Привет", "да", "ещё", "нет"),
         chat("hi", "ho"),
-        '{"prompt": 3}',
+        '{"prompt": 3, "completion": "a"}',
         chat(" ".join(WORDS), "yes", system="be brief"),
         {"prompt": " ".join(near), "completion": "yes", "system": "be brief"},
         chat("hi", "<think>hm</think>ho"),
