@@ -16,9 +16,9 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from adapters.export import EXPORTERS, Source
-from adapters.fingerprint import file_sha256
 from adapters.verify import Check
 from studio.certificate import CERTIFICATE, verdict
+from studio.data.files import data_sha256
 from studio.errors import DataError, JobError
 from studio.jobs import Job, open_job
 from studio.licence import Licence
@@ -159,7 +159,7 @@ def _data(recipe: Recipe) -> str:
             lines.append(f"- {use}: `{file.name}`, which is not there any more")
             continue
         sources = ", ".join(sorted({row.source for row in rows}))
-        digest = file_sha256(file)
+        digest = data_sha256(file)
         lines.append(f"- {use}: `{file.name}`, {len(rows):,} examples, sources: {sources}, sha256 `{digest}`")
     return "\n".join(lines)
 

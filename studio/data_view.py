@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from studio.data.formats import FORMATS
 from studio.quantities import as_count, as_percent
 from studio.terminal import clean, warning_text
 
@@ -66,20 +67,15 @@ def _facts(report: DataReport) -> Iterator[tuple[str, RenderableType]]:
 def _format(report: DataReport) -> Text:
     if not report.format:
         return Text("none that is known; studio data formats lists them", "bold red")
-    title = next((entry.title for entry in report.formats if entry.name == report.format), report.format)
+    title = FORMATS[report.format].title
     style = "green" if report.sure > 0.999 else "yellow"
     words = f"{report.sure:.0%} of the first {report.detected_rows:,} rows fit it and no other"
     return Text.assemble((title, "bold"), f" ({report.format}), ", (words, style))
 
 
 def _kinds(report: DataReport) -> list[str]:
-    names = {
-        "example": "conversations",
-        "text": "plain texts",
-        "preference": "preference pairs",
-        "labelled": "labelled completions",
-    }
-    return [f"{count:,} {names[kind]}" for kind, count in report.kinds.items()]
+    names = {"example": "conversation", "text": "text", "preference": "pair", "labelled": "labelled completion"}
+    return [f"{count:,} {names[kind]}{'s' if count > 1 else ''}" for kind, count in report.kinds.items()]
 
 
 def _listed(parts: list[str]) -> str:
@@ -91,7 +87,8 @@ def _duplicates(count: int, rows: int, pairs: tuple[Pair, ...], looked: str = ""
         return Text(f"no rows{looked}")
     named = [f"{pair.line} = {pair.earlier_line}" for pair in pairs[:SHOWN_PAIRS] if pair.file == pair.earlier_file]
     lines = f"; lines {', '.join(named)}" + (", …" if count > len(named) else "") if named else ""
-    return Text(f"{count:,} rows{looked}, {as_percent(count / max(1, rows))}, as an earlier one{lines}", "yellow")
+    share = as_percent(count / max(1, rows))
+    return Text(f"{count:,} row{'s' if count > 1 else ''}{looked} as an earlier one, {share}{lines}", "yellow")
 
 
 def _lengths(report: DataReport) -> RenderableType:
@@ -108,11 +105,15 @@ def _lengths(report: DataReport) -> RenderableType:
     ]
     table.add_row("of a row", *cells, as_count(report.tokens["total"]))
     share = report.truncated_rows / max(1, report.good_rows)
-    rows = f"{report.truncated_rows:,} rows ({as_percent(share)})"
-    cut = f"{rows} are longer than {report.max_length_tokens:,} tokens: their ends are cut off"
+    rows = f"{report.truncated_rows:,} of {report.good_rows:,} rows ({as_percent(share)})"
+    cut = f"{rows} have more than {report.max_length_tokens:,} tokens: their ends are cut off"
     line = Text(cut if report.truncated_rows else f"None is longer than {report.max_length_tokens:,} tokens")
     if report.long_prompts:
-        line.append(f"; of {report.long_prompts:,} the prompt alone fills that, which training refuses", "bold red")
+        counted = report.long_prompt_problems[0]["counted"]
+        places = ", ".join(f"{problem['line']}" for problem in report.long_prompt_problems[:SHOWN_PAIRS])
+        more = ", …" if report.long_prompts > SHOWN_PAIRS else ""
+        said = f"Of {report.long_prompts:,} the prompt alone fills that, which training refuses: "
+        line.append(f"\n{said}{counted} {places}{more}", "bold red")
     return Group(table, line)
 
 

@@ -6,7 +6,6 @@ find_profile(recipe) ─▶ RouterProfile      the one made before, or None. No 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.fingerprint import fingerprint, sha256
 from adapters.packed_cache import default_cache_dir
+from studio.data.files import data_sha256
+from studio.data.json_text import Broken
 from studio.errors import DataError, Problem, ProfileError, TargetError
 from studio.models import compute_dtype, resolve_base
 
@@ -112,10 +113,12 @@ def fingerprints(recipe: Recipe) -> tuple[str, str]:
 def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
     """Of the training data and of everything that decides which tokens are drawn from them, and under which names."""
     path = recipe.data.train
-    facts = [SAMPLE_SEED, tokens, recipe.data.max_length_tokens, path.stem]
+    read_as = recipe.data.model_dump(include={"format", "columns", "bad_rows"})
+    facts = [SAMPLE_SEED, tokens, recipe.data.max_length_tokens, path.stem, read_as]
     try:
-        with path.open("rb") as file:
-            data = hashlib.file_digest(file, "sha256").hexdigest()
+        data = data_sha256(path)
+    except Broken as broken:
+        raise DataError([Problem("", None, broken.message, str(path))]) from None
     except OSError as error:
         raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
     return sha256(data.encode(), json.dumps(facts).encode())

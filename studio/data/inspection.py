@@ -103,7 +103,8 @@ class DataReport(_Model):
         traits: rows that have system prompts, several turns, tool calls, tools, reasoning.
         roles: turns by role. sources: rows by data source, the largest 20.
         tokens: of a row, by the base's tokenizer, with 8 a turn for the chat template: quantile → tokens; "total".
-        truncated_rows: rows longer than max_length_tokens. long_prompts: those of which the prompt alone fills it.
+        truncated_rows: rows longer than max_length_tokens. long_prompts: those of which the prompt alone fills it,
+            which training refuses; the first 20 as long_prompt_problems.
         duplicate_rows: rows that equal an earlier one; near_duplicate_rows: among the first `near_rows`, those that
             are like an earlier one. Each with the places of the first 20.
         scripts: share of the letters by script, of the first 2,000 characters of each row.
@@ -132,6 +133,7 @@ class DataReport(_Model):
     max_length_tokens: int
     truncated_rows: int
     long_prompts: int
+    long_prompt_problems: tuple[dict[str, Any], ...]
     duplicate_rows: int
     duplicates: tuple[Pair, ...]
     near_duplicate_rows: int
@@ -188,7 +190,7 @@ def inspect_data(
     looked_at = min(seen.rows, DETECTED_ROWS)
     form = max(detected, key=lambda name: (alone[name], detected[name]), default="")
     loss_on = recipe.training.loss_on if recipe else "completion"
-    examples, notes = _rendered(directory, seen.examples, limit, loss_on)
+    examples, notes = _rendered(directory, seen.chosen_examples(), limit, loss_on)
     return DataReport(
         file=str(file),
         kind=kind_of(Path(file)),
@@ -216,6 +218,7 @@ class _Seen:
         self.counter, self.max_length_tokens = counter, max_length_tokens
         self.rows = self.bad_rows = self.problem_count = self.long_prompts = 0
         self.problems: list[Problem] = []
+        self.long: list[Problem] = []
         self.lengths = array("I")
         self.formats: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
@@ -225,7 +228,7 @@ class _Seen:
         self.places, self.same, self.near, self.scripts = Places(), Duplicates(), NearDuplicates(), Scripts()
         self.pending: list[Row] = []
         self.pending_characters = 0
-        self.examples: list[Row] = []
+        self.examples: list[tuple[int, Row]] = []
         self.random = random.Random(0)
 
     def add_problems(self, problems: Sequence[Problem]) -> None:
@@ -261,14 +264,20 @@ class _Seen:
     def _keep_example(self, row: Row, good: int) -> None:
         """The first row, and of the others a sample in which each is as likely."""
         if len(self.examples) < EXAMPLES:
-            self.examples.append(row)
+            self.examples.append((good, row))
         elif (place := self.random.randrange(good - 1)) < EXAMPLES - 1:
-            self.examples[1 + place] = row
+            self.examples[1 + place] = (good, row)
+
+    def chosen_examples(self) -> list[Row]:
+        """The rows to show, in file order."""
+        return [row for _, row in sorted(self.examples, key=lambda numbered: numbered[0])]
 
     def flush(self) -> None:
         lengths = self.counter.lengths(self.pending)
         self.lengths.extend(lengths)
-        self.long_prompts += len(self.counter.long_prompts(self.pending, lengths, self.max_length_tokens))
+        long = self.counter.long_prompts(self.pending, lengths, self.max_length_tokens)
+        self.long_prompts += len(long)
+        self.long += [problem for _, problem in long][: SHOWN - len(self.long)]
         self.pending, self.pending_characters = [], 0
 
     def facts(self) -> dict[str, Any]:
@@ -285,6 +294,7 @@ class _Seen:
             "tokens": _quantiles(self.lengths),
             "truncated_rows": sum(length > self.max_length_tokens for length in self.lengths),
             "long_prompts": self.long_prompts,
+            "long_prompt_problems": tuple(map(vars, self.long)),
             "duplicate_rows": duplicate_rows,
             "duplicates": self._pairs(duplicates),
             "near_duplicate_rows": self.near.count,

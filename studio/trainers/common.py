@@ -7,12 +7,15 @@ finish(_Trainer(model=…, args=XConfig(**options(recipe, job, …)), callbacks=
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from studio.data import Example, Labelled, Preference
 from studio.errors import TrainingError
 from studio.jobs import Job
 from studio.models import compute_dtype
@@ -53,6 +56,17 @@ def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
         "dataloader_pin_memory": on_gpu,
     }
     return {**ours, **method, **recipe.trl}
+
+
+def dataset_of(rows: Sequence[Example | Preference | Labelled]) -> Dataset:
+    """The rows as TRL reads them.
+
+    `Dataset.from_list` alone would keep the columns of the first row only, so that all tools are lost where it has
+    none, and Arrow would give every tool call the arguments of all others, as null.
+    """
+    found = [row.as_row() for row in rows]
+    columns = dict.fromkeys(name for row in found for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in found], on_mixed_types="use_json")
 
 
 class StudioTrainer(WatchesRouter):
