@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     ValidationError,
@@ -33,6 +30,11 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from adapters.placement import PLACEMENTS
 from studio.errors import Problem, RecipeError
+from studio.recipe_mixture import DataSource, MixturePhase, Sources, mixture_problems, training_problems
+from studio.recipe_parts import InputPath, OutputPath, Settings
+from studio.recipe_parts import absolute as _absolute
+from studio.recipe_parts import refusal as _refusal
+from studio.recipe_parts import refused_keys
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
 from studio.trl_options import trl_problem
@@ -48,30 +50,8 @@ FRACTION_UNSET = 0.25
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def _refusal(message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{message}", {"message": message})
-
-
 def _refused_section(name: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused_keys", "{message}", {"message": message, "keys": {name: message}})
-
-
-def _absolute(value: Any, info: ValidationInfo) -> Any:
-    """A path text made absolute against the recipe's folder, or the working directory where there is none."""
-    if not isinstance(value, str | Path):
-        return value
-    text = str(value)
-    return _path(text, (info.context or {}).get("folder") or Path.cwd())
-
-
-def _path(text: str, folder: Path) -> Path:
-    if not text.strip() or not text.isprintable():
-        raise _refusal(f"received {describe(text)}; allowed: a path")
-    return Path(os.path.abspath(folder / os.path.expanduser(text)))
-
-
-def _absolute_from_cwd(value: Any) -> Any:
-    return _path(str(value), Path.cwd()) if isinstance(value, str | Path) else value
+    return refused_keys({name: message})
 
 
 def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...]:
@@ -85,19 +65,9 @@ def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...
     return tuple(ids)
 
 
-InputPath = Annotated[Path, BeforeValidator(_absolute)]
-OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]
 Rank = Annotated[int, Field(ge=0, le=1024)]
 ExpertId = Annotated[int, Field(ge=0, le=65535)]
 LayerNumber = Annotated[int, Field(ge=0, le=65535)]
-
-
-class Settings(BaseModel):
-    """A section of the recipe: frozen, no unknown keys, no silent conversions ("16" is not a number)."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class ModelSettings(Settings):
@@ -148,14 +118,62 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The examples: JSON Lines, each row {"messages": [...]} or {"prompt": ..., "completion": ...}."""
 
-    train: InputPath
-    """JSON Lines file of training examples. A relative path starts at the recipe file."""
+    train: Sources
+    """JSON Lines file of training examples, or a list of sources {path, weight, name} that are mixed. A relative path
+    starts at the recipe file."""
 
     eval: InputPath | None = None
     """JSON Lines file of held-out examples, for the comparison before and after. null: no comparison."""
 
     max_length_tokens: int = Field(default=256, ge=16, le=1_048_576)
     """Examples are cut to this many tokens. Memory for activations grows with it."""
+
+    temperature: float | None = Field(default=None, gt=0, le=1000)
+    """Sources without weights share the rows by size^(1/temperature): 1 as they are, larger evens out. null: 1."""
+
+    phases: tuple[MixturePhase, ...] = Field(default=(), strict=False)
+    """A curriculum: [{until_steps: 100, weights: {name: 1}}, …, {weights: {…}}]. []: one mixture throughout."""
+
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the training rows that is held out instead of a file `eval`; rows with one prompt stay together."""
+
+    leakage: Literal["warn", "refuse", "off"] = "warn"
+    """What happens where held-out rows occur in the training data, as they are or nearly. off: nobody looks."""
+
+    drop_easiest: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each source's rows that is left out: those with the least loss of the base. 0: none. Needs
+    `studio data score`."""
+
+    drop_hardest: float = Field(default=0.0, ge=0, lt=1)
+    """The same of the rows with the largest loss, often broken ones. 0: none."""
+
+    streaming: bool = False
+    """Read rows while training, through a shuffle buffer, for data larger than memory. Needs training.max_steps."""
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        if problems := mixture_problems(self):
+            raise refused_keys(problems)
+        return self
+
+    @property
+    def mixed(self) -> bool:
+        """Whether `train` lists sources, so that the order of the rows is planned."""
+        return not isinstance(self.train, Path)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether trainers read the rows in an order that is fixed before they start."""
+        return self.mixed or self.streaming
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        return (DataSource(path=self.train),) if isinstance(self.train, Path) else self.train
+
+    @property
+    def held_out(self) -> bool:
+        """Whether there are rows to be measured on."""
+        return self.eval is not None or self.eval_fraction is not None
 
 
 class AdapterSettings(Settings):
@@ -434,6 +452,12 @@ class Recipe(Settings):
                 f"routed_experts_rank is 0, but placement.rule {self.placement.rule} chooses experts; "
                 "set it above 0, or the rule to shared",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _data_go_with_the_training(self) -> Self:
+        if problems := training_problems(self):
+            raise refused_keys({f"data.{name}": message for name, message in problems.items()})
         return self
 
     @field_validator("trl")
