@@ -88,16 +88,23 @@ def template(tokenizer: PreTrainedTokenizerBase, example: Example, turns: Any, *
 
 
 def check_lengths(
-    tokenizer: PreTrainedTokenizerBase, sequences: Many[Sequence], max_length_tokens: int, file: str
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Many[Sequence],
+    max_length_tokens: int,
+    file: str,
+    numbers: Many[int] | None = None,
 ) -> None:
     """Refuses examples whose prompt alone fills `max_length_tokens`: nothing of their answer would be learned.
+
+    Args:
+        numbers: of the sequences among those of the file, from 1; None: they are all of it.
 
     Raises:
         DataError: the first 20 of them, and how many more.
     """
     rows = (
         (number, len(prompt_ids(tokenizer, sequence)))
-        for number, sequence in enumerate(sequences, 1)
+        for number, sequence in zip(numbers or range(1, len(sequences) + 1), sequences, strict=True)
         if isinstance(sequence, Example)
     )
     allowed = f"allowed: fewer than data.max_length_tokens, {max_length_tokens}; raise it or shorten the prompt"

@@ -19,7 +19,10 @@ from adapters.errors import CheckpointError, StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, Row, Sequence, both_rows, sequences
+from studio.data import Example, Row, Sequence, rows_of, sequences
+from studio.data.curriculum import Mixed, contributions, mixture_warnings
+from studio.data.leakage import LeakPlan, leak_plan, leaks_text, refuse_leaks
+from studio.data.of_recipe import SAMPLE_ROWS, RecipeRows
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.placing import coverage, plan_placement
@@ -74,6 +77,10 @@ class Plan(BaseModel):
         truncated_examples: training examples longer than that.
         warnings: what to know before the job is started.
         placement: which routed experts get adapters; None for a dense model.
+        mixture: what each source of the data gives; None where there is one file.
+        leaks: held-out rows that occur in the training data; None where nobody looked.
+        dropped_examples: rows that the selection by loss leaves out.
+        sampled: the data is streamed: `train_examples` and the lengths are of the first rows alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,21 +108,31 @@ class Plan(BaseModel):
     memory_at_hand_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     placement: PlacementPlan | None = None
+    mixture: Mixed | None = None
+    leaks: LeakPlan | None = None
+    dropped_examples: int = 0
+    sampled: bool = False
 
 
-def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, shape: str | None = None, profile: RouterProfile | None = None, thorough: bool = False
+) -> Plan:
     """Plans a recipe.
 
     Args:
         shape: a name in `studio.shapes.SHAPES`: plan for this published model instead of the recipe's base.
         profile: where the router sends the data; None looks for the one that `studio profile` keeps.
+        thorough: look for held-out rows in all of the training data, however large.
 
     Raises:
         StudioError: anything that would make the job fail later and can be known now: base model missing or pickled,
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
-    train, held_out = both_rows(recipe)
+    rows = rows_of(recipe)
+    train, held_out = [entry.row for entry in rows.train], [entry.row for entry in rows.held_out]
+    leaks = _leaks(recipe, rows, thorough)
+    mixed = contributions(recipe, train)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
         from studio.profile import find_profile
 
@@ -148,9 +165,38 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         longest_tokens=max(lengths),
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
-        warnings=_warnings(recipe, base, memory, at_hand),
+        warnings=(
+            *_warnings(recipe, base, memory, at_hand),
+            *mixture_warnings(recipe, mixed),
+            *_data_warnings(recipe, leaks),
+        ),
+        mixture=mixed,
+        leaks=leaks,
+        dropped_examples=len(rows.dropped),
+        sampled=recipe.data.streaming,
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
+
+
+def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:
+    if recipe.data.leakage == "off" or not rows.held_out:
+        return None
+    found = leak_plan(rows.train, rows.held_out, *((None,) if thorough else ()))
+    if recipe.data.leakage == "refuse":
+        refuse_leaks(found)
+    return found
+
+
+def _data_warnings(recipe: Recipe, leaks: LeakPlan | None) -> list[str]:
+    found = []
+    if leaks is not None and leaks.found:
+        found.append(f"{leaks_text(leaks)}: {'; '.join(leaks.shown[:3])}{' …' if leaks.found > 3 else ''}")
+    if recipe.data.streaming:
+        found.append(
+            f"the data is streamed: examples, lengths and held-out rows in the training data are those of the first "
+            f"{SAMPLE_ROWS:,} rows of each source; a bad row further on stops the job (studio validate reads all)"
+        )
+    return found
 
 
 def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:
@@ -272,6 +318,16 @@ def _tokenizer_of(recipe: Recipe, base: Base) -> Path:
         return resolve_base(recipe.model.base)
     except StudioError:
         return EMBEDDED_DIR
+
+
+def row_tokens(recipe: Recipe, rows: list[Row]) -> list[int]:
+    """Tokens of each row as the plan counts them, cut to `data.max_length_tokens`: phases that end by tokens go by it.
+
+    Raises:
+        StudioError: the base is not here, or has no tokenizer.
+    """
+    lengths = _lengths_tokens(resolve_base(recipe.model.base), rows)
+    return [min(length, recipe.data.max_length_tokens) for length in lengths]
 
 
 def _lengths_tokens(directory: Path, rows: list[Row]) -> list[int]:

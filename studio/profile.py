@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 SAMPLE_SEED = 0
 """Of the order in which examples are drawn: the sample does not change with the training's seed."""
 
+CHOOSING = ("temperature", "phases", "eval_fraction", "drop_easiest", "drop_hardest", "streaming")
+"""Fields of `data` that decide which rows are trained on."""
+
+QUICK_BYTES = 16_000_000
+
 Progress = Callable[[int, int], None]
 
 
@@ -39,6 +45,7 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
     """
     from studio.base_model import load_recipe_base
     from studio.data import sequences, training_rows
+    from studio.data.curriculum import in_training_order
     from studio.plan import recipe_base
     from studio.profiling import draw_sample, profile_routing
 
@@ -46,7 +53,7 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
     if not base.moe:
         raise TargetError(f"{base.name} has no routed experts, so there is no routing to profile")
     wanted, bound = recipe.placement.profile_tokens, fingerprints(recipe)
-    examples = sequences(training_rows(recipe))
+    examples = sequences(in_training_order(recipe, training_rows(recipe)))
     model, tokenizer = load_recipe_base(recipe, loading)
     sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, wanted)
     counted = profile_routing(model, sample, tokenizer.pad_token_id, progress)
@@ -104,21 +111,54 @@ def _kept_in() -> Path:
 
 def fingerprints(recipe: Recipe) -> tuple[str, str]:
     """Of the base as it is held, and of the data with everything that decides which tokens are drawn from them."""
+    return base_fingerprint(recipe), sample_fingerprint(recipe, recipe.placement.profile_tokens)
+
+
+def base_fingerprint(recipe: Recipe) -> str:
+    """Of the base as it is held."""
     held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
-    base = sha256(json.dumps(fingerprint(resolve_base(recipe.model.base))).encode(), json.dumps(held).encode())
-    return base, sample_fingerprint(recipe, recipe.placement.profile_tokens)
+    return sha256(json.dumps(fingerprint(resolve_base(recipe.model.base))).encode(), json.dumps(held).encode())
 
 
 def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
     """Of the training data and of everything that decides which tokens are drawn from them, and under which names."""
-    path = recipe.data.train
-    facts = [SAMPLE_SEED, tokens, recipe.data.max_length_tokens, path.stem]
+    data, (first, *others) = recipe.data, recipe.data.sources
+    facts: list[Any] = [SAMPLE_SEED, tokens, data.max_length_tokens, first.label]
+    digest_of = quick_digest if data.streaming else file_digest
+    facts += [[source.label, digest_of(source.path)] for source in others]
+    if chosen := data.model_dump(mode="json", include=set(CHOOSING), exclude_defaults=True):
+        facts.append(chosen)
+    if data.mixed:  # the sample follows the mixture, which depends on the length of the training
+        training = recipe.training.model_dump(mode="json", include={"epochs", "max_steps", "batch_size", "seed"})
+        facts += [training, recipe.training.gradient_accumulation_steps, [source.weight for source in data.sources]]
+    return sha256(digest_of(first.path).encode(), json.dumps(facts).encode())
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a data file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            data = hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
-    return sha256(data.encode(), json.dumps(facts).encode())
+
+
+def quick_digest(path: Path) -> str:
+    """Of a file's size, the time of its last change and its first bytes, where reading it whole would take too long.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            return sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode(), file.read(QUICK_BYTES))
+    except OSError as error:
+        raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
 
 
 def shared_count(base: Any) -> int:

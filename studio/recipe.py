@@ -31,10 +31,9 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from adapters.placement import PLACEMENTS
 from studio.errors import Problem, RecipeError
 from studio.recipe_mixture import DataSource, MixturePhase, Sources, mixture_problems, training_problems
-from studio.recipe_parts import InputPath, OutputPath, Settings
+from studio.recipe_parts import InputPath, OutputPath, Settings, refused_keys
 from studio.recipe_parts import absolute as _absolute
 from studio.recipe_parts import refusal as _refusal
-from studio.recipe_parts import refused_keys
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
 from studio.trl_options import trl_problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -70,8 +71,7 @@ def _form(value: Any) -> str:
 
 
 Sources = Annotated[
-    Annotated[InputPath, Tag(ONE_FILE)]
-    | Annotated[tuple[DataSource, ...], Tag(SEVERAL), Field(strict=False)],
+    Annotated[InputPath, Tag(ONE_FILE)] | Annotated[tuple[DataSource, ...], Tag(SEVERAL), Field(strict=False)],
     Discriminator(_form),
 ]
 """A path, or a list of sources."""
@@ -119,7 +119,7 @@ def _of_phases(data: DataSettings) -> dict[str, str]:
     if not any(all(of_kind) for of_kind in ends):
         return {"phases": "each phase but the last needs until_steps, or each until_tokens"}
     given = next(of_kind for of_kind in ends if all(of_kind))
-    if any(later <= earlier for earlier, later in zip(given, given[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(given)):
         return {"phases": f"each phase ends after the one before it, received {', '.join(map(str, given))}"}
     return {}
 
@@ -132,7 +132,7 @@ def _of_selection(data: DataSettings) -> dict[str, str]:
     if data.streaming:
         whole = ("eval_fraction", "drop_easiest", "drop_hardest")
         given = [name for name in whole if getattr(data, name)]
-        return {name: "needs all rows at once; with streaming prepare the files beforehand" for name in given}
+        return dict.fromkeys(given, "needs all rows at once; with streaming prepare the files beforehand")
     return {}
 
 

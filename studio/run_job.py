@@ -54,16 +54,13 @@ def run(job: Job) -> None:
     clock = _Clock(job)
     with clock.phase("loading", "load"):
         model, tokenizer, placement, recipe = _load(job)
-    from studio.data import both_rows, sequences
-    from studio.encoding import check_lengths
+    from studio.data import sequences
+    from studio.data.curriculum import in_training_order
     from studio.evaluation import evaluate
     from studio.trainers import trainer_for
 
-    train_rows, held_out = both_rows(recipe)
-    held_out = held_out[: recipe.evaluation.examples]
-
-    for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
-        check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
+    of_training, of_evaluation = _rows(job, recipe, tokenizer)
+    train_rows, held_out = in_training_order(recipe, of_training), of_evaluation[: recipe.evaluation.examples]
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
@@ -115,6 +112,25 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     if recipe.model.quantization != "none":
         check_quantized(model)
     return model, tokenizer, placement, recipe
+
+
+def _rows(job: Job, recipe: Any, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    """Training rows and held-out rows, none of which is all prompt; what was selected is written into the job."""
+    from studio.data import rows_of, sequences
+    from studio.data.hard_examples import write_rows
+    from studio.encoding import check_lengths
+
+    found = rows_of(recipe)
+    for entries in (found.train, found.held_out):
+        for file in dict.fromkeys(entry.file for entry in entries):
+            of_file = [entry for entry in entries if entry.file == file]
+            read = [(entry.number + 1, sequence) for entry in of_file for sequence in sequences([entry.row])]
+            numbers, rows = zip(*read, strict=True)
+            check_lengths(tokenizer, rows, recipe.data.max_length_tokens, str(file), numbers)
+    for name in ("kept", "dropped"):
+        if chosen := getattr(found, name):
+            write_rows(job.path / f"{name}.jsonl", chosen)
+    return [entry.row for entry in found.train], [entry.row for entry in found.held_out]
 
 
 def _profiler(job: Job, model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> Callable[..., None]:

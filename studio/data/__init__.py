@@ -1,6 +1,6 @@
 """Data: files of rows, recognised, checked, and turned into what a training method reads. No torch."""
 
-from studio.data.of_recipe import both_rows, held_out_rows, training_rows
+from studio.data.of_recipe import both_rows, held_out_rows, rows_of, training_rows
 from studio.data.reading import check_rows, read_all, read_examples, read_rows
 from studio.data.rows import (
     Example,
@@ -30,6 +30,7 @@ __all__ = [
     "read_all",
     "read_examples",
     "read_rows",
+    "rows_of",
     "sequences",
     "training_rows",
     "wanted_sequences",

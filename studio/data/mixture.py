@@ -21,8 +21,8 @@ def shares(sizes: Sequence[int], weights: Sequence[float] | None = None, tempera
     """The part of the rows that each source gives; they add up to 1.
 
     With weights p_i = w_i / Σ w_j. Without, p_i = n_i^(1/T) / Σ n_j^(1/T) for sources of n_i rows: temperature
-    sampling as Arivazhagan et al. have it (arXiv 1907.05019, section 4.2). T = 1 takes every row equally often,
-    T → ∞ every source. The exponent that mT5 calls α (arXiv 2010.11934, section 3.1) is 1/T.
+    sampling as Arivazhagan et al. have it (arXiv 1907.05019, on imbalanced languages). T = 1 takes every row equally
+    often, T → ∞ every source. The exponent that mT5 calls α (arXiv 2010.11934) is 1/T.
 
     Args:
         sizes: rows of each source, at least 1. weights: at least 0, and one above; they go before the sizes.

@@ -85,6 +85,10 @@ class PlainText:
 
     kind: RowKind = "text"
 
+    def as_row(self) -> dict[str, Any]:
+        """The text as TRL's language modelling row."""
+        return {"text": self.text}
+
 
 Sequence = Example | PlainText
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
@@ -15,7 +14,7 @@ from studio.data import Example
 from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.trainers.chunked_loss import use_small_tiles
-from studio.trainers.common import StudioTrainer, callbacks, finish, options
+from studio.trainers.common import StudioTrainer, callbacks, finish, options, training_dataset
 from studio.trainers.llama4 import repair_for_trl
 from studio.trainers.router import watch_router
 
@@ -42,7 +41,7 @@ def train(
     trainer = _Trainer(
         model=model,
         args=SFTConfig(**settings),
-        train_dataset=Dataset.from_list([row.as_row() for row in rows]),
+        train_dataset=training_dataset(recipe, rows),
         processing_class=tokenizer,
         callbacks=callbacks(job, watch),
     )
