@@ -92,7 +92,7 @@ def find_leaks(
 def leak_plan(
     train: Sequence[Placed], held_out: Sequence[Placed], most_near_rows: int | None = MOST_NEAR_ROWS
 ) -> LeakPlan:
-    """What `find_leaks` finds, counted and in words. It is kept in the user's cache for the next plan of the same rows."""
+    """What `find_leaks` finds, counted and in words; kept in the user's cache for the next plan of the same rows."""
     kept = _kept_at(train, held_out, most_near_rows)
     try:
         return LeakPlan.model_validate(read_json(kept))
