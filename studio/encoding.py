@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from studio.data import Example, PlainText, Sequence
-from studio.data.rows import as_turns
+from studio.data.rows import Place, as_turns
 from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 
 IGNORED = -100
@@ -88,29 +88,22 @@ def template(tokenizer: PreTrainedTokenizerBase, example: Example, turns: Any, *
 
 
 def check_lengths(
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: Many[Sequence],
-    max_length_tokens: int,
-    file: str,
-    numbers: Many[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase, sequences: Many[Sequence], max_length_tokens: int, file: str = ""
 ) -> None:
     """Refuses examples whose prompt alone fills `max_length_tokens`: nothing of their answer would be learned.
 
     Args:
-        numbers: of the sequences among those of the file, from 1; None: they are all of it.
+        file: where rows come from that do not say so themselves.
 
     Raises:
         DataError: the first 20 of them, and how many more.
     """
-    rows = (
-        (number, len(prompt_ids(tokenizer, sequence)))
-        for number, sequence in zip(numbers or range(1, len(sequences) + 1), sequences, strict=True)
-        if isinstance(sequence, Example)
-    )
+    examples = (sequence for sequence in sequences if isinstance(sequence, Example))
+    lengths = ((example.place or Place(file, 0), len(prompt_ids(tokenizer, example))) for example in examples)
     allowed = f"allowed: fewer than data.max_length_tokens, {max_length_tokens}; raise it or shorten the prompt"
     problems = [
-        Problem("", None, f"example {number}: the prompt has {tokens} tokens; {allowed}", file)
-        for number, tokens in rows
+        Problem("", place.line or None, f"the prompt has {tokens} tokens; {allowed}", place.file, place.counted)
+        for place, tokens in lengths
         if tokens >= max_length_tokens
     ]
     if problems:

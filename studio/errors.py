@@ -63,17 +63,24 @@ class Problem:
         line: 1-based line in the file, or None where no line applies.
         message: what was received and what is allowed.
         file: the file, or None for text that came from no file.
+        counted: what `line` counts: lines, or the rows of a file without lines.
     """
 
     field: str
     line: int | None
     message: str
     file: str | None = None
+    counted: str = "line"
 
     def __str__(self) -> str:
-        line = f"line {self.line}" if self.line is not None else ""
+        line = f"{self.counted} {self.line}" if self.line is not None else ""
         where = ", ".join(part for part in (line, self.field) if part)
         return f"{where}: {self.message}" if where else self.message
+
+
+@dataclass(frozen=True)
+class FileProblem(Problem):
+    """A problem that ends the reading of a file: what follows in it is not known, so it cannot be dropped as a row."""
 
 
 class ProblemsError(StudioError):

@@ -19,7 +19,7 @@ from adapters.errors import CheckpointError, StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, Row, Sequence, rows_of, sequences
+from studio.data import Example, Row, Sequence, recipe_rows, sequences
 from studio.data.curriculum import Mixed, contributions, mixture_warnings
 from studio.data.leakage import LeakPlan, leak_plan, leaks_text, refuse_leaks
 from studio.data.of_recipe import SAMPLE_ROWS, RecipeRows
@@ -129,8 +129,8 @@ def make_plan(
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
-    rows = rows_of(recipe)
-    train, held_out = [entry.row for entry in rows.train], [entry.row for entry in rows.held_out]
+    rows = recipe_rows(recipe)
+    train, held_out = rows.train, rows.held_out
     leaks = _leaks(recipe, rows, thorough)
     mixed = contributions(recipe, train)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
@@ -172,7 +172,7 @@ def make_plan(
         ),
         mixture=mixed,
         leaks=leaks,
-        dropped_examples=len(rows.dropped),
+        dropped_examples=len(rows.left_out),
         sampled=recipe.data.streaming,
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )

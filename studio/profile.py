@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.fingerprint import fingerprint, sha256
 from adapters.packed_cache import default_cache_dir
+from studio.data.files import is_hub
 from studio.errors import DataError, Problem, ProfileError, TargetError
 from studio.models import compute_dtype, resolve_base
 
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
 SAMPLE_SEED = 0
 """Of the order in which examples are drawn: the sample does not change with the training's seed."""
 
-CHOOSING = ("temperature", "phases", "eval_fraction", "drop_easiest", "drop_hardest", "streaming")
+CHOOSING = (
+    "format",
+    "columns",
+    "bad_rows",
+    "temperature",
+    "phases",
+    "eval_fraction",
+    "drop_easiest",
+    "drop_hardest",
+    "streaming",
+)
 """Fields of `data` that decide which rows are trained on."""
 
 QUICK_BYTES = 16_000_000
@@ -124,7 +135,7 @@ def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
     """Of the training data and of everything that decides which tokens are drawn from them, and under which names."""
     data, (first, *others) = recipe.data, recipe.data.sources
     facts: list[Any] = [SAMPLE_SEED, tokens, data.max_length_tokens, first.label]
-    digest_of = quick_digest if data.streaming else file_digest
+    digest_of = quick_digest if data.streaming else data_digest
     facts += [[source.label, digest_of(source.path)] for source in others]
     if chosen := data.model_dump(mode="json", include=set(CHOOSING), exclude_defaults=True):
         facts.append(chosen)
@@ -134,29 +145,43 @@ def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
     return sha256(digest_of(first.path).encode(), json.dumps(facts).encode())
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a data file.
+def data_digest(path: Path) -> str:
+    """sha256 of a data file, of all files of a folder; of a data set of the hub its name.
 
     Raises:
         DataError: it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
+
+    def of_file(file: Path) -> str:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    return _digest(path, of_file)
 
 
 def quick_digest(path: Path) -> str:
-    """Of a file's size, the time of its last change and its first bytes, where reading it whole would take too long.
+    """The same of the size, the time of the last change and the first bytes of each file.
 
     Raises:
         DataError: it cannot be read.
     """
+
+    def of_file(file: Path) -> str:
+        with file.open("rb") as opened:
+            facts = os.fstat(opened.fileno())
+            return sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode(), opened.read(QUICK_BYTES))
+
+    return _digest(path, of_file)
+
+
+def _digest(path: Path, of_file: Callable[[Path], str]) -> str:
+    if is_hub(path):
+        return sha256(str(path).encode())
     try:
-        with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            return sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode(), file.read(QUICK_BYTES))
+        if not path.is_dir():
+            return of_file(path)
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        return sha256(*(f"{file.relative_to(path)} {of_file(file)}".encode() for file in files))
     except OSError as error:
         raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
 

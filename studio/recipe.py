@@ -9,7 +9,6 @@ the form in the browser, the JSON Schema and the docs show.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from io import StringIO
@@ -29,9 +28,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from adapters.placement import PLACEMENTS
+from studio.data.formats import COLUMNS
 from studio.errors import Problem, RecipeError
 from studio.recipe_mixture import DataSource, MixturePhase, Sources, mixture_problems, training_problems
-from studio.recipe_parts import InputPath, OutputPath, Settings, refused_keys
+from studio.recipe_parts import HUB_ID, DataPath, OutputPath, Settings, refused_keys
 from studio.recipe_parts import absolute as _absolute
 from studio.recipe_parts import refusal as _refusal
 from studio.recipe_problems import problems_of
@@ -45,8 +45,6 @@ paper's gate runs and was not checked against it: sums of gate weights and of to
 
 FRACTION_UNSET = 0.25
 """Ours: the quarter of the experts that MoE-Sieve (arXiv 2603.24044, abstract) adapts."""
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def _refused_section(name: str, message: str) -> PydanticCustomError:
@@ -115,14 +113,33 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The examples: JSON Lines, each row {"messages": [...]} or {"prompt": ..., "completion": ...}."""
+    """The data: JSON Lines, JSON, CSV, TSV, Parquet, an Arrow directory, a folder of text, or a fetched hub data set."""
 
     train: Sources
-    """JSON Lines file of training examples, or a list of sources {path, weight, name} that are mixed. A relative path
-    starts at the recipe file."""
+    """File or folder of training rows, or "hub:org/name:split", or a list of sources {path, weight, name} that are
+    mixed. A relative path starts at the recipe file."""
 
-    eval: InputPath | None = None
-    """JSON Lines file of held-out examples, for the comparison before and after. null: no comparison."""
+    eval: DataPath | None = None
+    """The same of held-out rows, for the comparison before and after. null: no comparison."""
+
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "preference",
+        "preference_implicit",
+        "kto",
+        "text",
+    ] = "auto"
+    """What the rows look like. auto: each row is recognised by its columns; `studio data inspect` says as what."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns with other names, as {ours: theirs}, such as {"prompt": "ask", "completion": "reply"}."""
+
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """Rows that cannot be trained on: refuse the file, or drop them, counted and listed in dropped_rows.jsonl."""
 
     max_length_tokens: int = Field(default=256, ge=16, le=1_048_576)
     """Examples are cut to this many tokens. Memory for activations grows with it."""
@@ -173,6 +190,18 @@ class DataSettings(Settings):
     def held_out(self) -> bool:
         """Whether there are rows to be measured on."""
         return self.eval is not None or self.eval_fraction is not None
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_ours(cls, columns: dict[str, str]) -> dict[str, str]:
+        known = {name: f"unknown column; allowed: {', '.join(COLUMNS)}" for name in columns if name not in COLUMNS}
+        empty = {name: "received an empty name; allowed: a column of the file" for name in columns if not columns[name]}
+        if found := {**empty, **known}:
+            listed = "; ".join(f"{name}: {message}" for name, message in found.items())
+            raise PydanticCustomError("refused_keys", "{message}", {"message": listed, "keys": found})
+        if twice := sorted({theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1}):
+            raise _refusal(f"received {', '.join(twice)} for several columns; allowed: each column of the file once")
+        return columns
 
 
 class AdapterSettings(Settings):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from studio.data.files import source_name
 from studio.methods import METHODS
-from studio.recipe_parts import InputPath, Settings, refusal
+from studio.recipe_parts import DataPath, Settings, refusal
 
 if TYPE_CHECKING:
     from studio.recipe import DataSettings, Recipe
@@ -24,14 +25,14 @@ ONE_FILE, SEVERAL = "one file", "several sources"
 class DataSource(Settings):
     """One source of a mixture."""
 
-    path: InputPath
-    """The file. A relative path starts at the recipe file."""
+    path: DataPath
+    """The file, as for `data.train`. A relative path starts at the recipe file."""
 
     weight: Weight | None = None
     """Its part of the rows that are trained on, beside the other sources' weights. null: by its size."""
 
     name: str | None = Field(default=None, min_length=1, max_length=LONGEST_NAME)
-    """What plans, profiles and `data.phases` call it. null: the file's name."""
+    """What plans, profiles and `data.phases` call it. null: the file's name without its endings."""
 
     @field_validator("name")
     @classmethod
@@ -42,7 +43,7 @@ class DataSource(Settings):
 
     @property
     def label(self) -> str:
-        return (self.name or self.path.stem)[:LONGEST_NAME]
+        return (self.name or source_name(self.path))[:LONGEST_NAME]
 
 
 class MixturePhase(Settings):
@@ -71,7 +72,7 @@ def _form(value: Any) -> str:
 
 
 Sources = Annotated[
-    Annotated[InputPath, Tag(ONE_FILE)] | Annotated[tuple[DataSource, ...], Tag(SEVERAL), Field(strict=False)],
+    Annotated[DataPath, Tag(ONE_FILE)] | Annotated[tuple[DataSource, ...], Tag(SEVERAL), Field(strict=False)],
     Discriminator(_form),
 ]
 """A path, or a list of sources."""
@@ -129,6 +130,8 @@ def _of_selection(data: DataSettings) -> dict[str, str]:
         return {"eval_fraction": "is given, and so is eval; held-out rows come from one of them"}
     if data.drop_easiest + data.drop_hardest >= 1:
         return {"drop_hardest": "drop_easiest and drop_hardest together leave no row"}
+    if data.streaming and data.bad_rows == "drop":
+        return {"bad_rows": "rows of a stream are seen only while it trains, so that nothing lists the dropped ones"}
     if data.streaming:
         whole = ("eval_fraction", "drop_easiest", "drop_hardest")
         given = [name for name in whole if getattr(data, name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from studio.recipe_text import describe
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_DATA = re.compile(rf"hub:{HUB_ID.pattern}(:[\w.-]+)?")
 
 
 class Settings(BaseModel):
@@ -44,9 +48,18 @@ def as_path(text: str, folder: Path) -> Path:
     return Path(os.path.abspath(folder / os.path.expanduser(text)))
 
 
+def _absolute_or_hub(value: Any, info: ValidationInfo) -> Any:
+    """As `absolute`; "hub:org/name:split" stays as it is."""
+    if not str(value).startswith("hub:"):
+        return absolute(value, info)
+    if not HUB_DATA.fullmatch(str(value)):
+        raise refusal(f'received {describe(str(value))}; allowed: "hub:org/name" or "hub:org/name:split"')
+    return Path(str(value))
+
+
 def _absolute_from_cwd(value: Any) -> Any:
     return as_path(str(value), Path.cwd()) if isinstance(value, str | Path) else value
 
 
-InputPath = Annotated[Path, BeforeValidator(absolute)]
+DataPath = Annotated[Path, BeforeValidator(_absolute_or_hub)]
 OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]

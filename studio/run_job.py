@@ -116,21 +116,17 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
 
 def _rows(job: Job, recipe: Any, tokenizer: Any) -> tuple[list[Any], list[Any]]:
     """Training rows and held-out rows, none of which is all prompt; what was selected is written into the job."""
-    from studio.data import rows_of, sequences
+    from studio.data import recipe_rows, sequences
     from studio.data.hard_examples import write_rows
     from studio.encoding import check_lengths
 
-    found = rows_of(recipe)
-    for entries in (found.train, found.held_out):
-        for file in dict.fromkeys(entry.file for entry in entries):
-            of_file = [entry for entry in entries if entry.file == file]
-            read = [(entry.number + 1, sequence) for entry in of_file for sequence in sequences([entry.row])]
-            numbers, rows = zip(*read, strict=True)
-            check_lengths(tokenizer, rows, recipe.data.max_length_tokens, str(file), numbers)
-    for name in ("kept", "dropped"):
-        if chosen := getattr(found, name):
+    found = recipe_rows(recipe)
+    for rows in (found.train, found.held_out):
+        check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens)
+    for name, chosen in (("kept", found.kept), ("left_out", found.left_out)):
+        if chosen:
             write_rows(job.path / f"{name}.jsonl", chosen)
-    return [entry.row for entry in found.train], [entry.row for entry in found.held_out]
+    return found.train, found.held_out
 
 
 def _profiler(job: Job, model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> Callable[..., None]:

@@ -1,6 +1,6 @@
 """The base's loss on every row of a recipe's data: how hard each one is. One load of the base, one pass over the rows.
 
-make_scores(recipe) ─▶ {file: [nats a token]}, kept in the user's cache; studio/data/hard_examples.py reads them
+make_scores(recipe) ─▶ nats a token, kept in the user's cache; studio/data/hard_examples.py reads them
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from studio.data import Row, read_all, sequences, wanted_sequences
+from studio.data import Row, sequences, wanted_sequences
 from studio.data import Sequence as Encodable
 from studio.data.hard_examples import keep_scores, scores_path
+from studio.data.of_recipe import refused, source_rows
+from studio.data.reading import Reading, refuse
 from studio.encoding import IGNORED, encode
 from studio.errors import DataError, Problem, ProfileError
 from studio.evaluation import LOGITS_CHUNK_TOKENS, decoder_and_head
-from studio.methods import METHODS
 
 if TYPE_CHECKING:
     from studio.recipe import Recipe
@@ -29,13 +30,14 @@ BATCH_TOKENS = 4096
 Progress = Callable[[int, int], None]
 
 
-def make_scores(
-    recipe: Recipe, progress: Progress | None = None, loading: Progress | None = None
-) -> dict[str, list[float]]:
+def make_scores(recipe: Recipe, progress: Progress | None = None, loading: Progress | None = None) -> list[list[float]]:
     """Scores every row of the recipe's sources on the base as the recipe holds it, and keeps the scores.
 
     Args:
         progress: called with (rows done, rows in all). loading: with (bytes read, bytes in all) before that.
+
+    Returns:
+        The scores of each source's rows, in their order, in nats a token.
 
     Raises:
         StudioError: bad data or base; the data changed meanwhile.
@@ -45,13 +47,13 @@ def make_scores(
     if recipe.data.streaming:
         message = "streamed data has no list of rows to score; set data.streaming to false"
         raise DataError([Problem("data.streaming", None, message)])
-    paths = [source.path for source in recipe.data.sources]
-    of_files = read_all(*paths, kinds=METHODS[recipe.training.method].rows)
+    sources, bad = source_rows(recipe, Reading.of(recipe))
+    refuse([refused(recipe, rows, found) for rows, found in zip(sources, bad, strict=True)])
     bound = scores_path(recipe)
     model, tokenizer = load_recipe_base(recipe, loading)
-    rows = [row for of_file in of_files for row in of_file]
+    rows = [row for source in sources for row in source]
     flat = iter(row_losses(model, tokenizer, rows, recipe.data.max_length_tokens, progress))
-    scores = {str(path): [next(flat) for _ in of_file] for path, of_file in zip(paths, of_files, strict=True)}
+    scores = [[next(flat) for _ in source] for source in sources]
     if scores_path(recipe) != bound:
         raise ProfileError("the base or the data changed while the rows were being scored; score them again")
     keep_scores(recipe, scores)

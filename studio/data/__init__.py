@@ -1,11 +1,12 @@
 """Data: files of rows, recognised, checked, and turned into what a training method reads. No torch."""
 
-from studio.data.of_recipe import both_rows, held_out_rows, rows_of, training_rows
-from studio.data.reading import check_rows, read_all, read_examples, read_rows
+from studio.data.of_recipe import RecipeRows, both_rows, held_out_rows, recipe_rows, training_rows
+from studio.data.reading import Reading, check_rows, iter_rows, read_all, read_examples, read_rows
 from studio.data.rows import (
     Example,
     Labelled,
     Message,
+    Place,
     PlainText,
     Preference,
     Row,
@@ -19,18 +20,22 @@ __all__ = [
     "Example",
     "Labelled",
     "Message",
+    "Place",
     "PlainText",
     "Preference",
+    "Reading",
+    "RecipeRows",
     "Row",
     "RowKind",
     "Sequence",
     "both_rows",
     "check_rows",
     "held_out_rows",
+    "iter_rows",
     "read_all",
     "read_examples",
     "read_rows",
-    "rows_of",
+    "recipe_rows",
     "sequences",
     "training_rows",
     "wanted_sequences",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from studio.data.placed import Placed, lines_of
+from studio.data.rows import Place, Row
 from studio.errors import ProfileError
 from studio.job_files import read_json, to_json, write_atomic
 
@@ -36,35 +36,32 @@ Why = Literal["easiest", "hardest", ""]
 class Scored:
     """A row with its score in nats a token; `why` it is dropped, or ""."""
 
-    placed: Placed
+    row: Row
     score: float
     why: Why = ""
 
 
-def selected(
-    recipe: Recipe, rows: Sequence[Placed], drop_easiest: float, drop_hardest: float
-) -> tuple[list[Scored], list[Scored]]:
-    """(kept, dropped), each in the order of `rows`, by the scores that were made before.
+def scored(recipe: Recipe, sources: Sequence[Sequence[Row]], rows: Sequence[Row]) -> list[Scored]:
+    """The `rows` with the scores that were made before.
+
+    Args:
+        sources: all rows of each source, in their order; `rows` are some of them, the very same objects.
 
     Raises:
-        ProfileError: there are none of this base and these data.
-    """
-    return choose(scored(recipe, rows), drop_easiest, drop_hardest)
-
-
-def scored(recipe: Recipe, rows: Sequence[Placed]) -> list[Scored]:
-    """The rows with the scores that were made before.
-
-    Raises:
-        ProfileError: there are none of this base and these data.
+        ProfileError: there are no scores of this base and these data.
     """
     scores = find_scores(recipe)
-    if scores is None:
+    if scores is None or [len(of_source) for of_source in scores] != [len(source) for source in sources]:
         raise ProfileError(
             "data.drop_easiest and data.drop_hardest need the loss of every row on this base, which is not there: run "
             "studio data score RECIPE"
         )
-    return [Scored(entry, scores[str(entry.file)][entry.number]) for entry in rows]
+    by_row = {
+        id(row): score
+        for source, of_source in zip(sources, scores, strict=True)
+        for row, score in zip(source, of_source, strict=True)
+    }
+    return [Scored(row, by_row[id(row)]) for row in rows]
 
 
 def choose(rows: Sequence[Scored], drop_easiest: float, drop_hardest: float) -> tuple[list[Scored], list[Scored]]:
@@ -76,7 +73,7 @@ def choose(rows: Sequence[Scored], drop_easiest: float, drop_hardest: float) -> 
     why: dict[int, Why] = {}
     sources: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        sources.setdefault(row.placed.row.source, []).append(number)
+        sources.setdefault(row.row.source, []).append(number)
     for numbers in sources.values():
         order = sorted(
             numbers, key=lambda number: rows[number].score if math.isfinite(rows[number].score) else math.inf
@@ -85,34 +82,30 @@ def choose(rows: Sequence[Scored], drop_easiest: float, drop_hardest: float) -> 
         why.update(dict.fromkeys(order[:easiest], "easiest"))
         why.update(dict.fromkeys(order[len(order) - hardest :], "hardest"))
     kept = [row for number, row in enumerate(rows) if number not in why]
-    return kept, [Scored(rows[n].placed, rows[n].score, reason) for n, reason in sorted(why.items())]
+    return kept, [Scored(rows[n].row, rows[n].score, reason) for n, reason in sorted(why.items())]
 
 
 # -------------------------------------------------------------------- the scores, kept
 
 
-def find_scores(recipe: Recipe) -> dict[str, list[float]] | None:
-    """Scores of the rows of each source's file, by its path; None where there are none of this base and these data.
+def find_scores(recipe: Recipe) -> list[list[float]] | None:
+    """Scores of the rows of each source, in their order; None where there are none of this base and these data.
 
     Raises:
         DataError: the data cannot be read.
     """
-    path = scores_path(recipe)
     try:
-        found = read_json(path)
-        lists = [[math.nan if value is None else float(value) for value in values] for values in found["scores"]]
-        by_file = {str(source.path): values for source, values in zip(recipe.data.sources, lists, strict=True)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, torn, or of another version
+        found = read_json(scores_path(recipe))
+        return [[math.nan if value is None else float(value) for value in values] for values in found["scores"]]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or torn
         return None
-    return by_file if found.get("version") == VERSION else None
 
 
-def keep_scores(recipe: Recipe, scores: dict[str, list[float]]) -> Path:
+def keep_scores(recipe: Recipe, scores: Sequence[Sequence[float]]) -> Path:
     """Writes the scores where `find_scores` looks for them."""
     path = scores_path(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
-    in_order = [scores[str(source.path)] for source in recipe.data.sources]
-    write_atomic(path, to_json({"version": VERSION, "scores": in_order}))
+    write_atomic(path, to_json({"scores": scores}))
     return path
 
 
@@ -123,10 +116,11 @@ def scores_path(recipe: Recipe) -> Path:
     """
     from adapters.fingerprint import sha256
     from adapters.packed_cache import default_cache_dir
-    from studio.profile import base_fingerprint, file_digest
+    from studio.profile import base_fingerprint, data_digest
 
-    facts: list[Any] = [VERSION, recipe.data.max_length_tokens, recipe.training.method]
-    facts += [file_digest(source.path) for source in recipe.data.sources]
+    data = recipe.data
+    facts: list[Any] = [VERSION, data.max_length_tokens, recipe.training.method, data.format, data.columns]
+    facts += [data.bad_rows, *(data_digest(source.path) for source in data.sources)]
     name = sha256(base_fingerprint(recipe).encode(), json.dumps(facts).encode())[:32]
     return default_cache_dir().with_name("scores") / f"{name}.json"
 
@@ -136,25 +130,24 @@ def scores_path(recipe: Recipe) -> Path:
 
 def write_rows(path: Path, rows: Sequence[Scored]) -> Path:
     """The rows as JSON Lines, the hardest first, each with its score, file, line and why it was dropped."""
-    lines = lines_of(row.placed for row in rows)
     order = sorted(rows, key=lambda row: -row.score if math.isfinite(row.score) else -math.inf)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(f"{json.dumps(_shown(row, lines), ensure_ascii=False)}\n" for row in order))
+    write_atomic(path, "".join(f"{json.dumps(_shown(row), ensure_ascii=False)}\n" for row in order))
     return path
 
 
-def _shown(row: Scored, lines: dict[tuple[Path, int], int]) -> dict[str, Any]:
-    entry = row.placed
-    said = {"score": row.score if math.isfinite(row.score) else None, **({"dropped": row.why} if row.why else {})}
-    where = {"file": str(entry.file), "line": lines[entry.file, entry.number], "source": entry.row.source}
-    return {**said, **where, **entry.row.as_row()}
+def _shown(scored_row: Scored) -> dict[str, Any]:
+    row, place = scored_row.row, scored_row.row.place or Place("", 0)
+    score = scored_row.score if math.isfinite(scored_row.score) else None
+    said = {"score": score, **({"dropped": scored_row.why} if scored_row.why else {})}
+    return {**said, "file": place.file, place.counted: place.line, "source": row.source, **row.as_row()}
 
 
 def summary(kept: Sequence[Scored], dropped: Sequence[Scored]) -> list[dict[str, Any]]:
     """For each source its rows, how many are dropped and why, and the scores between which it is kept."""
     found: dict[str, dict[str, Any]] = {}
     for row in (*kept, *dropped):
-        entry = found.setdefault(row.placed.row.source, {"rows": 0, "easiest": 0, "hardest": 0, "kept": []})
+        entry = found.setdefault(row.row.source, {"rows": 0, "easiest": 0, "hardest": 0, "kept": []})
         entry["rows"] += 1
         if row.why:
             entry[row.why] += 1

@@ -19,8 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from studio.data.placed import Placed, lines_of
-from studio.data.rows import Example, PlainText, sequences, wanted_sequences
+from studio.data.rows import Example, Place, PlainText, Row, sequences, wanted_sequences
 from studio.data.split import folded, prompt_of
 from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 from studio.job_files import read_json, to_json, write_atomic
@@ -46,8 +45,8 @@ LONG_WORD = 20
 class Leak:
     """A held-out row and the first training row that it was found in; `similarity` 1 and `near` False: one prompt."""
 
-    held_out: Placed
-    train: Placed
+    held_out: Row
+    train: Row
     near: bool
     similarity: float
 
@@ -76,7 +75,7 @@ class LeakPlan(BaseModel):
 
 
 def find_leaks(
-    train: Sequence[Placed], held_out: Sequence[Placed], most_near_rows: int | None = MOST_NEAR_ROWS
+    train: Sequence[Row], held_out: Sequence[Row], most_near_rows: int | None = MOST_NEAR_ROWS
 ) -> list[Leak]:
     """The held-out rows that leak, in their order, each once.
 
@@ -89,9 +88,7 @@ def find_leaks(
     return [leak for _, leak in sorted([*same.items(), *((left[number], leak) for number, leak in near.items())])]
 
 
-def leak_plan(
-    train: Sequence[Placed], held_out: Sequence[Placed], most_near_rows: int | None = MOST_NEAR_ROWS
-) -> LeakPlan:
+def leak_plan(train: Sequence[Row], held_out: Sequence[Row], most_near_rows: int | None = MOST_NEAR_ROWS) -> LeakPlan:
     """What `find_leaks` finds, counted and in words; kept in the user's cache for the next plan of the same rows."""
     kept = _kept_at(train, held_out, most_near_rows)
     try:
@@ -104,7 +101,7 @@ def leak_plan(
     return found
 
 
-def _kept_at(train: Sequence[Placed], held_out: Sequence[Placed], most_near_rows: int | None) -> Path:
+def _kept_at(train: Sequence[Row], held_out: Sequence[Row], most_near_rows: int | None) -> Path:
     """By the contents of the files and the rows of them that are on each side."""
     from adapters.fingerprint import sha256
     from adapters.packed_cache import default_cache_dir
@@ -112,24 +109,24 @@ def _kept_at(train: Sequence[Placed], held_out: Sequence[Placed], most_near_rows
 
     parts = [json.dumps([VERSION, NEAR, PERMUTATIONS, most_near_rows]).encode()]
     for side in (train, held_out):
-        for file in dict.fromkeys(entry.file for entry in side):
-            numbers = array("q", (entry.number for entry in side if entry.file == file))
-            parts += [file.name.encode(), quick_digest(file).encode(), numbers.tobytes()]
+        files: dict[str, array[int]] = {}
+        for place in (row.place for row in side):
+            files.setdefault(place.file if place else "", array("q")).append(place.line if place else 0)
+        for file, lines in files.items():
+            parts += [Path(file).name.encode(), quick_digest(Path(file)).encode(), lines.tobytes()]
         parts.append(b"|")
     return default_cache_dir().with_name("leaks") / f"{sha256(*parts)[:32]}.json"
 
 
-def _leak_plan(train: Sequence[Placed], held_out: Sequence[Placed], most_near_rows: int | None) -> LeakPlan:
+def _leak_plan(train: Sequence[Row], held_out: Sequence[Row], most_near_rows: int | None) -> LeakPlan:
     leaks = find_leaks(train, held_out, most_near_rows)
-    shown = leaks[:SHOWN_PROBLEMS]
-    lines = lines_of(row for leak in shown for row in (leak.held_out, leak.train))
     return LeakPlan(
         held_out=len(held_out),
         same_prompt=sum(not leak.near for leak in leaks),
         near=sum(leak.near for leak in leaks),
         compared=len(train[:most_near_rows]),
         train=len(train),
-        shown=tuple(_said(leak, lines) for leak in shown),
+        shown=tuple(map(_said, leaks[:SHOWN_PROBLEMS])),
     )
 
 
@@ -154,46 +151,50 @@ def leaks_text(found: LeakPlan) -> str:
     return words
 
 
-def _said(leak: Leak, lines: dict[tuple[Any, int], int]) -> str:
-    at, of = (lines[entry.file, entry.number] for entry in (leak.held_out, leak.train))
+def _said(leak: Leak) -> str:
     how = f"nearly the same ({leak.similarity:.2f})" if leak.near else "the same prompt"
-    return f"{leak.held_out.file.name} line {at}: {how} as {leak.train.file.name} line {of}"
+    return f"{_where(leak.held_out)}: {how} as {_where(leak.train)}"
 
 
-def _same_prompts(train: Sequence[Placed], held_out: Sequence[Placed]) -> dict[int, Leak]:
+def _where(row: Row) -> str:
+    place = row.place or Place("a row", 0)
+    return f"{Path(place.file).name} {place.counted} {place.line}"
+
+
+def _same_prompts(train: Sequence[Row], held_out: Sequence[Row]) -> dict[int, Leak]:
     wanted: dict[str, list[int]] = {}
-    for number, entry in enumerate(held_out):
-        wanted.setdefault(prompt_of(entry.row), []).append(number)
+    for number, row in enumerate(held_out):
+        wanted.setdefault(prompt_of(row), []).append(number)
     found: dict[int, Leak] = {}
-    for entry in train:
-        for number in wanted.pop(prompt_of(entry.row), ()):
-            found[number] = Leak(held_out[number], entry, near=False, similarity=1.0)
+    for row in train:
+        for number in wanted.pop(prompt_of(row), ()):
+            found[number] = Leak(held_out[number], row, near=False, similarity=1.0)
     return found
 
 
-def _near(train: Sequence[Placed], held_out: Sequence[Placed]) -> dict[int, Leak]:
+def _near(train: Sequence[Row], held_out: Sequence[Row]) -> dict[int, Leak]:
     if not train or not held_out:
         return {}
     from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=CANDIDATES, num_perm=PERMUTATIONS)
-    sets = [shingles(text_of(entry)) for entry in held_out]
+    sets = [shingles(text_of(row)) for row in held_out]
     for number, words in enumerate(sets):
         index.insert(number, _sketch(words))
     found: dict[int, Leak] = {}
-    for entry in train:
-        words = shingles(text_of(entry))
+    for row in train:
+        words = shingles(text_of(row))
         for number in index.query(_sketch(words)):
             similarity = jaccard(words, sets[number])
             if similarity >= NEAR and (number not in found or similarity > found[number].similarity):
-                found[number] = Leak(held_out[number], entry, near=True, similarity=similarity)
+                found[number] = Leak(held_out[number], row, near=True, similarity=similarity)
     return found
 
 
-def text_of(entry: Placed) -> str:
+def text_of(row: Row) -> str:
     """What a row says in all: its prompt and the answer that is wanted, of an unwanted answer that one."""
     parts = []
-    for sequence in wanted_sequences([entry.row]) or sequences([entry.row]):
+    for sequence in wanted_sequences([row]) or sequences([row]):
         if isinstance(sequence, PlainText):
             parts.append(sequence.text)
         elif isinstance(sequence, Example):

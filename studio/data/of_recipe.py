@@ -3,22 +3,22 @@
     sources ── read, named ──▶ rows ── split off eval_fraction ──▶ rows ── drop easiest, hardest ──▶ training rows
                                               ╰──▶ held-out rows, or those of the file `data.eval`
 
-`rows_of` keeps where each row came from; `both_rows`, `training_rows` and `held_out_rows` give the rows alone. Which
-of the training rows are read when, and how often, is said by studio/data/curriculum.py.
+Which of the training rows are read when, and how often, is said by studio/data/curriculum.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from studio.data.hard_examples import Scored, selected
-from studio.data.placed import Placed, placed
-from studio.data.reading import read_all
+from studio.data.hard_examples import Scored, choose, scored
+from studio.data.reading import WRITTEN, Reading, check_rows, refuse
 from studio.data.rows import Row
 from studio.data.split import split
 from studio.data.streaming import first_rows
-from studio.errors import DataError, Problem
+from studio.errors import DataError, FileProblem, Problem, StudioError
 from studio.methods import METHODS
 
 if TYPE_CHECKING:
@@ -30,54 +30,66 @@ SAMPLE_ROWS = 2000
 
 @dataclass(frozen=True)
 class RecipeRows:
-    """The rows of a recipe with their places.
+    """The rows of a recipe.
 
     Attributes:
-        train: one source after the other; with data.streaming the first `SAMPLE_ROWS` of each.
-        dropped: rows that the selection by loss left out, with their scores. kept: those that it kept; () without one.
+        train: the good rows, one source after the other; with `data.streaming` the first `SAMPLE_ROWS` of each.
+        held_out: empty where the recipe has no held-out rows.
+        dropped: what is wrong with the rows left out under `data.bad_rows: drop`, each with its file and line.
+        kept, left_out: what the selection by loss made of the training rows; both empty without one.
     """
 
-    train: tuple[Placed, ...]
-    held_out: tuple[Placed, ...]
+    train: list[Row]
+    held_out: list[Row]
+    dropped: tuple[Problem, ...] = ()
     kept: tuple[Scored, ...] = ()
-    dropped: tuple[Scored, ...] = ()
+    left_out: tuple[Scored, ...] = ()
 
 
-def rows_of(recipe: Recipe) -> RecipeRows:
-    """The recipe's rows, read, split and selected.
+def recipe_rows(recipe: Recipe) -> RecipeRows:
+    """Training rows, held-out rows, and what was left out.
 
     Raises:
-        DataError: the problems of all files in one error; nothing left on one side of the split.
-        ProfileError: the selection needs scores that are not there.
+        DataError: the problems of all files in one error, of rows under `data.bad_rows: refuse`, of files always; a
+            split that leaves one side empty.
+        ProfileError: the selection by loss needs scores that are not there.
     """
-    data, kinds = recipe.data, METHODS[recipe.training.method].rows
-    most = SAMPLE_ROWS if data.streaming else None
-    paths = [source.path for source in data.sources]
-    *of_sources, of_eval = (
-        first_rows(paths, data.eval, most, kinds) if most else read_all(*paths, data.eval, kinds=kinds)
-    )
-    named = [
-        [replace(row, source=source.label) for row in rows] if data.mixed else rows
-        for source, rows in zip(data.sources, of_sources, strict=True)
-    ]
-    train = [entry for path, rows in zip(paths, named, strict=True) for entry in placed(rows, path)]
-    held_out = placed(of_eval, data.eval) if data.eval else []
+    data, reading = recipe.data, Reading.of(recipe)
+    sources, bad = source_rows(recipe, reading)
+    held_out, bad_held_out = _rows(recipe, data.eval, reading)
+    refuse([*(refused(recipe, rows, found) for rows, found in zip(sources, bad, strict=True)),
+            refused(recipe, held_out, bad_held_out)])  # fmt: skip
+    train, dropped = [row for rows in sources for row in rows], (*(p for found in bad for p in found), *bad_held_out)
     if data.eval_fraction is not None:
         train, held_out = _split(recipe, train, data.eval_fraction)
     if not (data.drop_easiest or data.drop_hardest):
-        return RecipeRows(tuple(train), tuple(held_out))
-    kept, dropped = selected(recipe, train, data.drop_easiest, data.drop_hardest)
-    return RecipeRows(tuple(row.placed for row in kept), tuple(held_out), tuple(kept), tuple(dropped))
+        return RecipeRows(train, held_out, dropped)
+    kept, left_out = choose(scored(recipe, sources, train), data.drop_easiest, data.drop_hardest)
+    return RecipeRows([entry.row for entry in kept], held_out, dropped, tuple(kept), tuple(left_out))
 
 
-def _split(recipe: Recipe, rows: list[Placed], fraction: float) -> tuple[list[Placed], list[Placed]]:
+def source_rows(recipe: Recipe, reading: Reading) -> tuple[list[list[Row]], list[list[Problem]]]:
+    """(good rows, problems) of each source; of a mixture the rows have their source's name."""
+    data, kinds = recipe.data, METHODS[recipe.training.method].rows
+    if data.streaming:
+        found = [(first_rows(source.path, SAMPLE_ROWS, kinds, reading), list[Problem]()) for source in data.sources]
+    else:
+        found = [_rows(recipe, source.path, reading) for source in data.sources]
+    rows = [
+        [replace(row, source=source.label) for row in good] if data.mixed else good
+        for source, (good, _) in zip(data.sources, found, strict=True)
+    ]
+    return rows, [problems for _, problems in found]
+
+
+def _split(recipe: Recipe, rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     train, held_out = split(rows, fraction)
-    left = {entry.row.source for entry in train}
+    left = {row.source for row in train}
     empty = [source.label for source in recipe.data.sources if recipe.data.mixed and source.label not in left]
     if not held_out or empty:
         what = f"all rows of {empty[0]} would be held out" if empty else "all rows have the same prompt"
         message = f"{what}: {len(rows):,} rows cannot be split by data.eval_fraction; give a file data.eval"
-        raise DataError([Problem("", None, message, str(rows[0].file))])
+        raise DataError([Problem("", None, message, str(recipe.data.sources[0].path))])
     return train, held_out
 
 
@@ -85,19 +97,20 @@ def both_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows; the second list is empty where the recipe has no held-out ones.
 
     Raises:
-        DataError, ProfileError: as `rows_of`.
+        DataError, ProfileError: as `recipe_rows`.
     """
-    found = rows_of(recipe)
-    return [entry.row for entry in found.train], [entry.row for entry in found.held_out]
+    found = recipe_rows(recipe)
+    return found.train, found.held_out
 
 
 def training_rows(recipe: Recipe) -> list[Row]:
-    """The training rows alone.
+    """The training rows alone, without a look at the file of the held-out ones.
 
     Raises:
-        DataError, ProfileError: as `rows_of`.
+        DataError, ProfileError: as `recipe_rows`.
     """
-    return both_rows(recipe)[0]
+    alone = recipe.data.model_copy(update={"eval": None})
+    return recipe_rows(recipe.model_copy(update={"data": alone})).train
 
 
 def held_out_rows(recipe: Recipe) -> list[Row]:
@@ -107,5 +120,44 @@ def held_out_rows(recipe: Recipe) -> list[Row]:
         DataError
     """
     if recipe.data.eval_fraction is not None:
-        return both_rows(recipe)[1]
-    return read_all(recipe.data.eval, kinds=METHODS[recipe.training.method].rows)[0]
+        whole = recipe.data.model_copy(update={"drop_easiest": 0.0, "drop_hardest": 0.0})  # not asked for their scores
+        return recipe_rows(recipe.model_copy(update={"data": whole})).held_out
+    rows, problems = _rows(recipe, recipe.data.eval, Reading.of(recipe))
+    refuse([refused(recipe, rows, problems)])
+    return rows
+
+
+def refused(recipe: Recipe, rows: Sequence[Row], problems: Sequence[Problem]) -> Sequence[Problem]:
+    """Of a file's problems those that end the work: all, or under `data.bad_rows: drop` those of the file as a whole.
+
+    A file of which no row is left is refused with all of them.
+    """
+    if recipe.data.bad_rows == "refuse" or not rows:
+        return problems
+    return [problem for problem in problems if isinstance(problem, FileProblem)]
+
+
+def count_of(problems: Sequence[Problem]) -> int:
+    """How many rows the problems are of: a row may have several."""
+    return len({(problem.file, problem.line) for problem in problems})
+
+
+def written_by_template(recipe: Recipe) -> tuple[str, ...]:
+    """Of reasoning, tool calls and tools, what the base's chat template names; all where it cannot be read here."""
+    from adapters.checkpoint import read_json_object
+    from studio.models import resolve_base
+
+    try:
+        directory = resolve_base(recipe.model.base)
+        beside, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+        if beside.is_file():
+            text = beside.read_text(encoding="utf-8")
+        else:
+            text = str(read_json_object(config).get("chat_template") or "") if config.is_file() else ""
+    except (StudioError, OSError, UnicodeDecodeError):
+        return WRITTEN  # whoever needs the base says what is wrong with it
+    return tuple(name for name in WRITTEN if name in text) if text else WRITTEN
+
+
+def _rows(recipe: Recipe, path: Path | None, reading: Reading) -> tuple[list[Row], list[Problem]]:
+    return check_rows(path, METHODS[recipe.training.method].rows, reading) if path else ([], [])

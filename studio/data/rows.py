@@ -5,6 +5,8 @@
     Preference    a prompt, a better and a worse completion                        DPO, ORPO, CPO, reward models
     Labelled      a prompt, a completion, and whether it is wanted                 KTO
 
+Each row knows its `place`, for what is said about it later; two rows that differ in it alone are equal.
+
 What a model reads is a *sequence*, an Example or a PlainText; `sequences` says which ones a row stands for. Plans,
 profiles, the router's probe and the held-out loss work on sequences, whatever the training method.
 """
@@ -12,10 +14,18 @@ profiles, the router's probe and the held-out loss work on sequences, whatever t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 RowKind = Literal["example", "text", "preference", "labelled"]
+
+
+class Place(NamedTuple):
+    """Where a row stands: its file, and the 1-based line in it, or row where the file has no lines (`counted`)."""
+
+    file: str
+    line: int
+    counted: str = "line"
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     kind: RowKind = "example"
+    place: Place | None = field(default=None, compare=False, repr=False)
 
     @property
     def turns(self) -> Turns:
@@ -84,6 +95,7 @@ class PlainText:
     source: str = ""
 
     kind: RowKind = "text"
+    place: Place | None = field(default=None, compare=False, repr=False)
 
     def as_row(self) -> dict[str, Any]:
         """The text as TRL's language modelling row."""
@@ -104,6 +116,7 @@ class Preference:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     kind: RowKind = "preference"
+    place: Place | None = field(default=None, compare=False, repr=False)
 
     def as_row(self) -> dict[str, Any]:
         """The pair as TRL's conversational preference row with an explicit prompt."""
@@ -121,6 +134,7 @@ class Labelled:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     kind: RowKind = "labelled"
+    place: Place | None = field(default=None, compare=False, repr=False)
 
     def as_row(self) -> dict[str, Any]:
         """The row as TRL's unpaired preference form."""
@@ -140,10 +154,9 @@ def sequences(rows: Iterable[Row]) -> list[Sequence]:
     found: list[Sequence] = []
     for row in rows:
         if isinstance(row, Preference):
-            sides = (row.chosen, row.rejected)
-            found += [Example(row.prompt, side, row.source, row.tools) for side in sides]
+            found += [_example(row, side) for side in (row.chosen, row.rejected)]
         elif isinstance(row, Labelled):
-            found.append(Example(row.prompt, row.completion, row.source, row.tools))
+            found.append(_example(row, row.completion))
         else:
             found.append(row)
     return found
@@ -152,7 +165,8 @@ def sequences(rows: Iterable[Row]) -> list[Sequence]:
 def wanted_sequences(rows: Iterable[Row]) -> list[Sequence]:
     """The sequences that a model should come to write: a pair's preferred side, labelled rows that are wanted."""
     kept = (row for row in rows if not (isinstance(row, Labelled) and not row.label))
-    return [
-        Example(row.prompt, row.chosen, row.source, row.tools) if isinstance(row, Preference) else sequences([row])[0]
-        for row in kept
-    ]
+    return [_example(row, row.chosen) if isinstance(row, Preference) else sequences([row])[0] for row in kept]
+
+
+def _example(row: Preference | Labelled, completion: Turns) -> Example:
+    return Example(row.prompt, completion, row.source, row.tools, place=row.place)

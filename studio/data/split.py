@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from studio.data.placed import Placed
 from studio.data.rows import Message, PlainText, Row
 
 SALT = "held out"
@@ -27,7 +26,7 @@ def _written(turn: Message) -> str:
     return turn.content + "".join(map(str, turn.tool_calls))
 
 
-def split(rows: Sequence[Placed], fraction: float) -> tuple[list[Placed], list[Placed]]:
+def split(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), each in the order of `rows`.
 
     Prompts go to the held-out side in the order of their hashes until it has `fraction` of the rows; all rows of a
@@ -36,9 +35,9 @@ def split(rows: Sequence[Placed], fraction: float) -> tuple[list[Placed], list[P
     Returns:
         ([…], []) where all rows have one prompt.
     """
-    groups: dict[str, list[Placed]] = {}
-    for entry in rows:
-        groups.setdefault(prompt_of(entry.row), []).append(entry)
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(prompt_of(row), []).append(row)
     held_out: set[str] = set()
     count = 0
     for prompt in sorted(groups, key=_hash)[: len(groups) - 1]:
@@ -46,8 +45,8 @@ def split(rows: Sequence[Placed], fraction: float) -> tuple[list[Placed], list[P
             break
         held_out.add(prompt)
         count += len(groups[prompt])
-    chosen = {id(entry) for prompt in held_out for entry in groups[prompt]}
-    return [entry for entry in rows if id(entry) not in chosen], [entry for entry in rows if id(entry) in chosen]
+    chosen = {id(row) for prompt in held_out for row in groups[prompt]}
+    return [row for row in rows if id(row) not in chosen], [row for row in rows if id(row) in chosen]
 
 
 def _hash(prompt: str) -> bytes:

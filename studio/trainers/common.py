@@ -17,6 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from studio.data.curriculum import phases_of
+from studio.data.reading import Reading
 from studio.data.streaming import endless_rows
 from studio.errors import TrainingError
 from studio.jobs import Job
@@ -98,7 +99,7 @@ def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, A
         tokens_of = lambda row: row_tokens(recipe, [row])[0]  # noqa: E731
     data, kinds = recipe.data, METHODS[recipe.training.method].rows
     phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
-    for row in endless_rows(data.sources, phases, kinds, recipe.training.seed, data.mixed, tokens_of):
+    for row in endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of):
         yield row.as_row()
 
 

@@ -83,7 +83,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         ("[1, 2]", "", "received a list of 2"),
         ("null", "", "received nothing (null)"),
         ("[" * 100_000, "", "is not valid JSON"),
-        (b'{"prompt": "\xff"}', "", "is not UTF-8 text (byte 13 of the line)"),
+        (b'{"prompt": "\xff"}', "", "is not UTF-8 text (byte 13 of the line is 0xFF)"),
         ('{"body": "a"}', "", "needs messages, or prompt and completion; received body"),
         ('{"prompt": "a"}', "completion", "is missing"),
         ('{"completion": "a"}', "prompt", "is missing"),
@@ -101,7 +101,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         (
             turns(("user", "a"), ("robot", "b")),
             "messages[1].role",
-            'is system, user or assistant, received the text "r',
+            'is system, user, assistant or tool, received the text "robot"',
         ),
         (turns(("user", "a")), "messages", "last, an assistant turn"),
         (
@@ -147,10 +147,11 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "the file is empty" in problem.message
 
 
-def test_a_missing_file_or_a_directory_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: 1 problem\n  - cannot be read: no such file"):
         read_examples(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(DataError, match="is a folder without data; expected an Arrow directory"):
         read_examples(tmp_path)
 
 
