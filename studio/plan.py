@@ -79,7 +79,7 @@ class Plan(BaseModel):
         placement: which routed experts get adapters; None for a dense model.
         mixture: what each source of the data gives; None where there is one file.
         leaks: held-out rows that occur in the training data; None where nobody looked.
-        dropped_examples: rows that the selection by loss leaves out.
+        left_out_examples: rows that the selection by loss leaves out.
         sampled: the data is streamed: `train_examples` and the lengths are of the first rows alone.
     """
 
@@ -110,7 +110,7 @@ class Plan(BaseModel):
     placement: PlacementPlan | None = None
     mixture: Mixed | None = None
     leaks: LeakPlan | None = None
-    dropped_examples: int = 0
+    left_out_examples: int = 0
     sampled: bool = False
 
 
@@ -172,7 +172,7 @@ def make_plan(
         ),
         mixture=mixed,
         leaks=leaks,
-        dropped_examples=len(rows.left_out),
+        left_out_examples=len(rows.left_out),
         sampled=recipe.data.streaming,
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )

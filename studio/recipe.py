@@ -113,7 +113,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The data: JSON Lines, JSON, CSV, TSV, Parquet, an Arrow directory, a folder of text, or a fetched hub data set."""
+    """The data: JSON Lines, JSON, CSV, TSV, Parquet, an Arrow directory, a folder of text, or a hub's data set."""
 
     train: Sources
     """File or folder of training rows, or "hub:org/name:split", or a list of sources {path, weight, name} that are

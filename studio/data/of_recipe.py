@@ -54,6 +54,26 @@ def recipe_rows(recipe: Recipe) -> RecipeRows:
             split that leaves one side empty.
         ProfileError: the selection by loss needs scores that are not there.
     """
+    data = recipe.data
+    sources, train, held_out, dropped = _read(recipe)
+    if not (data.drop_easiest or data.drop_hardest):
+        return RecipeRows(train, held_out, dropped)
+    kept, left_out = choose(scored(recipe, sources, train), data.drop_easiest, data.drop_hardest)
+    return RecipeRows([entry.row for entry in kept], held_out, dropped, tuple(kept), tuple(left_out))
+
+
+def selection(recipe: Recipe, drop_easiest: float, drop_hardest: float) -> tuple[list[Scored], list[Scored]]:
+    """(kept, left out) of the recipe's training rows with these shares instead of its own.
+
+    Raises:
+        DataError, ProfileError: as `recipe_rows`.
+    """
+    sources, train, *_ = _read(recipe)
+    return choose(scored(recipe, sources, train), drop_easiest, drop_hardest)
+
+
+def _read(recipe: Recipe) -> tuple[list[list[Row]], list[Row], list[Row], tuple[Problem, ...]]:
+    """(rows of each source, those to train on, those held out, what is wrong with rows that were dropped)."""
     data, reading = recipe.data, Reading.of(recipe)
     sources, bad = source_rows(recipe, reading)
     held_out, bad_held_out = _rows(recipe, data.eval, reading)
@@ -62,10 +82,7 @@ def recipe_rows(recipe: Recipe) -> RecipeRows:
     train, dropped = [row for rows in sources for row in rows], (*(p for found in bad for p in found), *bad_held_out)
     if data.eval_fraction is not None:
         train, held_out = _split(recipe, train, data.eval_fraction)
-    if not (data.drop_easiest or data.drop_hardest):
-        return RecipeRows(train, held_out, dropped)
-    kept, left_out = choose(scored(recipe, sources, train), data.drop_easiest, data.drop_hardest)
-    return RecipeRows([entry.row for entry in kept], held_out, dropped, tuple(kept), tuple(left_out))
+    return sources, train, held_out, dropped
 
 
 def source_rows(recipe: Recipe, reading: Reading) -> tuple[list[list[Row]], list[list[Problem]]]:

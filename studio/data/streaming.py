@@ -17,12 +17,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from studio.data.files import Progress
 from studio.data.mixture import Chooser, Phase
 from studio.data.reading import Reading, iter_rows
 from studio.data.rows import Example, PlainText, Row, RowKind, sequences
 from studio.errors import DataError, Problem
+from studio.methods import METHODS
 
 if TYPE_CHECKING:
+    from studio.recipe import Recipe
     from studio.recipe_mixture import DataSource
 
 BUFFER_ROWS = 4096
@@ -30,13 +33,15 @@ BUFFER_CHARACTERS = 64_000_000
 """Most rows, and most characters of them, that the shuffle buffer of one source holds."""
 
 
-def good_rows(path: Path, kinds: Sequence[RowKind], reading: Reading | None = None) -> Iterator[Row]:
+def good_rows(
+    path: Path, kinds: Sequence[RowKind], reading: Reading | None = None, progress: Progress | None = None
+) -> Iterator[Row]:
     """The rows at `path` in their order.
 
     Raises:
         DataError: at the first row that is no row of one of the `kinds`, or cannot be trained on.
     """
-    for found in iter_rows(path, kinds, reading):
+    for found in iter_rows(path, kinds, reading, progress):
         if isinstance(found, Problem):
             raise DataError([found])
         yield found
@@ -49,6 +54,19 @@ def first_rows(path: Path, count: int, kinds: Sequence[RowKind], reading: Readin
         DataError: a bad row among them, or none.
     """
     return list(islice(good_rows(path, kinds, reading), count))
+
+
+def count_rows(recipe: Recipe, progress: Progress | None = None) -> int:
+    """Reads all sources of the recipe to their ends and counts their rows.
+
+    Args:
+        progress: called with (bytes read, bytes in all) of the source that is being read.
+
+    Raises:
+        DataError: at the first bad row of a source.
+    """
+    kinds, reading = METHODS[recipe.training.method].rows, Reading.of(recipe)
+    return sum(1 for source in recipe.data.sources for _ in good_rows(source.path, kinds, reading, progress))
 
 
 def shuffled(
