@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from studio.combining import combine
+    from studio.data.inspection import DataReport, inspect_data
     from studio.errors import (
         AdapterFileError,
         CheckpointError,
@@ -48,6 +49,7 @@ __all__ = [
     "AdapterFileError",
     "CheckpointError",
     "DataError",
+    "DataReport",
     "ExportError",
     "ExportPlan",
     "ExportRequest",
@@ -77,6 +79,7 @@ __all__ = [
     "find_profile",
     "formats",
     "gguf_types",
+    "inspect_data",
     "job_routing",
     "list_exports",
     "list_jobs",
@@ -98,6 +101,7 @@ __all__ = [
 
 _HOMES = {
     "studio.combining": ("combine",),
+    "studio.data.inspection": ("DataReport", "inspect_data"),
     "studio.export_plan": ("ExportPlan", "ExportRequest", "plan_export"),
     "studio.exporting": ("consumers", "export", "formats", "gguf_types", "list_exports", "read_export"),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),

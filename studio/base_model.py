@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.loading import load_base
+from studio.chat_template import chat_template
 from studio.models import compute_dtype, has_gpu, packed_cache, resolve_base
 from studio.plan import recipe_base
 from studio.recipe import Recipe
@@ -35,7 +38,13 @@ def load_recipe_base(
         progress=progress,
         cache=packed_cache(recipe.model.quantization, sum(info.size_bytes for info in shapes.index.values())),
     )
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    return model, load_tokenizer(directory)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """A base's tokenizer, which can pad and has a chat template: its own, or its family's default."""
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    tokenizer.chat_template = chat_template(directory).text
+    return tokenizer

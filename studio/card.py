@@ -19,10 +19,10 @@ from adapters.export import EXPORTERS, Source
 from adapters.verify import Check
 from studio.certificate import CERTIFICATE, verdict
 from studio.data import Row
+from studio.data.files import data_sha256
 from studio.errors import DataError, JobError, ProfileError
 from studio.jobs import Job, open_job
 from studio.licence import Licence
-from studio.profile import data_digest
 from studio.quantities import as_percent
 from studio.recipe import Recipe, recipe_to_yaml
 
@@ -164,7 +164,7 @@ def _data(recipe: Recipe) -> str:
         own = [row for row in rows if source is None or not recipe.data.mixed or row.source == source]
         sources = ", ".join(sorted({row.source for row in own}))
         first = "the first " if recipe.data.streaming and use == "training" else ""
-        digest = data_digest(file)
+        digest = data_sha256(file)
         lines.append(f"- {use}: `{file.name}`, {first}{len(own):,} examples, sources: {sources}, sha256 `{digest}`")
     if recipe.data.eval_fraction is not None:
         lines.append(f"- held out: {as_percent(recipe.data.eval_fraction)} of the rows of the training files")

@@ -5,14 +5,13 @@ One encoding for training, evaluation, profile and what is shown of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
 from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from studio.data import Example, PlainText, Sequence
-from studio.data.rows import Place, as_turns
-from studio.errors import SHOWN_PROBLEMS, DataError, Problem
+from studio.data.rows import as_turns
+from studio.errors import DataError, Problem
 
 IGNORED = -100
 LossOn = Literal["completion", "assistant", "all"]
@@ -69,9 +68,14 @@ def _earlier_turns(tokenizer: PreTrainedTokenizerBase, example: Example, whole: 
 
 
 def prompt_and_whole(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, up to where the answer starts, and of the whole conversation."""
-    prompt = template(tokenizer, example, example.prompt, add_generation_prompt=True)
-    return prompt, template(tokenizer, example, example.turns, add_generation_prompt=False)
+    """Token ids of the prompt, up to where the answer starts, and of the whole conversation, which begins with them.
+
+    Where the last characters of the prompt and the first of the answer are one token, the answer starts with that.
+    """
+    prompt = prompt_ids(tokenizer, example)
+    whole = template(tokenizer, example, example.turns, add_generation_prompt=False)
+    common = next((place for place, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    return prompt[:common], whole
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
@@ -85,26 +89,3 @@ def template(tokenizer: PreTrainedTokenizerBase, example: Example, turns: Any, *
         options["tools"] = [dict(tool) for tool in example.tools]
     rendered = tokenizer.apply_chat_template(as_turns(turns), tokenize=True, return_dict=False, **options)
     return cast(list[int], rendered)
-
-
-def check_lengths(
-    tokenizer: PreTrainedTokenizerBase, sequences: Many[Sequence], max_length_tokens: int, file: str = ""
-) -> None:
-    """Refuses examples whose prompt alone fills `max_length_tokens`: nothing of their answer would be learned.
-
-    Args:
-        file: where rows come from that do not say so themselves.
-
-    Raises:
-        DataError: the first 20 of them, and how many more.
-    """
-    examples = (sequence for sequence in sequences if isinstance(sequence, Example))
-    lengths = ((example.place or Place(file, 0), len(prompt_ids(tokenizer, example))) for example in examples)
-    allowed = f"allowed: fewer than data.max_length_tokens, {max_length_tokens}; raise it or shorten the prompt"
-    problems = [
-        Problem("", place.line or None, f"the prompt has {tokens} tokens; {allowed}", place.file, place.counted)
-        for place, tokens in lengths
-        if tokens >= max_length_tokens
-    ]
-    if problems:
-        raise DataError(problems[:SHOWN_PROBLEMS], max(0, len(problems) - SHOWN_PROBLEMS))

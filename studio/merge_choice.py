@@ -116,17 +116,15 @@ def _model_bytes(base: Path, held: Mapping[str, Any]) -> int:
 def measure(question: Mapping[str, Any]) -> dict[str, float]:
     """The held-out loss of both merged models, each computed from the values that would be written."""
     import torch
-    from transformers import AutoTokenizer
 
     from adapters.loading import load_base
     from adapters.merged import MergedWeights
+    from studio.base_model import load_tokenizer
     from studio.evaluation import held_out_loss
 
     base, adapter, held = Path(question["base"]), Path(question["adapter"]), question["held"]
     model = load_base(base, quantize="none", dtype=getattr(torch, held["dtype"]))
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(base)
     rows = held_out_rows(open_job(Path(question["job"])).recipe())[:EXAMPLES]
     sizes = {name: question[name] for name in ("max_length_tokens", "batch_size")}
     losses = {}

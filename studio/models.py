@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from adapters.checkpoint import read_json_object
 from adapters.packed_cache import default_cache_dir
 from studio.base import EMBEDDED_DIR
 from studio.errors import CheckpointError, StudioError
@@ -50,20 +49,13 @@ def _cached(hub_id: str) -> Path:
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Refuses a base without a fast tokenizer or without a chat template: examples are conversations.
+    """Refuses a base without a fast tokenizer. Without a chat template it has its family's default (chat_template.py).
 
     Raises:
         CheckpointError
     """
     if not (directory / "tokenizer.json").is_file():
         raise CheckpointError(directory, ["tokenizer.json is missing; expected the model's fast tokenizer"])
-    config = directory / "tokenizer_config.json"
-    in_config = config.is_file() and bool(read_json_object(config).get("chat_template"))
-    if not in_config and not (directory / "chat_template.jinja").is_file():
-        problem = "no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); base models "
-        raise CheckpointError(
-            directory, [problem + "without one need the template of their instruct version beside them"]
-        )
 
 
 def packed_cache(quantization: str, base_bytes: int) -> Path | None:

@@ -9,20 +9,24 @@ Read from config.json, safetensors headers and the data files alone: no weights,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapters.errors import CheckpointError, StudioError
+from adapters.errors import StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, Row, Sequence, recipe_rows, sequences
+from studio.data import Row, recipe_rows, wanted_sequences
 from studio.data.curriculum import Mixed, contributions, mixture_warnings
 from studio.data.leakage import LeakPlan, leak_plan, leaks_text, refuse_leaks
-from studio.data.of_recipe import SAMPLE_ROWS, RecipeRows
+from studio.data.lengths import TokenCounter
+from studio.data.of_recipe import DROPPED, SAMPLE_ROWS, RecipeRows, count_of, refused
+from studio.data.reading import refuse
+from studio.errors import Problem
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.placing import coverage, plan_placement
@@ -76,6 +80,7 @@ class Plan(BaseModel):
         longest_tokens: of the longest training example, before it is cut to `data.max_length_tokens`.
         truncated_examples: training examples longer than that.
         warnings: what to know before the job is started.
+        dropped_rows: bad rows of both files that are left out under `data.bad_rows: drop`.
         placement: which routed experts get adapters; None for a dense model.
         mixture: what each source of the data gives; None where there is one file.
         leaks: held-out rows that occur in the training data; None where nobody looked.
@@ -107,6 +112,7 @@ class Plan(BaseModel):
     expert_path: Literal["fast", "lean"] = "fast"
     memory_at_hand_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    dropped_rows: int = 0
     placement: PlacementPlan | None = None
     mixture: Mixed | None = None
     leaks: LeakPlan | None = None
@@ -129,9 +135,9 @@ def make_plan(
             unsupported family, data files with bad rows, an adapter on a class or expert that the model does not have.
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
-    rows = recipe_rows(recipe)
-    train, held_out = rows.train, rows.held_out
-    leaks = _leaks(recipe, rows, thorough)
+    found, lengths = _fitting_rows(recipe, base)
+    train, held_out, dropped = found.train, found.held_out, found.dropped
+    leaks = _leaks(recipe, found, thorough)
     mixed = contributions(recipe, train)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
         from studio.profile import find_profile
@@ -139,7 +145,6 @@ def make_plan(
         profile = find_profile(recipe)
     placement = plan_placement(recipe, base, profile)
     classes = tensor_classes(base, _held_as(recipe), placement)
-    lengths = _lengths_tokens(_tokenizer_of(recipe, base), train)
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
     weights_bytes = sum(entry.bytes for entry in classes)
@@ -163,16 +168,19 @@ def make_plan(
         train_examples=len(train),
         eval_examples=min(len(held_out), recipe.evaluation.examples or len(held_out)),
         longest_tokens=max(lengths),
+        dropped_rows=count_of(dropped),
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
         warnings=(
             *_warnings(recipe, base, memory, at_hand),
+            *_said_of_template(base, train),
+            *_dropped(dropped),
             *mixture_warnings(recipe, mixed),
             *_data_warnings(recipe, leaks),
         ),
         mixture=mixed,
         leaks=leaks,
-        left_out_examples=len(rows.left_out),
+        left_out_examples=len(found.left_out),
         sampled=recipe.data.streaming,
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
@@ -287,6 +295,14 @@ def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | Non
     return tuple(found)
 
 
+def _said_of_template(base: Base, rows: list[Row]) -> tuple[str, ...]:
+    if base.directory is None:
+        return ()
+    from studio.chat_template import SAMPLED_ROWS, template_warnings
+
+    return template_warnings(base.directory, wanted_sequences(rows[:SAMPLED_ROWS]))
+
+
 def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:
     """What would make the peak smaller, the cheapest first."""
     training = recipe.training
@@ -307,7 +323,35 @@ def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> li
     return [*options, "a machine with more memory"]
 
 
-# -------------------------------------------------------------------- lengths
+# -------------------------------------------------------------------- rows and their lengths
+
+
+def _fitting_rows(recipe: Recipe, base: Base) -> tuple[RecipeRows, list[int]]:
+    """The recipe's rows whose prompts leave room for an answer, and the tokens of those to train on.
+
+    Raises:
+        DataError: as `recipe_rows`; and rows whose prompt alone fills `data.max_length_tokens`.
+    """
+    found = recipe_rows(recipe)
+    counter, limit = TokenCounter(_tokenizer_of(recipe, base)), recipe.data.max_length_tokens
+    lengths = counter.lengths(found.train)
+    held_out = found.held_out[: recipe.evaluation.examples]
+    long = dict(counter.long_prompts(found.train, lengths, limit))
+    long_held_out = dict(counter.long_prompts(held_out, counter.lengths(held_out), limit))
+    kept = [number for number in range(len(lengths)) if number not in long]
+    train = [found.train[number] for number in kept]
+    held_out = [row for number, row in enumerate(held_out) if number not in long_held_out]
+    problems = [list(long.values()), list(long_held_out.values())]
+    refuse([refused(recipe, rows, bad) for rows, bad in zip((train, held_out), problems, strict=True)])
+    dropped = (*found.dropped, *problems[0], *problems[1])
+    return replace(found, train=train, held_out=held_out, dropped=dropped), [lengths[number] for number in kept]
+
+
+def _dropped(problems: Sequence[Problem]) -> tuple[str, ...]:
+    if not problems:
+        return ()
+    first = f"{Path(problems[0].file or '').name}, {problems[0]}"
+    return (f"{count_of(problems):,} bad rows are dropped; the first: {first}. The job lists all in {DROPPED}",)
 
 
 def _tokenizer_of(recipe: Recipe, base: Base) -> Path:
@@ -320,34 +364,11 @@ def _tokenizer_of(recipe: Recipe, base: Base) -> Path:
         return EMBEDDED_DIR
 
 
-def row_tokens(recipe: Recipe, rows: list[Row]) -> list[int]:
+def row_tokens(recipe: Recipe, rows: Sequence[Row]) -> list[int]:
     """Tokens of each row as the plan counts them, cut to `data.max_length_tokens`: phases that end by tokens go by it.
 
     Raises:
         StudioError: the base is not here, or has no tokenizer.
     """
-    lengths = _lengths_tokens(resolve_base(recipe.model.base), rows)
+    lengths = TokenCounter(resolve_base(recipe.model.base)).lengths(rows)
     return [min(length, recipe.data.max_length_tokens) for length in lengths]
-
-
-def _lengths_tokens(directory: Path, rows: list[Row]) -> list[int]:
-    """Tokens of each row (of a pair the longer side) by the model's own tokenizer, and 8 a turn for the template."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # what the Rust library raises has no narrower class
-        raise CheckpointError(directory / "tokenizer.json", [f"cannot be read: {error}"]) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    sides = [sequences([row]) for row in rows]
-    texts = [_texts(side) for of_row in sides for side in of_row]
-    encoded = tokenizer.encode_batch(["\n".join(turns) for turns in texts])
-    lengths = iter([len(ids.ids) + 8 * len(turns) for ids, turns in zip(encoded, texts, strict=True)])
-    return [max(next(lengths) for _ in of_row) for of_row in sides]
-
-
-def _texts(sequence: Sequence) -> list[str]:
-    if isinstance(sequence, Example):
-        return [turn.thinking + turn.content + "".join(map(str, turn.tool_calls)) for turn in sequence.turns]
-    return [sequence.text]

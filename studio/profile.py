@@ -6,7 +6,6 @@ find_profile(recipe) ─▶ RouterProfile      the one made before, or None. No 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.fingerprint import fingerprint, sha256
 from adapters.packed_cache import default_cache_dir
-from studio.data.files import is_hub
+from studio.data.files import data_sha256, is_hub
+from studio.data.json_text import Broken
 from studio.errors import DataError, Problem, ProfileError, TargetError
 from studio.models import compute_dtype, resolve_base
 
@@ -146,42 +146,38 @@ def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
 
 
 def data_digest(path: Path) -> str:
-    """sha256 of a data file, of all files of a folder; of a data set of the hub its name.
+    """sha256 of the data at `path`, whatever form it has.
 
     Raises:
         DataError: it cannot be read.
     """
-
-    def of_file(file: Path) -> str:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
-    return _digest(path, of_file)
+    return _digest(path, data_sha256)
 
 
 def quick_digest(path: Path) -> str:
-    """The same of the size, the time of the last change and the first bytes of each file.
+    """Of the size, the time of the last change and the first bytes of each file; of a hub data set as `data_digest`.
 
     Raises:
         DataError: it cannot be read.
     """
+    return _digest(path, data_sha256 if is_hub(path) else _quick)
 
-    def of_file(file: Path) -> str:
+
+def _quick(path: Path) -> str:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    facts = []
+    for file in files:
         with file.open("rb") as opened:
-            facts = os.fstat(opened.fileno())
-            return sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode(), opened.read(QUICK_BYTES))
+            stat = os.fstat(opened.fileno())
+            facts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode() + opened.read(QUICK_BYTES))
+    return sha256(*facts)
 
-    return _digest(path, of_file)
 
-
-def _digest(path: Path, of_file: Callable[[Path], str]) -> str:
-    if is_hub(path):
-        return sha256(str(path).encode())
+def _digest(path: Path, of: Callable[[Path], str]) -> str:
     try:
-        if not path.is_dir():
-            return of_file(path)
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        return sha256(*(f"{file.relative_to(path)} {of_file(file)}".encode() for file in files))
+        return of(path)
+    except Broken as broken:
+        raise DataError([Problem("", None, broken.message, str(path))]) from None
     except OSError as error:
         raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
 

@@ -14,10 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from studio.errors import StudioError
 from studio.jobs import Job, open_job
+
+if TYPE_CHECKING:
+    from studio.data import Row
 
 PROGRESS_SECONDS = 0.5
 WATCHED_TOKENS = 16_384
@@ -53,14 +56,14 @@ def run(job: Job) -> None:
     """
     clock = _Clock(job)
     with clock.phase("loading", "load"):
+        train_rows, held_out = _rows(job)
         model, tokenizer, placement, recipe = _load(job)
     from studio.data import sequences
     from studio.data.curriculum import in_training_order
     from studio.evaluation import evaluate
     from studio.trainers import trainer_for
 
-    of_training, of_evaluation = _rows(job, recipe, tokenizer)
-    train_rows, held_out = in_training_order(recipe, of_training), of_evaluation[: recipe.evaluation.examples]
+    train_rows = in_training_order(recipe, train_rows, job.plan().total_steps)
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
@@ -94,6 +97,22 @@ def run(job: Job) -> None:
     job.update(status="succeeded", phase="done", step=trained["steps"])
 
 
+def _rows(job: Job) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and to be measured on, each rendered once by the model's template, in a limited child."""
+    from studio.chat_template import rendered_rows
+    from studio.data.hard_examples import write_rows
+    from studio.data.of_recipe import DROPPED, dropped_lines
+    from studio.job_files import write_atomic
+
+    rows = rendered_rows(job.recipe())
+    if rows.dropped:
+        write_atomic(job.path / DROPPED, dropped_lines(rows.dropped))
+    for name, chosen in (("kept", rows.kept), ("left_out", rows.left_out)):
+        if chosen:
+            write_rows(job.path / f"{name}.jsonl", chosen)
+    return rows.train, rows.held_out
+
+
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     import torch
 
@@ -112,21 +131,6 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     if recipe.model.quantization != "none":
         check_quantized(model)
     return model, tokenizer, placement, recipe
-
-
-def _rows(job: Job, recipe: Any, tokenizer: Any) -> tuple[list[Any], list[Any]]:
-    """Training rows and held-out rows, none of which is all prompt; what was selected is written into the job."""
-    from studio.data import recipe_rows, sequences
-    from studio.data.hard_examples import write_rows
-    from studio.encoding import check_lengths
-
-    found = recipe_rows(recipe)
-    for rows in (found.train, found.held_out):
-        check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens)
-    for name, chosen in (("kept", found.kept), ("left_out", found.left_out)):
-        if chosen:
-            write_rows(job.path / f"{name}.jsonl", chosen)
-    return found.train, found.held_out
 
 
 def _profiler(job: Job, model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> Callable[..., None]:
@@ -180,6 +184,7 @@ def _draw(job: Job) -> None:
 
 def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     from adapters.peft_files import save_adapter
+    from studio.chat_template import chat_template
     from studio.job_files import write_atomic
     from studio.models import compute_dtype, resolve_base
 
@@ -187,6 +192,9 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     name = str(base) if recipe.model.base == "embedded" else recipe.model.base
     held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
     saved = save_adapter(model, placement, job.path / "adapter", base_name=name, base=base, held=held)
+    template = chat_template(base)
+    if template.is_default:
+        write_atomic(job.path / "adapter" / "chat_template.jinja", template.text)
     write_atomic(job.path / "adapter" / "placement.json", (job.path / "placement.json").read_text(encoding="utf-8"))
     return saved
 

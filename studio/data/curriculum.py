@@ -90,22 +90,23 @@ def sizes_of(recipe: Recipe, rows: Sequence[Row]) -> list[int]:
     return [counts.get(source.label, 0) for source in recipe.data.sources]
 
 
-def in_training_order(recipe: Recipe, rows: Sequence[Row]) -> list[Row]:
+def in_training_order(recipe: Recipe, rows: Sequence[Row], steps: int | None = None) -> list[Row]:
     """The rows as the trainer reads them, each as often as it is read; as they are where no mixture is wanted.
 
     Args:
         rows: of the recipe, one source after the other, as `training_rows` has them.
+        steps: optimizer steps to read them for; None: as the recipe says.
     """
     if not recipe.data.mixed or recipe.data.streaming:
         return list(rows)
-    return [rows[place] for place in order_of(recipe, rows).places]
+    return [rows[place] for place in order_of(recipe, rows, steps).places]
 
 
-def order_of(recipe: Recipe, rows: Sequence[Row]) -> Order:
+def order_of(recipe: Recipe, rows: Sequence[Row], steps: int | None = None) -> Order:
     """The order in which a mixture that is held in memory is read. The same every time for one recipe."""
     from studio.plan import row_tokens, total_steps
 
-    sizes, total = sizes_of(recipe, rows), total_steps(recipe, len(rows)) * rows_per_step(recipe)
+    sizes, total = sizes_of(recipe, rows), (steps or total_steps(recipe, len(rows))) * rows_per_step(recipe)
     tokens_of: Callable[[int], int] | None = None
     if any(phase.until_tokens for phase in recipe.data.phases):
         tokens_of = row_tokens(recipe, list(rows)).__getitem__

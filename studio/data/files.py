@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -18,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from adapters.fingerprint import file_sha256
 from studio.data.json_text import (
     LONGEST_ROW_BYTES,
     PIECE_BYTES,
@@ -71,6 +73,23 @@ def source_name(path: Path | str) -> str:
         return str(path).removeprefix(HUB).split(":")[0]
     path = Path(path)
     return Path(_uncompressed(path)).stem if path.suffix in COMPRESSED else path.stem
+
+
+def data_sha256(path: Path) -> str:
+    """Of a data file; of a folder that of its files' names and hashes; of a hub data set that of its fetched version.
+
+    Raises:
+        OSError, Broken: it cannot be read.
+    """
+    if is_hub(path):
+        from studio.data.tables import fetched
+
+        return hashlib.sha256(f"{path} {fetched(str(path)).name}".encode()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if files == [path]:
+        return file_sha256(path)
+    facts = [f"{file.relative_to(path)} {file_sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 def kind_of(path: Path) -> str:

@@ -8,6 +8,7 @@ Which of the training rows are read when, and how often, is said by studio/data/
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 SAMPLE_ROWS = 2000
 """Rows of each source that stand for all of it where the data is streamed."""
+
+
+DROPPED = "dropped_rows.jsonl"
+"""File of a job that lists the rows left out: {"file", "line", "reason"} each."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +164,26 @@ def count_of(problems: Sequence[Problem]) -> int:
     return len({(problem.file, problem.line) for problem in problems})
 
 
-def written_by_template(recipe: Recipe) -> tuple[str, ...]:
+def dropped_lines(problems: Sequence[Problem]) -> str:
+    """The text of DROPPED: one JSON object a row, with all that is wrong with it."""
+    reasons: dict[tuple[str | None, int | None], list[str]] = {}
+    for problem in problems:
+        said = f"{problem.field}: {problem.message}" if problem.field else problem.message
+        reasons.setdefault((problem.file, problem.line), []).append(said)
+    rows = ({"file": file, "line": line, "reason": "; ".join(said)} for (file, line), said in reasons.items())
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def written_by_template(base: str) -> tuple[str, ...]:
     """Of reasoning, tool calls and tools, what the base's chat template names; all where it cannot be read here."""
-    from adapters.checkpoint import read_json_object
+    from studio.chat_template import chat_template
     from studio.models import resolve_base
 
     try:
-        directory = resolve_base(recipe.model.base)
-        beside, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-        if beside.is_file():
-            text = beside.read_text(encoding="utf-8")
-        else:
-            text = str(read_json_object(config).get("chat_template") or "") if config.is_file() else ""
+        text = chat_template(resolve_base(base)).text
     except (StudioError, OSError, UnicodeDecodeError):
         return WRITTEN  # whoever needs the base says what is wrong with it
-    return tuple(name for name in WRITTEN if name in text) if text else WRITTEN
+    return tuple(name for name in WRITTEN if name in text)
 
 
 def _rows(recipe: Recipe, path: Path | None, reading: Reading) -> tuple[list[Row], list[Problem]]:

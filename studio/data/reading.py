@@ -56,7 +56,7 @@ class Reading:
         """As the recipe says, for its base model's chat template."""
         from studio.data.of_recipe import written_by_template
 
-        return cls(recipe.data.format, recipe.data.columns, written_by_template(recipe))
+        return cls(recipe.data.format, recipe.data.columns, written_by_template(recipe.model.base))
 
 
 def read_examples(path: Path | str) -> list[Example]:

@@ -76,8 +76,8 @@ def hub_rows(name: str, progress: Progress | None) -> Iterator[Raw]:
     """
     from studio.data.files import Raw
 
-    hub_id, _, split = name.removeprefix("hub:").partition(":")
-    folder = _fetched(hub_id)
+    split = name.removeprefix("hub:").partition(":")[2]
+    folder = fetched(name)
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -91,7 +91,13 @@ def hub_rows(name: str, progress: Progress | None) -> Iterator[Raw]:
         raise Broken(f"cannot be read by datasets: {_first_line(error)}") from None
 
 
-def _fetched(hub_id: str) -> Path:
+def fetched(name: str) -> Path:
+    """The folder of the newest fetched version of "hub:org/name" or "hub:org/name:split", named by its commit.
+
+    Raises:
+        Broken: there is none on this machine.
+    """
+    hub_id = name.removeprefix("hub:").partition(":")[0]
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

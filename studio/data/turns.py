@@ -122,7 +122,18 @@ def _tool(where: str, item: Any) -> Mapping[str, Any]:
     inner = item.get("function") if isinstance(item, dict) and "function" in item else item
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise RowProblems((where, f'is {{"type": "function", "function": {{"name": …}}}}, received {describe(item)}'))
+    _check_plain(where, item)
     return item if inner is not item else {"type": "function", "function": item}
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Refuses a schema or call with text that is none, or numbers that JSON has not."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\\u0000", "\0")
+    except (ValueError, RecursionError) as error:
+        raise RowProblems((where, f"cannot be written as JSON: {error}")) from None
+    if problem := content_problem(text):
+        raise RowProblems((where, problem))
 
 
 # -------------------------------------------------------------------- one message
@@ -158,7 +169,10 @@ def _message(where: str, item: Any) -> Message:
         problems.append((f"{where}.{text_key}", "is missing"))
     elif problem := _text_problem(content, bool(calls or item.get("tool_calls"))):
         problems.append((f"{where}.{text_key}", problem))
-    name = item.get("name", "")
+    name = item.get("name") if role == "tool" else ""
+    name = name if isinstance(name, str) else ""
+    if name and (problem := content_problem(name)):
+        problems.append((f"{where}.name", problem))
     if problems:
         raise RowProblems(*problems)
     message = Message(
@@ -166,7 +180,7 @@ def _message(where: str, item: Any) -> Message:
         _as_text(content),
         _thinking(where, item),
         calls,
-        name if isinstance(name, str) and role == "tool" else "",
+        name,
     )
     return _split(f"{where}.{text_key}", message)
 
@@ -259,7 +273,9 @@ def _call(where: str, item: Any) -> Mapping[str, Any]:
         arguments = _json(f"{where}.arguments", arguments) if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise RowProblems((f"{where}.arguments", f"is a mapping or its JSON text, received {describe(arguments)}"))
-    return {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    _check_plain(where, call)
+    return call
 
 
 def _json(where: str, text: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from studio.data import Row
 from studio.data.curriculum import phases_of
 from studio.data.reading import Reading
 from studio.data.streaming import endless_rows
@@ -81,10 +82,10 @@ def order_options(recipe: Recipe, job: Job) -> dict[str, Any]:
     return {"train_sampling_strategy": IN_ORDER, "max_steps": job.plan().total_steps}
 
 
-def training_dataset(recipe: Recipe, rows: Sequence[Any]) -> Dataset | IterableDataset:
+def training_dataset(recipe: Recipe, rows: Sequence[Row]) -> Dataset | IterableDataset:
     """The rows as TRL's trainers take them; with `data.streaming` a stream of the recipe's files, `rows` a sample."""
     if not recipe.data.streaming:
-        return Dataset.from_list([row.as_row() for row in rows])
+        return dataset_of(rows)
     return IterableDataset.from_generator(streamed_rows, gen_kwargs={"recipe": recipe, "sample": rows})
 
 
@@ -101,6 +102,11 @@ def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, A
     phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
     for row in endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of):
         yield row.as_row()
+
+
+def dataset_of(rows: Sequence[Row]) -> Dataset:
+    """The rows as TRL reads them. Arrow alone would give every tool call the arguments of all others, as null."""
+    return Dataset.from_list([row.as_row() for row in rows], on_mixed_types="use_json")
 
 
 class StudioTrainer(WatchesRouter):

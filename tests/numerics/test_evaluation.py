@@ -11,8 +11,7 @@ from transformers import AutoTokenizer, Llama4ForCausalLM
 from studio import evaluation
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, Message
-from studio.encoding import check_lengths, encode
-from studio.errors import DataError
+from studio.encoding import encode
 from studio.evaluation import evaluate
 
 EXAMPLES = [
@@ -81,14 +80,6 @@ def test_what_the_template_puts_before_an_answer_belongs_to_the_reference(tools)
         assert run((model, tokenizer), EXAMPLES[:1]).references == ("Well, ok 1",)
     finally:
         tokenizer.chat_template = template
-
-
-def test_a_prompt_that_fills_the_length_is_refused_with_its_number(tools) -> None:
-    _, tokenizer = tools
-    lengths = [len(encode(tokenizer, e, 10_000)[0]) for e in EXAMPLES]
-    check_lengths(tokenizer, EXAMPLES, max(lengths), "file")
-    with pytest.raises(DataError, match="example 6: the prompt has"):
-        check_lengths(tokenizer, EXAMPLES, lengths[-1] - 8, "file")
 
 
 def test_every_example_is_reported(tools, tmp_path: Path) -> None:

@@ -1,0 +1,404 @@
+"""What a data file holds, before anything is trained on it: `studio data inspect`, and the same for the browser.
+
+One pass over the file, in bounded memory: 22 bytes a row, and for near-duplicates the first NEAR_ROWS rows.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from studio.data.duplicates import NEAR_ROWS, Duplicates, NearDuplicates, Places
+from studio.data.files import Progress, kind_of
+from studio.data.formats import FORMATS, KINDS, fits
+from studio.data.json_text import RowProblems
+from studio.data.lengths import TokenCounter
+from studio.data.of_recipe import written_by_template
+from studio.data.reading import Reading, converted
+from studio.data.rows import Message, Place, PlainText, Preference, Row, sequences
+from studio.data.scripts import Scripts
+from studio.errors import DataError, Problem
+from studio.methods import METHODS
+from studio.models import resolve_base
+
+if TYPE_CHECKING:
+    from studio.recipe import Recipe
+
+DETECTED_ROWS = 1000
+"""Rows that the detection of the format looks at."""
+
+SHOWN = 20
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+EXAMPLES = 3
+BATCH_ROWS = 256
+MAX_LENGTH_TOKENS = 256
+"""Where there is no recipe: as a recipe's default."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FormatShare(_Model):
+    """A format and how many rows were read as it."""
+
+    name: str
+    title: str
+    rows: int
+
+
+class Segment(_Model):
+    """Text of neighbouring tokens that are all learned, or all not."""
+
+    text: str
+    tokens: int
+    trained: bool
+
+
+class Pair(_Model):
+    """Where a row stands, and the earlier one that it equals or is like."""
+
+    file: str
+    line: int
+    earlier_file: str
+    earlier_line: int
+
+
+class Rendered(_Model):
+    """A row as the model reads it.
+
+    Attributes:
+        title: which side of a pair, or whether a labelled row is wanted; "" for other rows.
+        cut: whether it was cut to the longest length.
+    """
+
+    file: str
+    line: int
+    counted: str
+    title: str
+    segments: tuple[Segment, ...]
+    tokens: int
+    trained_tokens: int
+    cut: bool
+
+
+class DataReport(_Model):
+    """What `inspect_data` found.
+
+    Attributes:
+        kind: of file.
+        rows, good_rows, bad_rows: of the file; of the bad ones each has at least one problem.
+        problems: the first 20, and hidden_problems how many more there are.
+        format: that most of the first rows fit; "" where none does.
+        sure: share of these `detected_rows` rows that fit it and no other.
+        formats: what the good rows were read as.
+        kinds: rows by what they are for training: example, text, preference, labelled.
+        traits: rows that have system prompts, several turns, tool calls, tools, reasoning.
+        roles: turns by role. sources: rows by data source, the largest 20.
+        tokens: of a row, by the base's tokenizer, with 8 a turn for the chat template: quantile → tokens; "total".
+        truncated_rows: rows longer than max_length_tokens. long_prompts: those of which the prompt alone fills it.
+        duplicate_rows: rows that equal an earlier one; near_duplicate_rows: among the first `near_rows`, those that
+            are like an earlier one. Each with the places of the first 20.
+        scripts: share of the letters by script, of the first 2,000 characters of each row.
+        loss_on: what of the examples is shown as trained.
+        examples: three rows as the model reads them.
+        notes: what to know besides.
+    """
+
+    file: str
+    kind: str
+    base: str
+    rows: int
+    good_rows: int
+    bad_rows: int
+    problems: tuple[dict[str, Any], ...]
+    hidden_problems: int
+    format: str
+    sure: float
+    detected_rows: int
+    formats: tuple[FormatShare, ...]
+    kinds: dict[str, int]
+    traits: dict[str, int]
+    roles: dict[str, int]
+    sources: dict[str, int]
+    tokens: dict[str, int]
+    max_length_tokens: int
+    truncated_rows: int
+    long_prompts: int
+    duplicate_rows: int
+    duplicates: tuple[Pair, ...]
+    near_duplicate_rows: int
+    near_duplicates: tuple[Pair, ...]
+    near_rows: int
+    scripts: dict[str, float]
+    loss_on: str
+    examples: tuple[Rendered, ...]
+    notes: tuple[str, ...]
+
+
+def inspect_data(
+    file: Path | str,
+    *,
+    recipe: Recipe | None = None,
+    base: str = "embedded",
+    progress: Progress | None = None,
+) -> DataReport:
+    """Reads `file` to its end and says what it holds.
+
+    Args:
+        file: anything that `data.train` takes.
+        recipe: whose base, format, columns, training method and lengths are used; None: rows of every kind are good.
+        base: where there is no recipe, whose tokenizer and chat template are used.
+        progress: called with (bytes read, bytes in all); rows where a file has no bytes to count.
+
+    Raises:
+        DataError: the file cannot be read, or holds not one row.
+        StudioError: the base is not here.
+    """
+    directory = resolve_base(recipe.model.base if recipe else base)
+    reading = Reading.of(recipe) if recipe else Reading(written=written_by_template(base))
+    limit = recipe.data.max_length_tokens if recipe else MAX_LENGTH_TOKENS
+    kinds = METHODS[recipe.training.method].rows if recipe else tuple(KINDS)
+    seen = _Seen(TokenCounter(directory), limit)
+    detected: Counter[str] = Counter()
+    alone: Counter[str] = Counter()
+    for raw, outcome in converted(file, kinds, reading, progress):
+        if raw is None:
+            assert isinstance(outcome, Problem)
+            seen.add_problems([outcome])
+            continue
+        if seen.rows < DETECTED_ROWS and not isinstance(raw.values, RowProblems):
+            names = fits(raw.values)
+            detected.update(names)
+            alone.update(names if len(names) == 1 else [])
+        if isinstance(outcome, RowProblems):
+            seen.add_bad(raw.file, raw.line, raw.counted, outcome)
+        elif not isinstance(outcome, Problem):
+            seen.add(*outcome)
+    seen.flush()
+    if not seen.rows:
+        raise DataError(seen.problems or [Problem("", None, "the file is empty; it needs at least one row", str(file))])
+    looked_at = min(seen.rows, DETECTED_ROWS)
+    form = max(detected, key=lambda name: (alone[name], detected[name]), default="")
+    loss_on = recipe.training.loss_on if recipe else "completion"
+    examples, notes = _rendered(directory, seen.chosen_examples(), limit, loss_on)
+    return DataReport(
+        file=str(file),
+        kind=kind_of(Path(file)),
+        base=recipe.model.base if recipe else base,
+        rows=seen.rows,
+        good_rows=seen.rows - seen.bad_rows,
+        bad_rows=seen.bad_rows,
+        problems=tuple(vars(problem) for problem in seen.problems[:SHOWN]),
+        hidden_problems=max(0, seen.problem_count - SHOWN),
+        format=form,
+        sure=alone[form] / looked_at if form else 0.0,
+        detected_rows=looked_at,
+        loss_on=loss_on,
+        examples=examples,
+        notes=(*_notes(seen, reading, looked_at, detected), *notes),
+        max_length_tokens=limit,
+        **seen.facts(),
+    )
+
+
+class _Seen:
+    """What has been counted so far."""
+
+    def __init__(self, counter: TokenCounter, max_length_tokens: int):
+        self.counter, self.max_length_tokens = counter, max_length_tokens
+        self.rows = self.bad_rows = self.problem_count = self.long_prompts = 0
+        self.problems: list[Problem] = []
+        self.lengths = array("I")
+        self.formats: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.traits: Counter[str] = Counter()
+        self.roles: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.places, self.same, self.near, self.scripts = Places(), Duplicates(), NearDuplicates(), Scripts()
+        self.pending: list[Row] = []
+        self.pending_characters = 0
+        self.examples: list[tuple[int, Row]] = []
+        self.random = random.Random(0)
+
+    def add_problems(self, problems: Sequence[Problem]) -> None:
+        self.problem_count += len(problems)
+        self.problems += problems[: max(0, SHOWN - len(self.problems))]
+
+    def add_bad(self, file: str, line: int, counted: str, outcome: RowProblems) -> None:
+        self.rows += 1
+        self.bad_rows += 1
+        self.add_problems([Problem(name, line, said, file, counted) for name, said in outcome.problems])
+
+    def add(self, form: str, row: Row) -> None:
+        self.rows += 1
+        good = self.rows - self.bad_rows
+        self.formats[form] += 1
+        self.kinds[row.kind] += 1
+        self.sources[row.source] += 1
+        messages = turns_of(row)
+        self.roles.update(message.role for message in messages)
+        self.traits.update(traits_of(row, messages))
+        text = "\n".join(f"{m.role}: {m.thinking}{m.content}{m.tool_calls or ''}" for m in messages)
+        text = text if messages else getattr(row, "text", "")
+        number = self.places.add(row.place or Place("", good))
+        if not self.same.add(text) and good <= NEAR_ROWS:
+            self.near.add(text, number)
+        self.scripts.add(text)
+        self._keep_example(row, good)
+        self.pending.append(row)
+        self.pending_characters += len(text)
+        if len(self.pending) == BATCH_ROWS or self.pending_characters > 2**22:
+            self.flush()
+
+    def _keep_example(self, row: Row, good: int) -> None:
+        """The first row, and of the others a sample in which each is as likely."""
+        if len(self.examples) < EXAMPLES:
+            self.examples.append((good, row))
+        elif (place := self.random.randrange(good - 1)) < EXAMPLES - 1:
+            self.examples[1 + place] = (good, row)
+
+    def chosen_examples(self) -> list[Row]:
+        """The rows to show, in file order."""
+        return [row for _, row in sorted(self.examples, key=lambda numbered: numbered[0])]
+
+    def flush(self) -> None:
+        lengths = self.counter.lengths(self.pending)
+        self.lengths.extend(lengths)
+        self.long_prompts += len(self.counter.long_prompts(self.pending, lengths, self.max_length_tokens))
+        self.pending, self.pending_characters = [], 0
+
+    def facts(self) -> dict[str, Any]:
+        duplicate_rows, duplicates = self.same.found(SHOWN)
+        return {
+            "formats": tuple(
+                FormatShare(name=name, title=FORMATS[name].title, rows=count)
+                for name, count in self.formats.most_common()
+            ),
+            "kinds": dict(self.kinds),
+            "traits": dict(self.traits.most_common()),
+            "roles": dict(self.roles.most_common()),
+            "sources": dict(self.sources.most_common(SHOWN)),
+            "tokens": _quantiles(self.lengths),
+            "truncated_rows": sum(length > self.max_length_tokens for length in self.lengths),
+            "long_prompts": self.long_prompts,
+            "duplicate_rows": duplicate_rows,
+            "duplicates": self._pairs(duplicates),
+            "near_duplicate_rows": self.near.count,
+            "near_duplicates": self._pairs(self.near.pairs[:SHOWN]),
+            "near_rows": min(self.rows - self.bad_rows, NEAR_ROWS),
+            "scripts": self.scripts.shares(),
+        }
+
+    def _pairs(self, rows: Sequence[tuple[int, int]]) -> tuple[Pair, ...]:
+        places = [(self.places.at(later), self.places.at(earlier)) for later, earlier in rows]
+        return tuple(Pair(file=p.file, line=p.line, earlier_file=q.file, earlier_line=q.line) for p, q in places)
+
+
+def turns_of(row: Row) -> list[Message]:
+    """All turns of a row, of a pair the prompt once; none of plain text."""
+    if isinstance(row, PlainText):
+        return []
+    if isinstance(row, Preference):
+        return [*row.prompt, *row.chosen, *row.rejected]
+    return [*row.prompt, *row.completion]
+
+
+def traits_of(row: Row, messages: Sequence[Message]) -> list[str]:
+    """What is special about a row, in words."""
+    found = {
+        "system prompt": any(message.role == "system" for message in messages),
+        "several turns": sum(message.role == "user" for message in messages) > 1,
+        "tool calls": any(message.tool_calls for message in messages),
+        "tools": bool(getattr(row, "tools", ())),
+        "reasoning": any(message.thinking or message.content.startswith("<think>") for message in messages),
+    }
+    return [name for name, there in found.items() if there]
+
+
+def _quantiles(lengths: array[int]) -> dict[str, int]:
+    if not lengths:
+        return {}
+    import numpy as np
+
+    counts = np.frombuffer(lengths, dtype=np.uint32)
+    found = np.quantile(counts, QUANTILES, method="nearest").tolist()
+    return {**{f"{100 * q:g} %": int(n) for q, n in zip(QUANTILES, found, strict=True)}, "total": int(counts.sum())}
+
+
+def _notes(seen: _Seen, reading: Reading, looked_at: int, detected: Counter[str]) -> list[str]:
+    notes = []
+    if len(seen.formats) > 1:
+        listed = ", ".join(f"{name} {count:,}" for name, count in seen.formats.most_common())
+        notes.append(f"the file mixes formats: {listed}; each row was read as its own")
+    if "reasoning_content" not in reading.written and seen.traits["reasoning"]:
+        notes.append("the chat template writes no reasoning of its own: it is kept in the text, between <think> tags")
+    if several := {name: count for name, count in detected.items() if 0 < count < looked_at}:
+        doubtful = sum(detected.values()) - looked_at
+        if doubtful > 0 and len(several) > 1:
+            notes.append(f"some rows fit several formats ({', '.join(several)}); data.format says which is meant")
+    return notes
+
+
+# -------------------------------------------------------------------- examples
+
+
+def _rendered(
+    directory: Path, rows: Sequence[Row], max_length_tokens: int, loss_on: Any
+) -> tuple[tuple[Rendered, ...], list[str]]:
+    """The rows through the encoding that trains them, and a note where the chat template cannot write one."""
+    if not rows:
+        return (), []
+    from studio.base_model import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    shown: list[Rendered] = []
+    notes: list[str] = []
+    for row in rows:
+        sides = sequences([row])
+        for title, sequence in zip(_titles(row), sides, strict=True):
+            try:
+                shown.append(_render(tokenizer, row, title, sequence, max_length_tokens, loss_on))
+            except Exception as error:  # a chat template is code of the checkpoint, and raises what it likes
+                place = f"{row.place.counted} {row.place.line}: " if row.place else ""
+                notes.append(f"{place}the chat template cannot write this row: {error}")
+    return tuple(shown), notes
+
+
+def _titles(row: Row) -> tuple[str, ...]:
+    if isinstance(row, Preference):
+        return "chosen", "rejected"
+    return ("",) if row.kind != "labelled" else ("wanted" if getattr(row, "label", False) else "not wanted",)
+
+
+def _render(tokenizer: Any, row: Row, title: str, sequence: Any, max_length_tokens: int, loss_on: Any) -> Rendered:
+    from studio.encoding import IGNORED, encode
+
+    ids, labels = encode(tokenizer, sequence, max_length_tokens + 1, loss_on)
+    cut = len(ids) > max_length_tokens
+    ids, labels = ids[:max_length_tokens], labels[:max_length_tokens]
+    trained = [label != IGNORED for label in labels]
+    edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
+    segments = tuple(
+        Segment(text=tokenizer.decode(ids[a:b], skip_special_tokens=False), tokens=b - a, trained=trained[a])
+        for a, b in pairwise(edges)
+        if b > a
+    )
+    place = row.place
+    return Rendered(
+        file=place.file if place else "",
+        line=place.line if place else 0,
+        counted=place.counted if place else "line",
+        title=title,
+        segments=segments,
+        tokens=len(ids),
+        trained_tokens=sum(trained),
+        cut=cut,
+    )

@@ -1,0 +1,214 @@
+"""`studio data inspect`: what it counts, on a file whose contents are known, and what it shows as learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import studio
+from studio.cli import app
+from studio.data.duplicates import Duplicates, NearDuplicates, pieces
+from studio.data.inspection import DataReport
+from studio.data.scripts import Scripts, script_of
+from studio.data_view import report_view
+from studio.errors import DataError
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "while",
+    "eleven",
+    "other",
+    "animals",
+    "watch",
+    "it",
+    "from",
+    "a",
+    "hill",
+    "far",
+    "away",
+]
+
+
+def chat(*contents: str, system: str = "") -> dict[str, Any]:
+    turns = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant") * len(contents)
+    turns += [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return {"messages": turns}
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> DataReport:
+    near = [*WORDS[:-1], "off"]
+    path = written(
+        tmp_path_factory.mktemp("data") / "rows.jsonl",
+        chat("hi", "ho"),
+        chat("Привет", "да", "ещё", "нет"),
+        chat("hi", "ho"),
+        '{"prompt": 3}',
+        chat(" ".join(WORDS), "yes", system="be brief"),
+        {"prompt": " ".join(near), "completion": "yes", "system": "be brief"},
+        chat("hi", "<think>hm</think>ho"),
+        chat("x " * 400, "long"),
+        chat("hi", "y " * 400),
+        {"text": "hi", "prompt": "a", "completion": "b", "instruction": "c"},
+        "{",
+    )
+    return studio.inspect_data(path)
+
+
+def test_rows_are_counted_by_what_they_are(report: DataReport) -> None:
+    assert (report.kind, report.rows, report.good_rows, report.bad_rows) == ("json lines", 11, 8, 3)
+    assert report.kinds == {"example": 8}
+    assert {entry.name: entry.rows for entry in report.formats} == {"messages": 7, "prompt_completion": 1}
+    assert report.traits == {"system prompt": 2, "several turns": 1, "reasoning": 1}
+    assert report.roles == {"user": 9, "assistant": 9, "system": 2}
+    assert report.sources == {"rows": 8}
+
+
+def test_the_format_is_said_with_the_share_of_rows_that_fit_it_and_no_other(report: DataReport) -> None:
+    assert (report.format, report.detected_rows) == ("messages", 11)
+    assert report.sure == pytest.approx(7 / 11)
+
+
+def test_bad_rows_have_their_lines(report: DataReport) -> None:
+    assert [(problem["line"], problem["field"]) for problem in report.problems] == [(4, "prompt"), (10, ""), (11, "")]
+    assert report.hidden_problems == 0
+
+
+def test_lengths_are_the_plans_and_the_long_rows_are_counted(report: DataReport) -> None:
+    assert report.truncated_rows == 2 and report.long_prompts == 1
+    quantiles = [count for name, count in report.tokens.items() if name != "total"]
+    assert quantiles == sorted(quantiles) and len(quantiles) == 8
+    assert quantiles[-1] > 256 >= report.tokens["50 %"]
+
+
+def test_equal_and_similar_rows_are_named(report: DataReport) -> None:
+    assert (report.duplicate_rows, report.near_duplicate_rows, report.near_rows) == (1, 1, 8)
+    (equal,), (alike,) = report.duplicates, report.near_duplicates
+    assert (equal.line, equal.earlier_line) == (3, 1)
+    assert (alike.line, alike.earlier_line) == (6, 5)
+
+
+def test_scripts_are_shares_of_letters(report: DataReport) -> None:
+    assert list(report.scripts) == ["Latin", "Cyrillic"] and sum(report.scripts.values()) == pytest.approx(1)
+    scripts = Scripts()
+    scripts.add("ab 日本 12")
+    assert scripts.shares() == {"Latin": 0.5, "Han": 0.5}
+    assert [script_of(c) for c in "aяπあア가ن1 "] == [
+        *("Latin", "Cyrillic", "Greek", "Hiragana", "Katakana", "Hangul", "Arabic"),
+        *("", ""),
+    ]
+
+
+def test_what_is_shown_as_learned_is_what_training_learns(report: DataReport) -> None:
+    from transformers import AutoTokenizer
+
+    from studio.base import EMBEDDED_DIR
+    from studio.data import read_rows
+    from studio.encoding import IGNORED, encode
+
+    assert len(report.examples) == 3 and report.examples[0].line == 1
+    assert [example.line for example in report.examples] == sorted({example.line for example in report.examples})
+    first = report.examples[0]
+    assert [(segment.text, segment.trained) for segment in first.segments] == [
+        (
+            "<|begin_of_text|><|header_start|>user<|header_end|>\n\nhi<|eot|>"
+            "<|header_start|>assistant<|header_end|>\n\n",
+            False,
+        ),
+        ("ho<|eot|>", True),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_DIR)
+    path = written(Path(report.file).with_name("one.jsonl"), chat("hi", "ho"))
+    ids, labels = encode(tokenizer, read_rows(path, ("example",))[0], 256)  # type: ignore[arg-type]
+    assert (first.tokens, first.trained_tokens) == (len(ids), sum(label != IGNORED for label in labels))
+
+
+def test_the_recipe_says_what_is_learned_and_what_is_good(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", chat("a", "b", "c", "d"), {"prompt": "p", "chosen": "c", "rejected": "d"})
+    recipe = studio.parse_recipe(
+        f"data: {{train: {path}, max_length_tokens: 16}}\ntraining: {{loss_on: all}}\noutput: {{dir: {tmp_path}/o}}"
+    )
+    report = studio.inspect_data(path, recipe=recipe)
+    assert (report.good_rows, report.bad_rows, report.loss_on) == (1, 1, "all")
+    (example,) = report.examples
+    assert example.cut and example.tokens == example.trained_tokens == 16
+    assert studio.inspect_data(path).bad_rows == 0, "without a recipe rows for every method are good"
+    sides = [example.title for example in studio.inspect_data(path).examples]
+    assert sides == ["", "chosen", "rejected"]
+
+
+def test_a_file_without_rows_is_refused_in_the_readers_words(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: 1 problem\n  - cannot be read: no such file"):
+        studio.inspect_data(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="the file is empty"):
+        studio.inspect_data(written(tmp_path / "a.jsonl"))
+
+
+def test_the_terminal_shows_all_of_it_and_no_control_characters(report: DataReport, tmp_path: Path) -> None:
+    console = Console(record=True, width=120, file=(tmp_path / "out").open("w"))
+    console.print(report_view(report))
+    text = console.export_text()
+    for shown in (
+        "64% of the first 11 rows fit it and no other",
+        "11, 3 of them bad: 8 conversations",
+        "system prompt 2",
+        "1 row as an earlier one, 12.5 %; lines 3 = 1",
+        "2 rows (25.0 %) are longer than 256 tokens",
+        "of 1 the prompt alone fills that",
+        "line 4",
+        "⟦ho<|eot|>⟧",
+    ):
+        assert shown in text, text
+    path = written(tmp_path / "a.jsonl", {"prompt": "\x1b[31mred", "completion": "b"})
+    console.print(report_view(studio.inspect_data(path)))
+    assert "\x1b" not in console.export_text(styles=False)
+
+
+def test_the_command_answers_with_tables_or_json(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", chat("a", "b"))
+    shown = CliRunner().invoke(app, ["data", "inspect", str(path)])
+    assert shown.exit_code == 0 and "messages (ChatML)" in shown.output
+    said = CliRunner().invoke(app, ["data", "inspect", str(path), "--json"])
+    assert json.loads(said.stdout)["format"] == "messages"
+    failed = CliRunner().invoke(app, ["data", "inspect", str(tmp_path / "none"), "--json"])
+    assert failed.exit_code == 1 and "no such file" in json.loads(failed.stdout)["error"]["message"]
+    formats = CliRunner().invoke(app, ["data", "formats", "--json"])
+    assert {entry["name"] for entry in json.loads(formats.stdout)} >= {"messages", "sharegpt", "alpaca", "kto"}
+
+
+def test_equal_rows_are_found_whatever_their_distance() -> None:
+    same = Duplicates()
+    texts = [str(number % 30_000) for number in range(60_000)]
+    for text in texts:
+        same.add(text)
+    count, pairs = same.found(3)
+    assert count == 30_000 and pairs == [(30_000, 0), (30_001, 1), (30_002, 2)]
+
+
+def test_rows_are_alike_from_four_fifths_of_their_pieces_on() -> None:
+    near = NearDuplicates()
+    words = [f"w{number}" for number in range(200)]
+    near.add(" ".join(words), 0)
+    near.add(" ".join([*words[:-1], "other"]), 1)
+    near.add(" ".join([f"x{word}" if number % 10 == 0 else word for number, word in enumerate(words)]), 2)
+    assert near.pairs == [(1, 0)], "the third shares about half of its three-word pieces"
+    assert pieces("One two") == {"one two"}
