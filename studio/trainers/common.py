@@ -100,8 +100,7 @@ def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, A
         tokens_of = lambda row: row_tokens(recipe, [row])[0]  # noqa: E731
     data, kinds = recipe.data, METHODS[recipe.training.method].rows
     phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
-    for row in endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of):
-        yield row.as_row()
+    return endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of)
 
 
 def dataset_of(rows: Sequence[Row]) -> Dataset:
