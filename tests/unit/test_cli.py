@@ -42,7 +42,7 @@ COMMANDS = (
     ["ui"],
     ["jobs"],
 )
-COMMANDS += (["export"], ["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
+COMMANDS += (["data", "score"], ["export"], ["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
 RESULT: dict[str, Any] = {
     "before": {"loss": 4.0, "exact_match": 0.0, "examples": 200},
     "after": {"loss": 0.5, "exact_match": 0.715, "examples": 200},

@@ -13,7 +13,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from studio.cli import app
 from studio.data import both_rows
 from studio.data.curriculum import contributions, in_training_order
 from studio.data.mixture import Chooser, Phase, mixed_order, passes, shares
@@ -127,6 +129,17 @@ def test_the_plan_says_what_each_source_gives_and_the_order_keeps_to_it(tmp_path
     assert [s.share for s in plan.mixture.sources] == [0.5, 0.5] and [s.epochs for s in plan.mixture.sources] == [1, 3]
     assert [(p.steps, p.rows) for p in plan.mixture.phases] == [(10, 40), (20, 80)]
     assert plan.mixture.phases[1].shares == {"a": 0.25, "more": 0.75}
+
+
+def test_plan_and_validate_show_sources_phases_and_leaks(tmp_path: Path) -> None:
+    phases = [{"until_steps": 10, "weights": {"a": 1}}, {"weights": {"a": 1, "b": 3}}]
+    mixture(tmp_path, {"sources": {"a": {}, "b": {}}, "phases": phases, "eval": "a.jsonl"})
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml")]).output
+    assert "Source  b: 50.0 % of the rows read, 60, of 20 rows: 3.00 epochs" in shown
+    assert "Phase 2 20 steps, 80 rows: a 25.0 % · b 75.0 %" in shown
+    assert "60 of 60 held-out rows occur in the training data (60 with the same prompt, 0 nearly the same)" in shown
+    said = CliRunner().invoke(app, ["validate", str(tmp_path / "recipe.yaml")]).output
+    assert "a.jsonl line 3: the same prompt as a.jsonl line 3" in said and "… and 40 more" in said
 
 
 def test_no_row_of_a_source_comes_again_before_all_others_did(tmp_path: Path) -> None:
