@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from ruamel.yaml import YAML
 from adapters.export import EXPORTERS, Source
 from adapters.verify import Check
 from studio.certificate import CERTIFICATE, verdict
+from studio.data import Row
 from studio.data.files import data_sha256
-from studio.errors import DataError, JobError
+from studio.errors import DataError, JobError, ProfileError
 from studio.jobs import Job, open_job
 from studio.licence import Licence
 from studio.quantities import as_percent
@@ -149,18 +150,24 @@ def _data(recipe: Recipe) -> str:
     from studio.data import held_out_rows, training_rows
 
     lines = []
-    uses = (("training", recipe.data.train, training_rows), ("held out", recipe.data.eval, held_out_rows))
-    for use, file, read in uses:
-        if file is None:
-            continue
+    uses: list[tuple[str, Path, Callable[[Recipe], list[Row]], str | None]] = [
+        ("training", source.path, training_rows, source.label) for source in recipe.data.sources
+    ]
+    if recipe.data.eval is not None:
+        uses.append(("held out", recipe.data.eval, held_out_rows, None))
+    for use, file, read, source in uses:
         try:
             rows = read(recipe)
-        except DataError:
+        except (DataError, ProfileError):
             lines.append(f"- {use}: `{file.name}`, which is not there any more")
             continue
-        sources = ", ".join(sorted({row.source for row in rows}))
+        own = [row for row in rows if source is None or not recipe.data.mixed or row.source == source]
+        sources = ", ".join(sorted({row.source for row in own}))
+        first = "the first " if recipe.data.streaming and use == "training" else ""
         digest = data_sha256(file)
-        lines.append(f"- {use}: `{file.name}`, {len(rows):,} examples, sources: {sources}, sha256 `{digest}`")
+        lines.append(f"- {use}: `{file.name}`, {first}{len(own):,} examples, sources: {sources}, sha256 `{digest}`")
+    if recipe.data.eval_fraction is not None:
+        lines.append(f"- held out: {as_percent(recipe.data.eval_fraction)} of the rows of the training files")
     return "\n".join(lines)
 
 
@@ -176,7 +183,7 @@ def _picture(job: Job, directory: Path) -> str:
 
 def without_paths(text: str, recipe: Recipe) -> str:
     """A recipe's YAML in which files and folders of this machine have their last name alone."""
-    paths = [recipe.data.train, recipe.data.eval, recipe.output.dir]
+    paths = [*(source.path for source in recipe.data.sources), recipe.data.eval, recipe.output.dir]
     base = Path(recipe.model.base)
     for path in [path for path in (*paths, base if base.is_absolute() else None) if path is not None]:
         text = text.replace(str(path), Path(path).name)

@@ -16,7 +16,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,7 +215,7 @@ def rendered_rows(recipe: Recipe) -> RecipeRows:
     held_out = found.held_out[: recipe.evaluation.examples]
     (train, bad), (held_out, bad_held_out) = (check_rendered(base, rows, limit) for rows in (found.train, held_out))
     refuse([refused(recipe, train, bad), refused(recipe, held_out, bad_held_out)])
-    return RecipeRows(train, held_out, (*found.dropped, *bad, *bad_held_out))
+    return replace(found, train=train, held_out=held_out, dropped=(*found.dropped, *bad, *bad_held_out))
 
 
 def check_rendered(

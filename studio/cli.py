@@ -7,20 +7,19 @@ command needs it.
 
 from __future__ import annotations
 
-import functools
-import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import studio
-from studio.errors import JobError, ProblemsError, StudioError, VerificationError
+from studio.cli_data_mix import add_to
+from studio.cli_shared import AsJson, RecipePath, output, print_json, reported
+from studio.errors import JobError, StudioError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from adapters.packed_cache import CacheEntry
     from adapters.router_profile import RouterProfile
@@ -44,41 +43,16 @@ data_app = typer.Typer(
     epilog="Example: studio data inspect rows.jsonl",
     no_args_is_help=True,
 )
+add_to(data_app)
 app.add_typer(data_app)
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 JobPath = Annotated[str, typer.Argument(metavar="JOB", help="A job directory, or a name in the root.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON, errors included.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the result before it appears.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 MakeProfile = Annotated[
     bool, typer.Option("--profile", help="Make the router profile first where the placement rule needs one.")
 ]
 Root = Annotated[Path, typer.Option("--root", help="The directory that holds the jobs.")]
-
-
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the studio's errors into one message on stderr (or one JSON object on stdout) and exit code 1."""
-
-    @functools.wraps(command)
-    def guarded(**arguments: Any) -> None:
-        try:
-            command(**arguments)
-        except (StudioError, OSError) as error:
-            if arguments.get("as_json"):
-                print_json(error_as_json(error))
-            else:
-                print_error(str(error))
-            raise typer.Exit(1) from None
-
-    return guarded
-
-
-def error_as_json(error: Exception) -> dict[str, Any]:
-    """{"error": {"type", "message", "problems"}}, and of a failed verification its "checks"."""
-    problems = [vars(problem) for problem in error.problems] if isinstance(error, ProblemsError) else []
-    checks = {"checks": [vars(check) for check in error.checks]} if isinstance(error, VerificationError) else {}
-    return {"error": {"type": type(error).__name__, "message": str(error), "problems": problems, **checks}}
 
 
 @app.callback(invoke_without_command=True)
@@ -93,15 +67,21 @@ def main(version: Annotated[bool, typer.Option("--version", help="Show the versi
 def validate(recipe: RecipePath, as_json: AsJson = False) -> None:
     """Check a recipe, its data files and its base model; report every problem with its line."""
     from studio.data import both_rows
+    from studio.mixture_view import leak_lines, read_streams
 
     wanted = studio.load_recipe(recipe)
+    streamed = read_streams(wanted, output(), as_json)
     train, held_out = both_rows(wanted)
-    studio.make_plan(wanted)  # refuses what the base cannot do
+    planned = studio.make_plan(wanted, thorough=True)  # refuses what the base cannot do
+    train_examples = len(train) if streamed is None else streamed
     if as_json:
-        counts = {"train_examples": len(train), "eval_examples": len(held_out)}
-        print_json({"valid": True, **counts, "recipe": wanted.model_dump(mode="json")})
+        counts = {"train_examples": train_examples, "eval_examples": len(held_out)}
+        leaks = planned.leaks.model_dump(mode="json") if planned.leaks else None
+        print_json({"valid": True, **counts, "leaks": leaks, "recipe": wanted.model_dump(mode="json")})
     else:
-        typer.echo(f"{recipe} is valid: {len(train):,} training examples, {len(held_out):,} held out")
+        typer.echo(f"{recipe} is valid: {train_examples:,} training examples, {len(held_out):,} held out")
+        for line in leak_lines(planned.leaks):
+            typer.echo(line)
 
 
 @app.command(epilog="Example: studio plan recipes/quickstart.yaml")
@@ -615,27 +595,6 @@ def show_job(job: Job, state: JobState, as_json: bool) -> None:
 def job_as_json(job: Job, state: JobState) -> dict[str, Any]:
     error = state.error.model_dump() if state.error else None
     return {"job": str(job.path), **state.model_dump(exclude={"error"}), "error": error}
-
-
-def output() -> Console:
-    """Standard output; wide enough for the tables where it is no terminal."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def print_error(message: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from studio.terminal import clean
-
-    text = Text.assemble(("error: ", "bold red"), (clean(message), "red"))
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
 if __name__ == "__main__":

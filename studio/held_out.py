@@ -10,7 +10,7 @@ from adapters.verify.run import BUILT_IN, Prompt
 from studio.data import Example, Row, held_out_rows, read_rows, wanted_sequences
 from studio.data.reading import KINDS
 from studio.data.rows import as_turns
-from studio.errors import DataError, ExportError, JobError
+from studio.errors import DataError, ExportError, JobError, ProfileError
 from studio.jobs import open_job
 
 MOST = 8
@@ -46,8 +46,9 @@ def _held_out(job: Path) -> tuple[str, list[Row]]:
     """Name and rows of the job's evaluation data, if it has any and they are still there and readable."""
     try:
         recipe = open_job(job).recipe()
-        return recipe.data.eval.name if recipe.data.eval else "", held_out_rows(recipe)
-    except (JobError, DataError):
+        name = recipe.data.eval.name if recipe.data.eval else recipe.data.sources[0].path.name
+        return name, held_out_rows(recipe)
+    except (JobError, DataError, ProfileError):
         return "", []
 
 

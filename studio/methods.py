@@ -28,6 +28,7 @@ class Method:
         smoothed: those of the losses that read `preference.label_smoothing`.
         full_logits: its loss holds the logits of every position at once; the others never do.
         scores: what it trains is a reward model, which writes no text.
+        streams: its trainer reads rows while it trains (`data.streaming`).
     """
 
     rows: tuple[RowKind, ...]
@@ -39,10 +40,11 @@ class Method:
     smoothed: tuple[str, ...] = ()
     full_logits: bool = False
     scores: bool = False
+    streams: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "sft": Method(("example", "text"), "studio.trainers.sft", ("trainer/sft_config.py", "SFTConfig")),
+    "sft": Method(("example", "text"), "studio.trainers.sft", ("trainer/sft_config.py", "SFTConfig"), streams=True),
     "dpo": Method(
         PAIRED,
         "studio.trainers.dpo",

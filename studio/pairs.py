@@ -7,6 +7,7 @@ from collections.abc import Sequence as Many
 from transformers import PreTrainedTokenizerBase
 
 from studio.data import Example, Preference, Row, sequences
+from studio.data.rows import Place
 from studio.encoding import prompt_and_whole
 from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 
@@ -40,22 +41,23 @@ def common_start(one: Many[int], other: Many[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def check_pairs(tokenizer: PreTrainedTokenizerBase, rows: Many[Row], max_length_tokens: int, file: str) -> None:
+def check_pairs(tokenizer: PreTrainedTokenizerBase, rows: Many[Row], max_length_tokens: int) -> None:
     """Refuses pairs whose sides are the same once they are cut to `max_length_tokens`: they prefer nothing.
 
     Raises:
         DataError: the first 20 of them, and how many more.
     """
-    same = []
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, Preference):
-            _, chosen, rejected = pair_ids(tokenizer, row, max_length_tokens)
-            if chosen == rejected:
-                same.append(number)
+    same = [row for row in rows if isinstance(row, Preference) and _alike(tokenizer, row, max_length_tokens)]
     advice = f"once both are cut to data.max_length_tokens, {max_length_tokens}; raise it, or leave the pair out"
+    places = [row.place or Place("", 0) for row in same[:SHOWN_PROBLEMS]]
     problems = [
-        Problem("", None, f"pair {number}: chosen and rejected are the same {advice}", file)
-        for number in same[:SHOWN_PROBLEMS]
+        Problem("", place.line, f"chosen and rejected are the same {advice}", place.file, place.counted)
+        for place in places
     ]
     if problems:
-        raise DataError(problems, max(0, len(same) - SHOWN_PROBLEMS))
+        raise DataError(problems, len(same) - len(problems))
+
+
+def _alike(tokenizer: PreTrainedTokenizerBase, pair: Preference, max_length_tokens: int) -> bool:
+    _, chosen, rejected = pair_ids(tokenizer, pair, max_length_tokens)
+    return chosen == rejected

@@ -1,7 +1,7 @@
 """Pictures of the routing as PNG files, for the job directory and for reports. matplotlib's Agg alone, no window.
 
     write_job_pictures(job_dir)    pictures/use.png, rank.png, change.png, delta.png, coverage.png, router.png,
-                                   preference.png
+                                   scores.png, preference.png
 
 Dimension legend: L MoE layers, E experts.
 """
@@ -42,6 +42,8 @@ SIDES = {
     "mean": "#2563ab", "lowest": "#c2571a", "highest": "#0f766e",
 }  # fmt: skip
 """Lines of the course of a preference job."""
+SCORE_COLOURS = {"easiest": "#b9c3cf", "": "#0f766e", "hardest": "#c2571a"}
+"""By why a row is left out; "": it is kept."""
 
 UNADAPTED = ("rank", "delta")
 """Pictures in which experts without an adapter are left grey."""
@@ -133,6 +135,33 @@ def draw_preference(path: Path, panels: Sequence[Panel]) -> Path:
     return _written(figure, path)
 
 
+def draw_scores(path: Path, rows: Sequence[tuple[float, str]]) -> Path:
+    """How many rows have which loss on the base, and which of them were left out.
+
+    Args:
+        rows: (score in nats a token, why it was left out, or "").
+    """
+    finite = [(score, why) for score, why in rows if np.isfinite(score)]
+    edges = np.histogram_bin_edges([score for score, _ in finite], bins=60)
+    figure = Figure(figsize=(7.2, 3.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    sides = [[score for score, why in finite if why == side] for side in SCORE_COLOURS]
+    labels = [f"{side or 'kept'}: {len(of):,}" for side, of in zip(SCORE_COLOURS, sides, strict=True)]
+    axes.hist(sides, bins=list(edges), stacked=True, color=list(SCORE_COLOURS.values()), label=labels)
+    axes.set_xlabel("the base's loss on a row, nats a token", fontsize=9, color=QUIET)
+    axes.set_ylabel("rows", fontsize=9, color=QUIET)
+    axes.set_title("How hard the rows are for the base", loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.legend(frameon=False, fontsize=8.5)
+    _quiet_frame(axes)
+    return _written(figure, path)
+
+
+def _scores_in(folder: Path) -> list[tuple[float, str]]:
+    """Score and fate of the rows that a job's selection by loss kept and left out."""
+    rows = [row for name in ("kept", "left_out") for row in files.read_json_lines(folder / f"{name}.jsonl")]
+    return [(row["score"], str(row.get("dropped", ""))) for row in rows if isinstance(row.get("score"), float)]
+
+
 def write_job_pictures(job_dir: Path | str) -> list[Path]:
     """Draws what the files of a job directory allow into its folder pictures/; returns what was written."""
     folder = Path(job_dir)
@@ -141,6 +170,8 @@ def write_job_pictures(job_dir: Path | str) -> list[Path]:
     written = [draw_heatmap(pictures / f"{heatmap.kind}.png", heatmap) for heatmap in maps]
     if sources and sources[0].covered_fraction is not None:
         written.append(draw_coverage(pictures / "coverage.png", sources))
+    if scores := _scores_in(folder):
+        written.append(draw_scores(pictures / "scores.png", scores))
     if router_rows(rows):
         written.append(draw_router(pictures / "router.png", rows))
     if panels := preference_panels(rows):

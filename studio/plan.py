@@ -21,8 +21,10 @@ from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Preference, Row, recipe_rows, wanted_sequences
+from studio.data.curriculum import Mixed, contributions, mixture_warnings
+from studio.data.leakage import LeakPlan, leak_plan, leaks_text, refuse_leaks
 from studio.data.lengths import TokenCounter
-from studio.data.of_recipe import DROPPED, count_of, refused
+from studio.data.of_recipe import DROPPED, SAMPLE_ROWS, RecipeRows, count_of, refused
 from studio.data.reading import refuse
 from studio.errors import Problem
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
@@ -82,6 +84,10 @@ class Plan(BaseModel):
         warnings: what to know before the job is started.
         dropped_rows: bad rows of both files that are left out under `data.bad_rows: drop`.
         placement: which routed experts get adapters; None for a dense model.
+        mixture: what each source of the data gives; None where there is one file.
+        leaks: held-out rows that occur in the training data; None where nobody looked.
+        left_out_examples: rows that the selection by loss leaves out.
+        sampled: the data is streamed: `train_examples` and the lengths are of the first rows alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,14 +116,21 @@ class Plan(BaseModel):
     warnings: tuple[str, ...] = ()
     dropped_rows: int = 0
     placement: PlacementPlan | None = None
+    mixture: Mixed | None = None
+    leaks: LeakPlan | None = None
+    left_out_examples: int = 0
+    sampled: bool = False
 
 
-def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, shape: str | None = None, profile: RouterProfile | None = None, thorough: bool = False
+) -> Plan:
     """Plans a recipe.
 
     Args:
         shape: a name in `studio.shapes.SHAPES`: plan for this published model instead of the recipe's base.
         profile: where the router sends the data; None looks for the one that `studio profile` keeps.
+        thorough: look for held-out rows in all of the training data, however large.
 
     Raises:
         StudioError: anything that would make the job fail later and can be known now: base model missing or pickled,
@@ -125,7 +138,10 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
     check_packing(recipe, base)
-    train, held_out, lengths, dropped = _fitting_rows(recipe, base)
+    found, lengths = _fitting_rows(recipe, base)
+    train, held_out, dropped = found.train, found.held_out, found.dropped
+    leaks = _leaks(recipe, found, thorough)
+    mixed = contributions(recipe, train)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
         from studio.profile import find_profile
 
@@ -158,9 +174,40 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         dropped_rows=count_of(dropped),
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, batch_rows(recipe, train, lengths)),
-        warnings=(*_warnings(recipe, base, memory, at_hand), *_said_of_template(base, train), *_dropped(dropped)),
+        warnings=(
+            *_warnings(recipe, base, memory, at_hand),
+            *_said_of_template(base, train),
+            *_dropped(dropped),
+            *mixture_warnings(recipe, mixed),
+            *_data_warnings(recipe, leaks),
+        ),
+        mixture=mixed,
+        leaks=leaks,
+        left_out_examples=len(found.left_out),
+        sampled=recipe.data.streaming,
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
     )
+
+
+def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:
+    if recipe.data.leakage == "off" or not rows.held_out:
+        return None
+    found = leak_plan(rows.train, rows.held_out, *((None,) if thorough else ()))
+    if recipe.data.leakage == "refuse":
+        refuse_leaks(found)
+    return found
+
+
+def _data_warnings(recipe: Recipe, leaks: LeakPlan | None) -> list[str]:
+    found = []
+    if leaks is not None and leaks.found:
+        found.append(f"{leaks_text(leaks)}: {'; '.join(leaks.shown[:3])}{' …' if leaks.found > 3 else ''}")
+    if recipe.data.streaming:
+        found.append(
+            f"the data is streamed: examples, lengths and held-out rows in the training data are those of the first "
+            f"{SAMPLE_ROWS:,} rows of each source; a bad row further on stops the job (studio validate reads all)"
+        )
+    return found
 
 
 def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:
@@ -296,8 +343,8 @@ def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> li
 # -------------------------------------------------------------------- rows and their lengths
 
 
-def _fitting_rows(recipe: Recipe, base: Base) -> tuple[list[Row], list[Row], list[int], list[Problem]]:
-    """Training and held-out rows whose prompts leave room for an answer, tokens of the former, and what was dropped.
+def _fitting_rows(recipe: Recipe, base: Base) -> tuple[RecipeRows, list[int]]:
+    """The recipe's rows whose prompts leave room for an answer, and the tokens of those to train on.
 
     Raises:
         DataError: as `recipe_rows`; and rows whose prompt alone fills `data.max_length_tokens`.
@@ -313,10 +360,11 @@ def _fitting_rows(recipe: Recipe, base: Base) -> tuple[list[Row], list[Row], lis
     held_out = [row for number, row in enumerate(held_out) if number not in long_held_out]
     problems = [list(long.values()), list(long_held_out.values())]
     refuse([refused(recipe, rows, bad) for rows, bad in zip((train, held_out), problems, strict=True)])
-    return train, held_out, [lengths[number] for number in kept], [*found.dropped, *problems[0], *problems[1]]
+    dropped = (*found.dropped, *problems[0], *problems[1])
+    return replace(found, train=train, held_out=held_out, dropped=dropped), [lengths[number] for number in kept]
 
 
-def _dropped(problems: list[Problem]) -> tuple[str, ...]:
+def _dropped(problems: Sequence[Problem]) -> tuple[str, ...]:
     if not problems:
         return ()
     first = f"{Path(problems[0].file or '').name}, {problems[0]}"
@@ -331,3 +379,13 @@ def _tokenizer_of(recipe: Recipe, base: Base) -> Path:
         return resolve_base(recipe.model.base)
     except StudioError:
         return EMBEDDED_DIR
+
+
+def row_tokens(recipe: Recipe, rows: Sequence[Row]) -> list[int]:
+    """Tokens of each row as the plan counts them, cut to `data.max_length_tokens`: phases that end by tokens go by it.
+
+    Raises:
+        StudioError: the base is not here, or has no tokenizer.
+    """
+    lengths = TokenCounter(resolve_base(recipe.model.base)).lengths(rows)
+    return [min(length, recipe.data.max_length_tokens) for length in lengths]

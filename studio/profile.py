@@ -7,6 +7,7 @@ find_profile(recipe) ─▶ RouterProfile      the one made before, or None. No 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.fingerprint import fingerprint, sha256
 from adapters.packed_cache import default_cache_dir
-from studio.data.files import data_sha256
+from studio.data.files import data_sha256, is_hub
 from studio.data.json_text import Broken
 from studio.errors import DataError, Problem, ProfileError, TargetError
 from studio.models import compute_dtype, resolve_base
@@ -25,6 +26,21 @@ if TYPE_CHECKING:
 
 SAMPLE_SEED = 0
 """Of the order in which examples are drawn: the sample does not change with the training's seed."""
+
+CHOOSING = (
+    "format",
+    "columns",
+    "bad_rows",
+    "temperature",
+    "phases",
+    "eval_fraction",
+    "drop_easiest",
+    "drop_hardest",
+    "streaming",
+)
+"""Fields of `data` that decide which rows are trained on."""
+
+QUICK_BYTES = 16_000_000
 
 Progress = Callable[[int, int], None]
 
@@ -40,6 +56,7 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
     """
     from studio.base_model import load_recipe_base
     from studio.data import sequences, training_rows
+    from studio.data.curriculum import in_training_order
     from studio.plan import recipe_base
     from studio.profiling import draw_sample, profile_routing
 
@@ -47,7 +64,7 @@ def make_profile(recipe: Recipe, progress: Progress | None = None, loading: Prog
     if not base.moe:
         raise TargetError(f"{base.name} has no routed experts, so there is no routing to profile")
     wanted, bound = recipe.placement.profile_tokens, fingerprints(recipe)
-    examples = sequences(training_rows(recipe))
+    examples = sequences(in_training_order(recipe, training_rows(recipe)))
     model, tokenizer = load_recipe_base(recipe, loading)
     sample = draw_sample(tokenizer, examples, recipe.data.max_length_tokens, wanted)
     counted = profile_routing(model, sample, tokenizer.pad_token_id, progress)
@@ -105,23 +122,64 @@ def _kept_in() -> Path:
 
 def fingerprints(recipe: Recipe) -> tuple[str, str]:
     """Of the base as it is held, and of the data with everything that decides which tokens are drawn from them."""
+    return base_fingerprint(recipe), sample_fingerprint(recipe, recipe.placement.profile_tokens)
+
+
+def base_fingerprint(recipe: Recipe) -> str:
+    """Of the base as it is held."""
     held = recipe.model.model_dump(mode="json", exclude={"base"}) | {"dtype": compute_dtype(recipe.model.dtype)}
-    base = sha256(json.dumps(fingerprint(resolve_base(recipe.model.base))).encode(), json.dumps(held).encode())
-    return base, sample_fingerprint(recipe, recipe.placement.profile_tokens)
+    return sha256(json.dumps(fingerprint(resolve_base(recipe.model.base))).encode(), json.dumps(held).encode())
 
 
 def sample_fingerprint(recipe: Recipe, tokens: int) -> str:
     """Of the training data and of everything that decides which tokens are drawn from them, and under which names."""
-    path = recipe.data.train
-    read_as = recipe.data.model_dump(include={"format", "columns", "bad_rows"})
-    facts = [SAMPLE_SEED, tokens, recipe.data.max_length_tokens, path.stem, read_as]
+    data, (first, *others) = recipe.data, recipe.data.sources
+    facts: list[Any] = [SAMPLE_SEED, tokens, data.max_length_tokens, first.label]
+    digest_of = quick_digest if data.streaming else data_digest
+    facts += [[source.label, digest_of(source.path)] for source in others]
+    if chosen := data.model_dump(mode="json", include=set(CHOOSING), exclude_defaults=True):
+        facts.append(chosen)
+    if data.mixed:  # the sample follows the mixture, which depends on the length of the training
+        training = recipe.training.model_dump(mode="json", include={"epochs", "max_steps", "batch_size", "seed"})
+        facts += [training, recipe.training.gradient_accumulation_steps, [source.weight for source in data.sources]]
+    return sha256(digest_of(first.path).encode(), json.dumps(facts).encode())
+
+
+def data_digest(path: Path) -> str:
+    """sha256 of the data at `path`, whatever form it has.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return _digest(path, data_sha256)
+
+
+def quick_digest(path: Path) -> str:
+    """Of the size, the time of the last change and the first bytes of each file; of a hub data set as `data_digest`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return _digest(path, data_sha256 if is_hub(path) else _quick)
+
+
+def _quick(path: Path) -> str:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    facts = []
+    for file in files:
+        with file.open("rb") as opened:
+            stat = os.fstat(opened.fileno())
+            facts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode() + opened.read(QUICK_BYTES))
+    return sha256(*facts)
+
+
+def _digest(path: Path, of: Callable[[Path], str]) -> str:
     try:
-        data = data_sha256(path)
+        return of(path)
     except Broken as broken:
         raise DataError([Problem("", None, broken.message, str(path))]) from None
     except OSError as error:
         raise DataError([Problem("", None, f"cannot be read: {error.strerror or error}", str(path))]) from None
-    return sha256(data.encode(), json.dumps(facts).encode())
 
 
 def shared_count(base: Any) -> int:

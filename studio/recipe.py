@@ -9,7 +9,6 @@ the form in the browser, the JSON Schema and the docs show.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from io import StringIO
@@ -17,9 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     ValidationError,
@@ -36,6 +32,10 @@ from studio.data.formats import COLUMNS
 from studio.errors import Problem, RecipeError
 from studio.methods import readers_of
 from studio.preference_losses import preference_problems
+from studio.recipe_mixture import DataSource, MixturePhase, Sources, mixture_problems, training_problems
+from studio.recipe_parts import HUB_ID, DataPath, OutputPath, Settings, refused_keys
+from studio.recipe_parts import absolute as _absolute
+from studio.recipe_parts import refusal as _refusal
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
 from studio.trl_options import trl_problem
@@ -48,43 +48,9 @@ paper's gate runs and was not checked against it: sums of gate weights and of to
 FRACTION_UNSET = 0.25
 """Ours: the quarter of the experts that MoE-Sieve (arXiv 2603.24044, abstract) adapts."""
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_DATA = re.compile(rf"hub:{HUB_ID.pattern}(:[\w.-]+)?")
-
-
-def _refusal(message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{message}", {"message": message})
-
 
 def _refused_section(name: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused_keys", "{message}", {"message": message, "keys": {name: message}})
-
-
-def _absolute(value: Any, info: ValidationInfo) -> Any:
-    """A path text made absolute against the recipe's folder, or the working directory where there is none."""
-    if not isinstance(value, str | Path):
-        return value
-    text = str(value)
-    return _path(text, (info.context or {}).get("folder") or Path.cwd())
-
-
-def _path(text: str, folder: Path) -> Path:
-    if not text.strip() or not text.isprintable():
-        raise _refusal(f"received {describe(text)}; allowed: a path")
-    return Path(os.path.abspath(folder / os.path.expanduser(text)))
-
-
-def _absolute_or_hub(value: Any, info: ValidationInfo) -> Any:
-    """As `_absolute`; "hub:org/name:split" stays as it is."""
-    if not str(value).startswith("hub:"):
-        return _absolute(value, info)
-    if not HUB_DATA.fullmatch(str(value)):
-        raise _refusal(f'received {describe(str(value))}; allowed: "hub:org/name" or "hub:org/name:split"')
-    return Path(str(value))
-
-
-def _absolute_from_cwd(value: Any) -> Any:
-    return _path(str(value), Path.cwd()) if isinstance(value, str | Path) else value
+    return refused_keys({name: message})
 
 
 def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...]:
@@ -98,19 +64,9 @@ def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...
     return tuple(ids)
 
 
-DataPath = Annotated[Path, BeforeValidator(_absolute_or_hub)]
-OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]
 Rank = Annotated[int, Field(ge=0, le=1024)]
 ExpertId = Annotated[int, Field(ge=0, le=65535)]
 LayerNumber = Annotated[int, Field(ge=0, le=65535)]
-
-
-class Settings(BaseModel):
-    """A section of the recipe: frozen, no unknown keys, no silent conversions ("16" is not a number)."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class ModelSettings(Settings):
@@ -161,8 +117,9 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The data: JSON Lines, JSON, CSV, TSV, Parquet, an Arrow directory, a folder of text, or a hub's data set."""
 
-    train: DataPath
-    """File or folder of training rows, or "hub:org/name:split". A relative path starts at the recipe file."""
+    train: Sources
+    """File or folder of training rows, or "hub:org/name:split", or a list of sources {path, weight, name} that are
+    mixed. A relative path starts at the recipe file."""
 
     eval: DataPath | None = None
     """The same of held-out rows, for the comparison before and after. null: no comparison."""
@@ -188,6 +145,53 @@ class DataSettings(Settings):
 
     max_length_tokens: int = Field(default=256, ge=16, le=1_048_576)
     """Examples are cut to this many tokens. Memory for activations grows with it."""
+
+    temperature: float | None = Field(default=None, gt=0, le=1000)
+    """Sources without weights share the rows by size^(1/temperature): 1 as they are, larger evens out. null: 1."""
+
+    phases: tuple[MixturePhase, ...] = Field(default=(), strict=False)
+    """A curriculum: [{until_steps: 100, weights: {name: 1}}, …, {weights: {…}}]. []: one mixture throughout."""
+
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the training rows that is held out instead of a file `eval`; rows with one prompt stay together."""
+
+    leakage: Literal["warn", "refuse", "off"] = "warn"
+    """What happens where held-out rows occur in the training data, as they are or nearly. off: nobody looks."""
+
+    drop_easiest: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each source's rows that is left out: those with the least loss of the base. 0: none. Needs
+    `studio data score`."""
+
+    drop_hardest: float = Field(default=0.0, ge=0, lt=1)
+    """The same of the rows with the largest loss, often broken ones. 0: none."""
+
+    streaming: bool = False
+    """Read rows while training, through a shuffle buffer, for data larger than memory. Needs training.max_steps."""
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        if problems := mixture_problems(self):
+            raise refused_keys(problems)
+        return self
+
+    @property
+    def mixed(self) -> bool:
+        """Whether `train` lists sources, so that the order of the rows is planned."""
+        return not isinstance(self.train, Path)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether trainers read the rows in an order that is fixed before they start."""
+        return self.mixed or self.streaming
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        return (DataSource(path=self.train),) if isinstance(self.train, Path) else self.train
+
+    @property
+    def held_out(self) -> bool:
+        """Whether there are rows to be measured on."""
+        return self.eval is not None or self.eval_fraction is not None
 
     @field_validator("columns")
     @classmethod
@@ -520,6 +524,12 @@ class Recipe(Settings):
             raise _refused_section(
                 "training", "batch_size is 1, but kto estimates the KL from other rows of the batch: 2 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _data_go_with_the_training(self) -> Self:
+        if problems := training_problems(self):
+            raise refused_keys({f"data.{name}": message for name, message in problems.items()})
         return self
 
     @field_validator("trl")

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml.comments import CommentedMap
 
 from studio.errors import Problem
+from studio.recipe_mixture import ONE_FILE, SEVERAL
 from studio.recipe_text import describe, line_of
 from studio.trl_options import trl_problem
 
@@ -46,8 +47,8 @@ def problems_of(error: ValidationError, marked: CommentedMap, schema: Schema, fi
 def allowed(schema: Schema, root: Schema) -> str:
     """What a field's JSON Schema allows, in words: `a whole number, at least 0, at most 1024`."""
     schema = _resolved(schema, root)
-    if "anyOf" in schema:
-        return " or ".join(allowed(option, root) for option in schema["anyOf"])
+    if options := _options(schema):
+        return " or ".join(allowed(option, root) for option in options)
     if "enum" in schema or "const" in schema:
         return " | ".join(str(value) for value in schema.get("enum", [schema.get("const")]))
     kind = "a path" if schema.get("format") == "path" else KINDS.get(schema.get("type", ""), "another value")
@@ -55,7 +56,7 @@ def allowed(schema: Schema, root: Schema) -> str:
 
 
 def _messages(detail: ErrorDetails, schema: Schema) -> list[tuple[list[str | int], str]]:
-    location = list(detail["loc"])
+    location = [step for step in detail["loc"] if step not in (ONE_FILE, SEVERAL)]
     kind = detail["type"]
     if kind == "refused_keys":
         keys = detail["ctx"]["keys"].items()
@@ -91,7 +92,7 @@ def _field_schema(location: list[str | int], root: Schema) -> Schema | None:
     """The JSON Schema at `location`, or None where the location leaves the sections and fields."""
     schema: Schema | None = root
     for step in location:
-        schema = _properties(schema, root).get(str(step))
+        schema = _items(schema, root) if isinstance(step, int) else _properties(schema, root).get(str(step))
         if schema is None:
             return None
     return schema
@@ -99,6 +100,17 @@ def _field_schema(location: list[str | int], root: Schema) -> Schema | None:
 
 def _properties(schema: Schema | None, root: Schema) -> dict[str, Schema]:
     return _resolved(schema, root).get("properties", {}) if schema else {}
+
+
+def _items(schema: Schema | None, root: Schema) -> Schema | None:
+    """The schema of the items where `schema` allows a list of them."""
+    options = [_resolved(option, root) for option in _options(schema or {}) or [schema or {}]]
+    found = next((option["items"] for option in options if "items" in option), None)
+    return _resolved(found, root) if found else None
+
+
+def _options(schema: Schema) -> list[Schema]:
+    return list(schema.get("anyOf") or schema.get("oneOf") or ())
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:

@@ -59,6 +59,7 @@ def run(job: Job) -> None:
         train_rows, held_out = _rows(job)
         model, tokenizer, placement, recipe = _load(job)
     from studio.data import sequences, wanted_sequences
+    from studio.data.curriculum import in_training_order
     from studio.evaluation import evaluate
     from studio.methods import METHODS
     from studio.pairs import check_pairs
@@ -66,8 +67,9 @@ def run(job: Job) -> None:
     from studio.trainers import trainer_for
 
     scores = METHODS[recipe.training.method].scores
-    for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
-        check_pairs(tokenizer, rows, recipe.data.max_length_tokens, str(file))
+    for rows in (train_rows, held_out):
+        check_pairs(tokenizer, rows, recipe.data.max_length_tokens)
+    train_rows = in_training_order(recipe, train_rows, job.plan().total_steps)
 
     def measure(when: str, phase: str) -> Any:
         if not held_out:
@@ -117,12 +119,16 @@ def run(job: Job) -> None:
 def _rows(job: Job) -> tuple[list[Row], list[Row]]:
     """The rows to train on and to be measured on, each rendered once by the model's template, in a limited child."""
     from studio.chat_template import rendered_rows
+    from studio.data.hard_examples import write_rows
     from studio.data.of_recipe import DROPPED, dropped_lines
     from studio.job_files import write_atomic
 
     rows = rendered_rows(job.recipe())
     if rows.dropped:
         write_atomic(job.path / DROPPED, dropped_lines(rows.dropped))
+    for name, chosen in (("kept", rows.kept), ("left_out", rows.left_out)):
+        if chosen:
+            write_rows(job.path / f"{name}.jsonl", chosen)
     return rows.train, rows.held_out
 
 

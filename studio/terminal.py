@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from studio.mixture_view import data_lines
 from studio.progress import ran_for, steps, warnings
 from studio.quantities import SPARKS, as_bytes, as_count, as_duration, as_percent, sparkline
 
@@ -71,10 +72,7 @@ def plan_view(plan: Plan) -> RenderableType:
     parameters = as_count(plan.parameters)
     if plan.experts:
         parameters += f" parameters, {as_count(plan.active_parameters)} active per token"
-    steps = (
-        f"{plan.train_examples:,} examples to train on, {plan.eval_examples:,} held out · {plan.total_steps:,} steps"
-    )
-    lines = [("Model", model), ("", parameters), ("Data", steps), *_placement_lines(plan)]
+    lines = [("Model", model), ("", parameters), *data_lines(plan), *_placement_lines(plan)]
     head = [Text.assemble((f"{name:<8}", "bold"), words) for name, words in lines]
     said = [warning_text(words) for words in plan.warnings]
     return Group(*head, "", _class_table(plan), "", _memory_table(plan), *([""] if said else []), *said)
@@ -306,14 +304,16 @@ def merge_progress(console: Console, quiet: bool, what: str = "merging") -> Iter
 
 
 @contextmanager
-def profile_progress(console: Console, quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, ...]]:
-    """Two bars, as the callbacks of `studio.make_profile`: tokens routed, and before that bytes of the base read."""
+def profile_progress(
+    console: Console, quiet: bool, what: str = "routing"
+) -> Iterator[tuple[Callable[[int, int], None] | None, ...]]:
+    """Two bars, as the callbacks of `studio.make_profile`: `what` is done, and before that bytes of the base read."""
     if quiet or not console.is_terminal:
         yield None, None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console) as bars:
-        loading, routing = (bars.add_task(title, total=None, start=False) for title in ("loading", "routing"))
+        loading, routing = (bars.add_task(title, total=None, start=False) for title in ("loading", what))
 
         def report(task: TaskID) -> Callable[[int, int], None]:
             def update(done: int, total: int) -> None:

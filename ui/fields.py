@@ -107,7 +107,7 @@ class Field:
         default: the value where the recipe says nothing.
         choices: what a choice offers.
         nullable: an empty text means null.
-        is_text: the value is text and is not read as a number or list.
+        is_text: the value is text and is not read as a number, and as a list only where it opens with a bracket.
         is_list: a list is allowed, so that "0, 3" is read as one.
         switch: the field that decides whether this one is read, "" where it always is. switched_on: its values that do.
     """
@@ -264,9 +264,10 @@ _NullIsSaid.add_representer(_Float, lambda self, value: self.represent_scalar("t
 
 
 def _field(path: str, schema: Schema, root: Schema) -> Field:
-    options = [_resolved(option, root) for option in schema.get("anyOf", [schema])]
+    alternatives = schema.get("anyOf") or schema.get("oneOf")
+    options = [_resolved(option, root) for option in alternatives or [schema]]
     types = {option.get("type") for option in options}
-    choices = () if "anyOf" in schema else tuple(schema.get("enum", [schema["const"]] if "const" in schema else []))
+    choices = () if alternatives else tuple(schema.get("enum", [schema["const"]] if "const" in schema else []))
     switch, switched_on = next(iter(schema.get("x-read-when", {}).items()), ("", ()))
     return Field(
         path=path,
@@ -275,7 +276,7 @@ def _field(path: str, schema: Schema, root: Schema) -> Field:
         default=schema.get("default", {} if "object" in types else None),
         choices=choices,
         nullable="null" in types,
-        is_text=types <= {"string", "null"},
+        is_text=types <= {"string", "null"} or {"string", "array"} <= types,
         is_list="array" in types,
         switch=switch,
         switched_on=tuple(switched_on),
@@ -346,7 +347,7 @@ def _value(field: Field, shown_value: FormValue) -> Any:
     text = shown_value.strip()
     if not text:
         return _nothing(field)
-    if field.is_text:
+    if field.is_text and not (field.is_list and text.startswith("[")):
         return text
     if field.is_list and text[0].isdigit():
         text = f"[{text}]"

@@ -11,7 +11,7 @@ problems are reported together, and nothing is started.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -127,24 +127,42 @@ def iter_rows(
     found = False
     for raw, outcome in converted(path, kinds, reading or Reading(), progress):
         found = True
-        if isinstance(outcome, RowProblems) and raw is not None:
-            yield from (Problem(name, raw.line, said, raw.file, raw.counted) for name, said in outcome.problems)
-        elif isinstance(outcome, FileProblem):
-            yield outcome
+        if isinstance(outcome, RowProblems | FileProblem):
+            yield from problems_of(raw, outcome)
         else:
             yield cast(tuple[str, Row], outcome)[1]
     if not found:
-        yield FileProblem("", None, "the file is empty; it needs at least one row", str(path))
+        yield empty_file(path)
+
+
+def problems_of(raw: Raw | None, outcome: RowProblems | FileProblem) -> Iterator[Problem]:
+    """The problems of one row with its place; one of a file as it is."""
+    if isinstance(outcome, RowProblems) and raw is not None:
+        yield from (Problem(name, raw.line, said, raw.file, raw.counted) for name, said in outcome.problems)
+    elif isinstance(outcome, FileProblem):
+        yield outcome
+
+
+def empty_file(path: Path | str) -> FileProblem:
+    return FileProblem("", None, "the file is empty; it needs at least one row", str(path))
 
 
 def converted(
-    path: Path | str, kinds: Sequence[RowKind], reading: Reading, progress: Progress | None = None
-) -> Iterator[tuple[Raw | None, tuple[str, Row] | RowProblems | FileProblem]]:
-    """Each raw row with its (format, row) or its problems; a problem of the file has no raw row, and comes last."""
+    path: Path | str,
+    kinds: Sequence[RowKind],
+    reading: Reading,
+    progress: Progress | None = None,
+    quick: Callable[[Any], dict[str, Any] | None] | None = None,
+) -> Iterator[tuple[Raw | None, tuple[str, Row] | dict[str, Any] | RowProblems | FileProblem]]:
+    """Each raw row with its (format, row) or its problems; a problem of the file has no raw row, and comes last.
+
+    Args:
+        quick: what it makes of a row's values takes the place of (format, row), unless that is None.
+    """
     source = source_name(path)
     try:
         for raw in raw_rows(path, progress):
-            yield raw, _convert(raw, source, kinds, reading)
+            yield raw, (quick and quick(raw.values)) or _convert(raw, source, kinds, reading)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         yield None, FileProblem("", None, f"cannot be read: {reason}", str(path))

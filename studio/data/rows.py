@@ -97,6 +97,10 @@ class PlainText:
     kind: RowKind = "text"
     place: Place | None = field(default=None, compare=False, repr=False)
 
+    def as_row(self) -> dict[str, Any]:
+        """The text as TRL's language modelling row."""
+        return {"text": self.text}
+
 
 Sequence = Example | PlainText
 
@@ -143,6 +147,19 @@ Row = Example | PlainText | Preference | Labelled
 
 def _tools_of(row: Example | Preference | Labelled) -> dict[str, Any]:
     return {"tools": [dict(tool) for tool in row.tools]} if row.tools else {}
+
+
+def sequence_of(row: Mapping[str, Any]) -> Sequence:
+    """What `Example.as_row` or `PlainText.as_row` was made of, but for its source and place."""
+    if "text" in row:
+        return PlainText(row["text"])
+    prompt, completion = (tuple(map(_message, row[name])) for name in ("prompt", "completion"))
+    return Example(prompt, completion, tools=tuple(row.get("tools") or ()))
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    thinking, calls = turn.get("reasoning_content") or "", tuple(turn.get("tool_calls") or ())
+    return Message(turn["role"], turn["content"], thinking, calls, turn.get("name") or "")
 
 
 def as_turns(messages: Turns) -> list[dict[str, Any]]:

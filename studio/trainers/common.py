@@ -7,18 +7,24 @@ finish(_Trainer(model=…, args=XConfig(**options(recipe, job, …)), callbacks=
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from studio.data import Example, Labelled, Preference
+from studio.data import Row
+from studio.data.curriculum import phases_of
+from studio.data.reading import Reading
+from studio.data.streaming import endless_rows
 from studio.errors import TrainingError
 from studio.jobs import Job
+from studio.methods import METHODS
 from studio.models import compute_dtype
+from studio.plan import row_tokens
 from studio.recipe import Recipe
 from studio.trainers.router import RouterWatch, WatchesRouter
 
@@ -32,6 +38,7 @@ LOGGED = ("loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy", 
 def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
     """TRL's options as the recipe says them, then those of one `method`, then the recipe's section `trl`."""
     training, on_gpu = recipe.training, torch.cuda.is_available()
+    planned = order_options(recipe, job) if recipe.data.ordered else {}
     ours: dict[str, Any] = {
         "output_dir": str(job.path / "checkpoints"),
         "max_steps": training.max_steps or -1,
@@ -54,11 +61,42 @@ def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
         "use_cpu": not on_gpu,
         "bf16": on_gpu and compute_dtype(recipe.model.dtype) == "bfloat16",
         "dataloader_pin_memory": on_gpu,
+        **planned,
     }
     return {**ours, **method, **recipe.trl}
 
 
-def dataset_of(rows: Sequence[Example | Preference | Labelled]) -> Dataset:
+IN_ORDER = "sequential"
+"""TRL's `train_sampling_strategy` that reads rows front to back."""
+
+
+def order_options(recipe: Recipe, job: Job) -> dict[str, Any]:
+    """TRL's options for rows whose order was planned: they are read once, front to back, by the plan's steps.
+
+    With packing the plan does not know the steps; then the planned rows are one epoch, in TRL's packs.
+    """
+    if recipe.data.streaming:
+        return {"max_steps": recipe.training.max_steps}
+    if recipe.trl.get("packing"):
+        return {"num_train_epochs": 1.0}
+    return {"train_sampling_strategy": IN_ORDER, "max_steps": job.plan().total_steps}
+
+
+def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a recipe whose data is streamed, without end, as TRL's trainers take them.
+
+    Raises:
+        DataError: at a bad row.
+    """
+    tokens_of = None
+    if any(phase.until_tokens for phase in recipe.data.phases):
+        tokens_of = lambda row: row_tokens(recipe, [row])[0]  # noqa: E731
+    data, kinds = recipe.data, METHODS[recipe.training.method].rows
+    phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
+    return endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of)
+
+
+def dataset_of(rows: Sequence[Row]) -> Dataset:
     """The rows as TRL reads them.
 
     `Dataset.from_list` alone would keep the columns of the first row only, so that all tools are lost where it has
@@ -70,10 +108,20 @@ def dataset_of(rows: Sequence[Example | Preference | Labelled]) -> Dataset:
 
 
 class StudioTrainer(WatchesRouter):
-    """Mixed into a TRL trainer: losses on the routing, and a stop at the first loss that is not finite.
+    """Mixed into a TRL trainer: losses on the routing, rows in the planned order, and a stop at the first loss that is
+    not finite.
 
     Trainer would log such a loss as 0.0, go on and save a NaN adapter.
     """
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Rows in their order where that was planned; trainers that repeat prompts have their own switch for it."""
+        if self.args.train_sampling_strategy != IN_ORDER:  # type: ignore[attr-defined]
+            return super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        if hasattr(self, "shuffle_dataset"):
+            self.shuffle_dataset = False
+            return super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        return SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]  # of the TRL trainer beside it

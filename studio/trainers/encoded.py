@@ -7,12 +7,14 @@ a mask are of the same tokens, it is handed ids and does nothing but batch them.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from studio.data import Example, Labelled, Preference, Row, sequences
+from studio.data.rows import sequence_of
 from studio.encoding import LossOn, encode
 from studio.pairs import pair_ids, prompt_and_answer
 
@@ -23,6 +25,23 @@ def labelled_sequences(
     """`input_ids` and `labels`, for SFT: what `encode` gives."""
     encoded = [encode(tokenizer, sequence, max_length_tokens, loss_on) for sequence in sequences(rows)]
     return Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]})
+
+
+def labelled_stream(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], max_length_tokens: int, loss_on: LossOn
+) -> IterableDataset:
+    """The same of rows that are read while the trainer runs.
+
+    Args:
+        rows: as TRL reads them, what `Example.as_row` and `PlainText.as_row` give; without end.
+    """
+
+    def encoded() -> Iterator[dict[str, list[int]]]:
+        for row in rows:
+            ids, labels = encode(tokenizer, sequence_of(row), max_length_tokens, loss_on)
+            yield {"input_ids": ids, "labels": labels}
+
+    return IterableDataset.from_generator(encoded)
 
 
 def pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length_tokens: int) -> Dataset:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapters.peft_files import save_adapter
-from studio.data import Labelled, Message, Preference, Row, sequences
+from studio.data import Labelled, Message, Place, Preference, Row, sequences
 from studio.encoding import prompt_and_whole
 from studio.errors import DataError, TrainingError
 from studio.methods import METHODS
@@ -216,9 +216,9 @@ def test_the_interval_is_wilsons() -> None:
 def test_sides_that_are_the_same_once_cut_are_refused(base: Path, tmp_path: Path) -> None:
     run = Run(base, PAIRS, tmp_path, "dpo")
     long = tuple(Message("assistant", "word " * 200 + end) for end in ("a", "b"))
-    rows = [PAIRS[0], Preference(PAIRS[0].prompt, long[:1], long[1:])]
-    with pytest.raises(DataError, match="pair 2: chosen and rejected are the same once both are cut"):
-        check_pairs(run.tokenizer, rows, 96, "x.jsonl")
+    rows = [PAIRS[0], Preference(PAIRS[0].prompt, long[:1], long[1:], place=Place("x.jsonl", 7))]
+    with pytest.raises(DataError, match="line 7: chosen and rejected are the same once both are cut"):
+        check_pairs(run.tokenizer, rows, 96)
     prompt, whole = prompt_and_whole(run.tokenizer, sequences(PAIRS)[0])
     assert pair_ids(run.tokenizer, PAIRS[0], 96)[:2] == (prompt, whole[len(prompt) :])
 

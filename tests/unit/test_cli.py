@@ -49,6 +49,7 @@ COMMANDS += (
     ["jobs", "cancel"],
     ["data", "inspect"],
     ["data", "formats"],
+    ["data", "score"],
 )
 RESULT: dict[str, Any] = {
     "before": {"loss": 4.0, "exact_match": 0.0, "examples": 200},

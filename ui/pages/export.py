@@ -184,7 +184,7 @@ class Page:
 
     def _training_data(self, job: str) -> Path | None:
         with suppress(StudioError):
-            return self.places.job(job).recipe().data.train
+            return self.places.job(job).recipe().data.sources[0].path
         return None
 
     def _planned(self, job: str | None, *choices: Any) -> Updates:
