@@ -23,10 +23,11 @@ from adapters.products import ROW_BYTES, Group, grouped_linear, grouped_outer
 
 @dataclass(frozen=True)
 class LoraRanks:
-    """One adapter's ranks, by expert, and the scale of its products."""
+    """One adapter's ranks, by expert, the scale of its products, and the share of its inputs that are dropped."""
 
     ranks: tuple[int, ...]
     scale: float
+    dropout: float = 0.0
 
     def rows(self, expert: int) -> slice:
         """The rows of the flat (R, ·) factors that belong to `expert`."""
