@@ -89,13 +89,18 @@ def save_adapter(
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", "peft_version": peft.__version__})
         experts = expert_count(model, layout)
         standard_config(layout, placement, base_name, experts).save_pretrained(str(directory))
-        write_sidecar(directory, peft_sidecar(layout, experts, base_name, base, held))
+        write_sidecar(directory, peft_sidecar(layout, experts, base_name, base, held, placement.method.start))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {"tensors": len(tensors), "parameters": parameters, "bytes": (out / WEIGHTS).stat().st_size}
 
 
 def peft_sidecar(
-    layout: ExpertLayout, experts: int, base_name: str, base: Path | None, held: Mapping[str, Any] | None
+    layout: ExpertLayout,
+    experts: int,
+    base_name: str,
+    base: Path | None,
+    held: Mapping[str, Any] | None,
+    start: str = "zero",
 ) -> Sidecar:
     """What stands beside the standard form, whose experts lie as PEFT's own `target_parameters` has them."""
     side = "lora_A on the output side, lora_B on the input side" if layout.peft_swaps else "lora_A on the input side"
@@ -109,6 +114,7 @@ def peft_sidecar(
         experts={"count": experts, "orientation": side, "packing": FORMS["peft"]["packing"]},
         made_for=FORMS["peft"]["made_for"],
         ignored_by=FORMS["peft"]["ignored_by"],
+        start=start,
     )
 
 

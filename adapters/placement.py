@@ -63,6 +63,26 @@ class Method:
         return alpha * (math.sqrt(2) if self.rslora else 2) if self.doubles else alpha
 
 
+def dora_problem(routed: bool, router_mode: str, quantization: str) -> str | None:
+    """Why these adapters cannot be DoRA; None where they can. `routed`: routed experts are adapted."""
+    if routed:
+        return (
+            "dora is true and routed experts have a rank: stock PEFT loads no DoRA on stacks of experts, nor a file in "
+            "which any class is DoRA beside them; set placement.rule to shared or attention, or dora to false"
+        )
+    if router_mode != "frozen":
+        return (
+            f"dora is true and router.mode is {router_mode}: stock PEFT loads no DoRA beside adapted routers; set "
+            "router.mode to frozen, or dora to false"
+        )
+    if quantization == "int8":
+        return (
+            "dora is true and quantization is int8: PEFT's DoRA reads the values of 4-bit and plain layers alone; set "
+            "model.quantization to nf4, fp4 or none, or dora to false"
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Placement:
     """LoRA ranks (Hu et al., 2021, arXiv 2106.09685) per tensor class, and per layer and expert for routed experts.

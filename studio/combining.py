@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import AdapterFileError
-from studio.merging import _adapter_directory, _recorded_base
+from studio.merging import _recorded_base, adapter_directory
 from studio.models import resolve_base
 from studio.quantities import as_bytes
 
@@ -47,7 +47,7 @@ def combine(
     Raises:
         StudioError: an adapter or the base cannot be read, they do not fit, or `out` exists; nothing is written.
     """
-    directories = [_adapter_directory(Path(adapter)) for adapter in adapters]
+    directories = [adapter_directory(Path(adapter)) for adapter in adapters]
     name = base or _common_base(directories)
     if method not in DENSITIES:
         raise AdapterFileError(f"method {method!r}: allowed are {', '.join(DENSITIES)}")

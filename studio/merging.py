@@ -44,7 +44,7 @@ def merge(
         StudioError: the adapter or base cannot be read, they do not fit, the disk has no room, or `out` exists; nothing
             is written.
     """
-    directory = _adapter_directory(Path(adapter))
+    directory = adapter_directory(Path(adapter))
     source = resolve_base(base or _recorded_base(directory))
     if dtype is not None and dtype not in DTYPES:
         raise AdapterFileError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -89,11 +89,12 @@ def convert(adapter: Path | str, out: Path | str, *, to: str, overwrite: bool = 
     from adapters.compact import to_compact, to_standard
 
     change = to_compact if to == "compact" else to_standard
-    report = change(_adapter_directory(Path(adapter)), Path(out), overwrite=overwrite)
+    report = change(adapter_directory(Path(adapter)), Path(out), overwrite=overwrite)
     return {"out": str(out), "to": to, **report}
 
 
-def _adapter_directory(path: Path) -> Path:
+def adapter_directory(path: Path) -> Path:
+    """Of a job, the folder of its adapter; else `path` itself."""
     inside = path / "adapter"
     return inside if (inside / "adapter_config.json").is_file() else path
 

@@ -26,6 +26,7 @@ from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
 from studio.shapes import published_shape
+from studio.starting import continued, differing_ranks
 from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, tensor_classes
 
 if TYPE_CHECKING:
@@ -148,8 +149,12 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         longest_tokens=max(lengths),
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
-        warnings=_warnings(recipe, base, memory, at_hand),
-        placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
+        warnings=(*_warnings(recipe, base, memory, at_hand), *_going_on(recipe, base, placement)),
+        placement=_placement_plan(
+            "start_from" if recipe.adapter.start_from else recipe.placement.rule, base, placement, profile
+        )
+        if base.moe
+        else None,
     )
 
 
@@ -239,6 +244,16 @@ def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | Non
     if base.directory is None:
         found.append(f"{base.name} is a published shape: its weights and its tokenizer were not looked for")
     return tuple(found)
+
+
+def _going_on(recipe: Recipe, base: Base, placement: Placement) -> list[str]:
+    """What is said of an adapter that is trained further."""
+    if (found := continued(recipe, base)) is None:
+        return []
+    ignored = [f"adapter.{name}_rank" for name in differing_ranks(recipe, placement)]
+    ignored += ["adapter.alpha"] if recipe.adapter.alpha != placement.alpha else []
+    taken = f"not read: {', '.join(ignored)}; adapter.start_from has ranks and an alpha of its own"
+    return [*found.warnings, *([taken] if ignored else [])]
 
 
 def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:

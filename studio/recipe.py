@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from adapters.placement import PLACEMENTS
+from adapters.placement import PLACEMENTS, dora_problem
 from studio.errors import Problem, RecipeError
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
@@ -175,6 +175,35 @@ class AdapterSettings(Settings):
 
     alpha: float = Field(default=32.0, gt=0, le=8192)
     """Strength of the adapter: its output is scaled by alpha / rank."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a larger rank is not weaker. Choose a smaller alpha with it."""
+
+    dora: bool = False
+    """DoRA: a trained magnitude for each output beside the LoRA. For linear layers; not for routed experts or routers."""
+
+    init: Literal["zero", "pissa", "loftq"] = "zero"
+    """Where the adapter begins. zero: it changes nothing. pissa: the weights' principal components. loftq: the largest
+    part of what the quantisation lost."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are zeroed in training, on linear layers and experts; never on routers."""
+
+    start_from: InputPath | None = None
+    """An adapter, or the job that made it, to train further: its ranks, alpha, method and experts are taken, and those
+    of this recipe are not read. null: a new adapter."""
+
+    @model_validator(mode="after")
+    def _the_method_is_one(self) -> Self:
+        if self.dora and self.init != "zero":
+            raise _refusal(
+                f"dora is true and init is {self.init}: a file that stock PEFT loads holds the change of such a start "
+                "as a LoRA of twice the rank, which no magnitude fits; set dora to false or init to zero"
+            )
+        given = [name for name in ("rslora", "dora") if getattr(self, name)] + ["init"] * (self.init != "zero")
+        if self.start_from and given:
+            raise _refusal(f"{', '.join(given)} is set, but start_from takes the method of the adapter; leave it out")
+        return self
 
 
 class PlacementSettings(Settings):
@@ -344,6 +373,9 @@ class TrainingSettings(Settings):
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
 
+    lora_plus_ratio: float = Field(default=1.0, ge=1, le=1024)
+    """Learning rate of the B factors over that of the A factors (LoRA+, whose paper finds 16 good). 1: the same."""
+
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """AdamW's weight decay on the adapter."""
 
@@ -418,6 +450,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:
         rule, adapter = PLACEMENTS[self.placement.rule], self.adapter
+        if adapter.start_from:  # the ranks are those of that adapter
+            return self
         if adapter.dense_mlp_rank and "dense_mlp" not in rule.joins:
             problem = f"dense_mlp_rank is not 0, but placement.rule {self.placement.rule} adapts no dense MLP"
             raise _refused_section("adapter", problem)
@@ -434,6 +468,17 @@ class Recipe(Settings):
                 f"routed_experts_rank is 0, but placement.rule {self.placement.rule} chooses experts; "
                 "set it above 0, or the rule to shared",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_method_fits(self) -> Self:
+        adapter, rule = self.adapter, PLACEMENTS[self.placement.rule]
+        if adapter.init == "loftq" and self.model.quantization == "none":
+            problem = "init is loftq, but model.quantization is none: nothing was lost; set init to zero or pissa"
+            raise _refused_section("adapter", problem)
+        routed = adapter.routed_experts_rank if "rank" in rule.settings else "parameters" in rule.settings
+        if adapter.dora and (problem := dora_problem(bool(routed), self.router.mode, self.model.quantization)):
+            raise _refused_section("adapter", problem)
         return self
 
     @field_validator("trl")
