@@ -3,8 +3,8 @@
     placement_of(directory, layout) ─▶ Placement          for an adapter that has no placement.json beside it
     attach(model, placement), load_adapter(model, placement, directory)
 
-Read are the standard PEFT form, made here or by PEFT itself, and the compact one. An adapter that began elsewhere than at
-zero (adapters/starts.py) lies in its file with twice its rank: the trained factors, then what is taken off again.
+Read are the standard PEFT form, made here or by PEFT itself, and the compact one. An adapter that began elsewhere than
+at zero (adapters/starts.py) lies in its file with twice its rank: the trained factors, then what is taken off again.
 
 Dimension legend: E experts, r rank, in and out the sides of one matrix.
 """
@@ -58,7 +58,7 @@ def placement_of(directory: Path, layout: ExpertLayout) -> Placement:
         )
         ranks, routed = _class_ranks(file, layout, method), _routed_ranks(file, method)
         alpha = float(file.config["lora_alpha"])
-    return Placement(**ranks, routed=routed, alpha=alpha / (method.alpha_in_file(1.0)), method=method)
+    return Placement(**cast(Any, ranks), routed=routed, alpha=alpha / (method.alpha_in_file(1.0)), method=method)
 
 
 def _class_ranks(file: AdapterFile, layout: ExpertLayout, method: Method) -> dict[str, int]:

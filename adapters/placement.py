@@ -40,7 +40,7 @@ class Method:
         rslora: the scale is alpha / sqrt(r) (rsLoRA, arXiv 2312.03732) instead of alpha / r.
         dora: linear layers are DoRA: a magnitude for each row of W + scale · B A (arXiv 2402.09353).
         start: "zero": B = 0. "pissa": the principal components of W (arXiv 2404.02948). "loftq": those of what the
-            quantisation lost of W (arXiv 2310.08659, one alternation). adapters/starts.py says how the base stays as it is.
+            quantisation lost of W (arXiv 2310.08659, one alternation). The base stays as it is: adapters/starts.py.
         dropout: share of an adapter's inputs that are 0 in training. Routers have none.
     """
 

@@ -158,12 +158,12 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
     )
 
 
-def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:
+def _placement_plan(recipe: Recipe, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:
     grid = expert_grid(base)
     parameters = grid.parameters(placement.routed)
     everywhere = grid.parameters(same_experts_everywhere(placement.routed_rank, len(grid.layers), grid.experts))
     return PlacementPlan(
-        rule=rule,
+        rule="start_from" if recipe.adapter.start_from else recipe.placement.rule,
         layers=grid.layers,
         ranks=placement.routed,
         experts_adapted=placement.adapted_experts,

@@ -177,10 +177,10 @@ class AdapterSettings(Settings):
     """Strength of the adapter: its output is scaled by alpha / rank."""
 
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a larger rank is not weaker. Choose a smaller alpha with it."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a larger rank is not weaker; alpha is then smaller."""
 
     dora: bool = False
-    """DoRA: a trained magnitude for each output beside the LoRA. For linear layers; not for routed experts or routers."""
+    """DoRA: a trained magnitude of each output beside the LoRA. For linear layers, not for routed experts or routers."""
 
     init: Literal["zero", "pissa", "loftq"] = "zero"
     """Where the adapter begins. zero: it changes nothing. pissa: the weights' principal components. loftq: the largest
@@ -474,8 +474,8 @@ class Recipe(Settings):
     def _the_method_fits(self) -> Self:
         adapter, rule = self.adapter, PLACEMENTS[self.placement.rule]
         if adapter.init == "loftq" and self.model.quantization == "none":
-            problem = "init is loftq, but model.quantization is none: nothing was lost; set init to zero or pissa"
-            raise _refused_section("adapter", problem)
+            lost = "init is loftq, but model.quantization is none: nothing was lost; set init to zero or pissa"
+            raise _refused_section("adapter", lost)
         routed = adapter.routed_experts_rank if "rank" in rule.settings else "parameters" in rule.settings
         if adapter.dora and (problem := dora_problem(bool(routed), self.router.mode, self.model.quantization)):
             raise _refused_section("adapter", problem)

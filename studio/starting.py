@@ -1,5 +1,6 @@
-"""adapter.start_from: which adapter a recipe trains further, what it has, and whether it is for this base. No torch, but
-for an adapter that no job of the studio made.
+"""adapter.start_from: which adapter a recipe trains further, what it has, and whether it is for this base.
+
+No torch, but for an adapter that no job of the studio made.
 
 continued(recipe, base) ─▶ Continued      its directory, its placement, warnings
 """
