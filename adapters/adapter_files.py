@@ -120,6 +120,30 @@ class AdapterFile:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+def without_start(file: AdapterFile, layout: ExpertLayout) -> AdapterFile:
+    """An adapter of twice the rank without its second half: what was trained, and not what it began with.
+
+    Routers have no second half (adapters/starts.py).
+    """
+    routers = tuple(f"{module}.weight" for module in layout.class_modules("router"))
+
+    def linear(name: str) -> LinearFactors:
+        found = file.linear[name]
+        rank = len(found.A) if name.endswith(routers) else len(found.A) // 2
+        return LinearFactors(found.A[:rank], found.B[:, :rank], found.scale)
+
+    def stack(name: str) -> ExpertFactors:
+        found = file.experts[name]
+        rank = found.A.shape[1] // 2
+        return ExpertFactors(found.A[:, :rank], found.B[:, :, :rank], found.scale)
+
+    return replace(
+        file,
+        linear=Lazy({name: partial(linear, name) for name in file.linear}, kept=KEPT_STACKS),
+        experts=Lazy({name: partial(stack, name) for name in file.experts}, kept=KEPT_STACKS),
+    )
+
+
 class Lazy(Mapping[str, T], Generic[T]):
     """Values made when they are asked for, by any thread; the last `kept` of them stay."""
 

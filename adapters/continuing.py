@@ -167,5 +167,9 @@ def _fill_flat(module: ExpertLora, flat: tuple[Tensor, Tensor], a: Tensor, b: Te
 
 def _fill_linear(module: LoraLayer, factors: LinearFactors, name: str) -> None:
     ratio, rank = factors.scale / module.scaling[name], module.r[name]
+    if name in getattr(module, "lora_start", ()):
+        began = cast(Any, module).lora_start[name]
+        began.A.copy_(factors.A[rank:])
+        began.B.copy_(-ratio * factors.B[:, rank:])
     cast(Tensor, module.lora_A[name].weight).copy_(factors.A[:rank])
     cast(Tensor, module.lora_B[name].weight).copy_(factors.B[:, :rank] * ratio)

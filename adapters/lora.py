@@ -197,6 +197,9 @@ def attach(
             module.lora_dropout[name] = nn.Dropout(placement.method.dropout)
     if placement.router_full:
         _train_routers_fully(adapted, layout, name)
+    from adapters.starts import begin  # it fills what is made here, and so imports this module
+
+    begin(adapted, placement, name, base, progress)
     return adapted
 
 

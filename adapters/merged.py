@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.adapter_files import AdapterFile, LinearFactors, read_adapter
+from adapters.adapter_files import AdapterFile, LinearFactors, read_adapter, without_start
 from adapters.checkpoint import TensorInfo, check_links, read_config, read_index
 from adapters.errors import AdapterFileError, CheckpointError, listed
 from adapters.layouts import LAYER, PROJECTIONS, ExpertLayout, layout_for, moe_shapes
@@ -81,13 +81,15 @@ class MergedWeights:
         self._parts: dict[str, Part] = {}
         self._adapts: dict[str, tuple[bool, ...]] = {}
         if adapter is not None:
-            self._plan(adapter)
+            self._plan(adapter, held is not None)
         self.changed = frozenset(key for key in self._parts if self.adapts(key))
         self._held = _held_base(self, held)
 
-    def _plan(self, directory: Path) -> None:
+    def _plan(self, directory: Path, quantized: bool) -> None:
         sidecar = read_sidecar(directory)
         self.adapter = read_adapter(directory, self.layout, self._stack_sizes)
+        if quantized and sidecar is not None and sidecar.start == "loftq":
+            self.adapter = without_start(self.adapter, self.layout)
         self._parts = plan_parts(self.adapter, self.layout, self.index)
         if problems := left_out(self.adapter, self.layout, self.index):
             raise AdapterFileError(listed(f"{directory} is not whole", problems))

@@ -9,6 +9,7 @@ A stack has one rank in the file: experts with a smaller rank, or none, are fill
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +27,9 @@ from adapters.errors import AdapterFileError, listed
 from adapters.fingerprint import fingerprint
 from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.lora import ExpertLora, expert_count, lora_linears, lora_targets, target_suffixes
-from adapters.placement import Placement
+from adapters.placement import LINEAR, Placement
 from adapters.sidecar import FORMS, Sidecar, write_sidecar
+from adapters.starts import Began
 from adapters.tensor_files import new_directory
 
 
@@ -120,7 +122,9 @@ def peft_sidecar(
 
 def standard_config(layout: ExpertLayout, placement: Placement, base_name: str, experts: int) -> LoraConfig:
     """The `LoraConfig` with which stock PEFT loads the file that `adapter_tensors` makes; `experts` of a layer."""
-    targets = lora_targets(layout, placement, experts)
+    targets = lora_targets(layout, in_file(placement), experts)
+    if placement.method.doubles and placement.router:  # routers begin at zero
+        targets["alpha_pattern"] = dict.fromkeys(target_suffixes(layout, "router"), placement.alpha)
     if layout.peft_fuses:
         _name_by_parameter(targets, (*layout.class_modules("shared_expert"), *layout.class_modules("dense_mlp")))
     if placement.routed_rank:
@@ -131,6 +135,16 @@ def standard_config(layout: ExpertLayout, placement: Placement, base_name: str, 
     return LoraConfig(
         task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True, lora_dropout=0.0, **targets
     )
+
+
+def in_file(placement: Placement) -> Placement:
+    """The ranks and the alpha that an adapter has in its file: twice those of the training where the start is taken off
+    again (adapters/starts.py), the scale being the same."""
+    if not (method := placement.method).doubles:
+        return placement
+    ranks = {name: 2 * getattr(placement, name) for name in LINEAR}
+    routed = tuple(tuple(2 * rank for rank in layer) for layer in placement.routed)
+    return replace(placement, **ranks, routed=routed, alpha=method.alpha_in_file(placement.alpha))
 
 
 def _name_by_parameter(targets: dict[str, Any], modules: tuple[str, ...]) -> None:
@@ -155,7 +169,14 @@ def adapter_tensors(model: PeftModel, layout: ExpertLayout, adapter_name: str = 
 
 def _linear_tensors(name: str, module: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
     a, b = (cast(Tensor, factors[adapter_name].weight).detach() for factors in (module.lora_A, module.lora_B))
+    if began := _began(module, adapter_name):
+        a, b = torch.cat([a, began.A]), torch.cat([b, -began.B], 1)
     return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+
+
+def _began(module: LoraLayer, adapter_name: str) -> Began | None:
+    held = cast(Any, module).lora_start if hasattr(module, "lora_start") else {}
+    return cast(Began, held[adapter_name]) if adapter_name in held else None
 
 
 def _stack_tensors(name: str, module: ExpertLora, layout: ExpertLayout, adapter_name: str) -> dict[str, Tensor]:

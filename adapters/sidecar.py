@@ -61,6 +61,11 @@ class Sidecar:
     start: str = "zero"
 
     @property
+    def held_elsewhere(self) -> Mapping[str, Any] | None:
+        """`held`, for a file that holds this adapter's factors in another order: None where the halves count (LoftQ)."""
+        return None if self.start == "loftq" else self.held
+
+    @property
     def held_quantized(self) -> dict[str, Any] | None:
         """`held`, where training quantised anything of the base: all of it, or some experts alone."""
         held = dict(self.held or {})

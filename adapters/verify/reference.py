@@ -98,7 +98,8 @@ def _base_and_tuned(
     round_as_held(model, getattr(torch, how.get("dtype") or "float32"))
     found = {f"base.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
     if source.adapter is not None:
-        put_on(model, PeftReading(source.adapter, source.base), layout_for(model.config.model_type))
+        layout = layout_for(model.config.model_type)
+        put_on(model, reading_on(source.adapter, source.base, layout, held), layout)
     return found | {f"tuned.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
 
 
@@ -134,6 +135,14 @@ def _linear(held: nn.Linear, values: Tensor) -> nn.Linear:
 def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     with torch.inference_mode():
         return [cast(Any, model)(input_ids=torch.tensor([row]), use_cache=False).logits[0].float() for row in prompts]
+
+
+def reading_on(adapter: Path, base: Path, layout: ExpertLayout, held: Mapping[str, Any] | None) -> PeftReading:
+    """The adapter as it is read on the base's own weights, or on what training held."""
+    reading, sidecar = PeftReading(adapter, base), read_sidecar(adapter)
+    if held is not None and sidecar is not None and sidecar.start == "loftq":
+        reading.leave_out_start(layout.class_modules("router"))
+    return reading
 
 
 def put_on(model: PreTrainedModel, adapter: PeftReading, layout: ExpertLayout) -> None:

@@ -21,6 +21,7 @@ from adapters.errors import listed
 from adapters.export import Source
 from adapters.layouts import ExpertLayout, layout_for
 from adapters.merged import MergedWeights
+from adapters.sidecar import read_sidecar
 from adapters.tensor_files import DTYPES, NAMES, OpenFiles, read_tensor
 from adapters.verify import Check
 from adapters.verify.peft_reading import Pair, PeftReading
@@ -147,6 +148,9 @@ def audit(
     index = read_index(source.base)
     layout = layout_for(read_config(source.base), index)
     reading = PeftReading(source.adapter, source.base) if source.adapter else None
+    sidecar = read_sidecar(source.adapter) if source.adapter else None
+    if reading and source.held is not None and sidecar and sidecar.start == "loftq":
+        reading.leave_out_start(layout.class_modules("router"))
     deltas = file_deltas(reading, layout) if reading else {}
     base = _base_reader(source, index)
     found = Findings()
