@@ -144,6 +144,8 @@ def _linear_misfit(module: LoraLayer, factors: LinearFactors, name: str) -> str 
     a, b = (tuple(cast(Tensor, side[name].weight).shape) for side in (module.lora_A, module.lora_B))
     halves = 2 if name in getattr(module, "lora_start", ()) else 1
     got = (len(factors.A) // halves, factors.A.shape[1]), (len(factors.B), factors.B.shape[1] // halves)
+    if (factors.magnitude is not None) != (name in module.lora_magnitude_vector):
+        return "one of the file and the placement is DoRA, and the other is not"
     return None if got == (a, b) else f"A is {got[0]} and B {got[1]}, expected {a} and {b}"
 
 
@@ -171,5 +173,7 @@ def _fill_linear(module: LoraLayer, factors: LinearFactors, name: str) -> None:
         began = cast(Any, module).lora_start[name]
         began.A.copy_(factors.A[rank:])
         began.B.copy_(-ratio * factors.B[:, rank:])
+    if factors.magnitude is not None:
+        cast(Tensor, module.lora_magnitude_vector[name].weight).copy_(factors.magnitude)
     cast(Tensor, module.lora_A[name].weight).copy_(factors.A[:rank])
     cast(Tensor, module.lora_B[name].weight).copy_(factors.B[:, :rank] * ratio)

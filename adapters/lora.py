@@ -39,7 +39,7 @@ from adapters.errors import StudioError, TargetError
 from adapters.filling import Progress
 from adapters.layouts import PROJECTIONS, ExpertLayout, TensorClassName, layout_for
 from adapters.lora_products import LoraRanks
-from adapters.placement import Method, Placement
+from adapters.placement import Method, Placement, dora_problem
 from adapters.routed import RoutedExperts, moe_blocks
 
 LINEAR_CLASSES: tuple[TensorClassName, ...] = ("attention", "shared_expert", "dense_mlp")
@@ -179,12 +179,14 @@ def attach(
 
     Raises:
         TargetError: a class with a rank matches no tensor of this model, the placement does not fit its layers, the
-            method cannot be had on them (`adapters.placement.check_method`), or the name is taken.
+            method cannot be had on them, or the name is taken.
     """
     inner = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     layout = layout_for(inner.config.model_type)
     check_targets(inner, layout, placement)
     _check_name(model, name)
+    if placement.method.dora and (problem := dora_problem(placement, layout.peft_fuses)):
+        raise TargetError(problem)
     config = _config(inner, layout, placement)
     with _as_named():
         if isinstance(model, PeftModel):
@@ -197,9 +199,12 @@ def attach(
             module.lora_dropout[name] = nn.Dropout(placement.method.dropout)
     if placement.router_full:
         _train_routers_fully(adapted, layout, name)
-    from adapters.starts import begin  # it fills what is made here, and so imports this module
+    from adapters.dora import use_dora  # both fill what is made here, and so import this module
+    from adapters.starts import begin
 
     begin(adapted, placement, name, base, progress)
+    if placement.method.dora:
+        use_dora(adapted, name)
     return adapted
 
 

@@ -189,7 +189,8 @@ class MergedWeights:
             return None
         assert self.adapter is not None
         if not part.stack:
-            return _product(self.adapter.linear[part.name], rows)
+            factors = self.adapter.linear[part.name]
+            return self._with_magnitude(key, rows, factors, _product(factors, rows))
         if part.expert is None and expert is None:
             return torch.stack([_whole(self.delta(key, e), self.index[key]) for e in range(self.matrices(key))])
         chosen = part.expert if part.expert is not None else expert
@@ -199,6 +200,20 @@ class MergedWeights:
             return _product(factors, rows, transposed=self.layout.stack_order == "in_out")
         first, last = rows or (0, self.index[key].shape[0])
         return _product(factors, (part.first_row + first, part.first_row + last))
+
+
+    def _with_magnitude(self, key: str, rows: Rows | None, factors: LinearFactors, product: Tensor) -> Tensor:
+        """What a DoRA changes: its rows have the norm that it says, those without one are LoRA's."""
+        if factors.magnitude is None:
+            return product
+        weight, magnitude = self.weight(key, None, rows).float(), factors.magnitude.float()
+        return scaled_rows(weight, product, magnitude if rows is None else magnitude[slice(*rows)]).sub_(weight)
+
+
+def scaled_rows(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """m · (W + Δ) / ‖W + Δ‖ of rows (rows, in) with their magnitudes (rows,): DoRA (arXiv 2402.09353, equation 5)."""
+    changed = weight + delta
+    return changed.mul_((magnitude / changed.norm(dim=1))[:, None])
 
 
 def _whole(delta: Tensor | None, info: TensorInfo) -> Tensor:

@@ -171,7 +171,11 @@ def _linear_tensors(name: str, module: LoraLayer, adapter_name: str) -> dict[str
     a, b = (cast(Tensor, factors[adapter_name].weight).detach() for factors in (module.lora_A, module.lora_B))
     if began := _began(module, adapter_name):
         a, b = torch.cat([a, began.A]), torch.cat([b, -began.B], 1)
-    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    if adapter_name in module.lora_magnitude_vector:
+        magnitude = cast(Tensor, module.lora_magnitude_vector[adapter_name].weight)
+        tensors[f"{name}.lora_magnitude_vector"] = magnitude.detach()
+    return tensors
 
 
 def _began(module: LoraLayer, adapter_name: str) -> Began | None:

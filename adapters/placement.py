@@ -63,26 +63,6 @@ class Method:
         return alpha * (math.sqrt(2) if self.rslora else 2) if self.doubles else alpha
 
 
-def dora_problem(routed: bool, router_mode: str, quantization: str) -> str | None:
-    """Why these adapters cannot be DoRA; None where they can. `routed`: routed experts are adapted."""
-    if routed:
-        return (
-            "dora is true and routed experts have a rank: stock PEFT loads no DoRA on stacks of experts, nor a file in "
-            "which any class is DoRA beside them; set placement.rule to shared or attention, or dora to false"
-        )
-    if router_mode != "frozen":
-        return (
-            f"dora is true and router.mode is {router_mode}: stock PEFT loads no DoRA beside adapted routers; set "
-            "router.mode to frozen, or dora to false"
-        )
-    if quantization == "int8":
-        return (
-            "dora is true and quantization is int8: PEFT's DoRA reads the values of 4-bit and plain layers alone; set "
-            "model.quantization to nf4, fp4 or none, or dora to false"
-        )
-    return None
-
-
 @dataclass(frozen=True)
 class Placement:
     """LoRA ranks (Hu et al., 2021, arXiv 2106.09685) per tensor class, and per layer and expert for routed experts.
@@ -124,6 +104,36 @@ class Placement:
             "routed_experts": self.routed_rank,
             "router": self.router,
         }
+
+
+def dora_problem(placement: Placement, peft_fuses: bool = False) -> str | None:
+    """Why these adapters cannot be DoRA; None where they can.
+
+    Args:
+        peft_fuses: `ExpertLayout.peft_fuses` of the family.
+    """
+    if placement.routed_rank:
+        return (
+            "dora is true and routed experts have a rank: stock PEFT loads no DoRA on stacks of experts, nor a file in "
+            "which any class is DoRA beside them; set placement.rule to shared or attention, or dora to false"
+        )
+    if placement.router or placement.router_full:
+        return (
+            "dora is true and the routers are trained: stock PEFT loads no DoRA beside adapted routers; set router.mode "
+            "to frozen, or dora to false"
+        )
+    if peft_fuses and (placement.shared_expert or placement.dense_mlp):
+        return (
+            "dora is true, and in this family stock PEFT finds shared experts and dense MLPs by the name of their "
+            "parameter alone, where it loads no DoRA; set shared_expert_rank and dense_mlp_rank to 0 (placement.rule "
+            "attention), or dora to false"
+        )
+    if placement.method.start != "zero":
+        return (
+            f"dora is true and init is {placement.method.start}: a file that stock PEFT loads holds the change of such "
+            "a start as a LoRA of twice the rank, which no magnitude fits; set dora to false or init to zero"
+        )
+    return None
 
 
 @dataclass(frozen=True)

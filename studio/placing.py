@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, ProfileError, TargetError
 from adapters.layouts import ExpertLayout
-from adapters.placement import LINEAR, PLACEMENTS, STARTS, TRAINING_BYTES, Method, Placement, Ranks
+from adapters.placement import LINEAR, PLACEMENTS, STARTS, TRAINING_BYTES, Method, Placement, Ranks, dora_problem
 from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe, RouterSettings
 from studio.starting import continued
 from studio.weights import Base, expert_grid, trainable_parameters
@@ -62,12 +62,8 @@ def _chosen(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Placem
         router_full=router.mode == "full",
         method=Method(rslora=adapter.rslora, dora=adapter.dora, start=adapter.init, dropout=adapter.dropout),
     )
-    if adapter.dora and base.layout.peft_fuses and (placement.shared_expert or placement.dense_mlp):
-        raise TargetError(
-            f"adapter.dora is true: in {base.layout.model_type} models PEFT finds shared experts and dense MLPs by the "
-            "name of their parameter alone, where it loads no DoRA; set shared_expert_rank and dense_mlp_rank to 0 "
-            "(placement.rule attention), or dora to false"
-        )
+    if adapter.dora and (problem := dora_problem(placement, base.layout.peft_fuses)):
+        raise TargetError(f"adapter: {problem}")
     return placement
 
 

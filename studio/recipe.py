@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from adapters.placement import PLACEMENTS, dora_problem
+from adapters.placement import PLACEMENTS, Method, Placement, dora_problem
 from studio.errors import Problem, RecipeError
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
@@ -195,11 +195,6 @@ class AdapterSettings(Settings):
 
     @model_validator(mode="after")
     def _the_method_is_one(self) -> Self:
-        if self.dora and self.init != "zero":
-            raise _refusal(
-                f"dora is true and init is {self.init}: a file that stock PEFT loads holds the change of such a start "
-                "as a LoRA of twice the rank, which no magnitude fits; set dora to false or init to zero"
-            )
         given = [name for name in ("rslora", "dora") if getattr(self, name)] + ["init"] * (self.init != "zero")
         if self.start_from and given:
             raise _refusal(f"{', '.join(given)} is set, but start_from takes the method of the adapter; leave it out")
@@ -472,14 +467,24 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _the_method_fits(self) -> Self:
-        adapter, rule = self.adapter, PLACEMENTS[self.placement.rule]
+        adapter = self.adapter
         if adapter.init == "loftq" and self.model.quantization == "none":
             lost = "init is loftq, but model.quantization is none: nothing was lost; set init to zero or pissa"
             raise _refused_section("adapter", lost)
-        routed = adapter.routed_experts_rank if "rank" in rule.settings else "parameters" in rule.settings
-        if adapter.dora and (problem := dora_problem(bool(routed), self.router.mode, self.model.quantization)):
+        if adapter.dora and (problem := dora_problem(self._wanted())):
             raise _refused_section("adapter", problem)
         return self
+
+    def _wanted(self) -> Placement:
+        """The classes and the method that are asked for, as far as they are known without a model."""
+        rule, adapter = PLACEMENTS[self.placement.rule], self.adapter
+        routed = adapter.routed_experts_rank if "rank" in rule.settings else int("parameters" in rule.settings)
+        return Placement(
+            **{name: getattr(adapter, f"{name}_rank") for name in rule.joins},
+            routed=((routed,),) if routed else (),
+            router=int(self.router.mode != "frozen"),
+            method=Method(rslora=adapter.rslora, dora=adapter.dora, start=adapter.init, dropout=adapter.dropout),
+        )
 
     @field_validator("trl")
     @classmethod

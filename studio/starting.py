@@ -99,10 +99,8 @@ def _check(recipe: Recipe, base: Base, placement: Placement, held: dict[str, Any
                 f"adapter.start_from began with what its quantisation lost (loftq) and is right on that alone; set "
                 f"model.{needs}"
             )
-    if placement.method.dora:
-        problem = dora_problem(bool(placement.routed_rank), mode, recipe.model.quantization)
-        if problem:
-            raise TargetError(f"adapter.start_from: {problem}")
+    if placement.method.dora and (problem := dora_problem(placement, base.layout.peft_fuses)):
+        raise TargetError(f"adapter.start_from: {problem}")
 
 
 def differing_ranks(recipe: Recipe, placement: Placement) -> list[str]:

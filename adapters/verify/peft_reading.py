@@ -165,9 +165,22 @@ class PeftReading:
         old = version is not None and tuple(map(int, version.groups())) < SWAPPED_BEFORE
         return old or bool(getattr(self.stock.get_submodule(module), "is_transposed", False))
 
+    def is_dora(self, pair: Pair) -> bool:
+        return f"{pair.key}.lora_magnitude_vector" in self.keys
+
+    def dora(self, pair: Pair, weight: Tensor, delta: Tensor) -> Tensor:
+        """What a DoRA changes of `weight` (out, in), whose LoRA adds `delta`: PEFT's DoraLinearVariant.merge_safe."""
+        with safe_open(self.file, "pt") as file:
+            magnitude = file.get_tensor(f"{pair.key}.lora_magnitude_vector").float()
+        weight = weight.float()
+        summed = weight + delta
+        return magnitude.view(-1, 1) / torch.linalg.norm(summed, dim=1, keepdim=True) * summed - weight
+
     def unused(self) -> list[str]:
         """Tensors of the file that are no factor of any pair."""
         used = {f"{pair.key}.lora_{side}.weight" for pair in self.pairs.values() for side in "AB"}
+        if self.config.get("use_dora"):
+            used |= {f"{pair.key}.lora_magnitude_vector" for pair in self.pairs.values()}
         return sorted(self.keys - used)
 
 

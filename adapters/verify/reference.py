@@ -28,7 +28,7 @@ from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.loading import load_base
 from adapters.lora_products import LoraRanks
 from adapters.quantized import Dense, Held, dequantize_rows
-from adapters.quantized_linear import Int8Linear, dense_4bit
+from adapters.quantized_linear import Int8Linear, dense_4bit, dense_weight
 from adapters.routed import RoutedExperts, moe_blocks
 from adapters.sidecar import read_sidecar
 from adapters.verify.checker import source_from
@@ -150,16 +150,21 @@ def put_on(model: PreTrainedModel, adapter: PeftReading, layout: ExpertLayout) -
     blocks = {f"{name}.{layout.experts}": getattr(block, layout.experts) for name, block in moe_blocks(model, layout)}
     for name, pair in adapter.pairs.items():
         if name.rpartition(".")[0] not in blocks:
-            _put_on_linear(model.get_submodule(name.removesuffix(".weight")), adapter, pair)
+            _put_on_linear(model, name.removesuffix(".weight"), adapter, pair)
     for name, experts in blocks.items():
         found = {part: adapter.pairs.get(f"{name}.{part}") for part in PROJECTIONS}
         if any(found.values()):
             experts.forward = partial(experts.forward, loras=[_loras(experts, adapter, found)])
 
 
-def _put_on_linear(module: nn.Module, adapter: PeftReading, pair: Pair) -> None:
+def _put_on_linear(model: nn.Module, name: str, adapter: PeftReading, pair: Pair) -> None:
+    module = model.get_submodule(name)
     weight = module.weight
-    if isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == pair.shape:
+    if adapter.is_dora(pair):
+        linear = cast(nn.Linear, module)
+        dense = dense_weight(linear)
+        model.set_submodule(name, _linear(linear, dense + adapter.dora(pair, dense, adapter.delta(pair))))
+    elif isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == pair.shape:
         weight.data += adapter.delta(pair)
     else:  # held quantised: the product is added to what the layer gives
         module.register_forward_hook(partial(_added, pair.scale, *adapter.factors(pair)))

@@ -152,6 +152,8 @@ def audit(
     if reading and source.held is not None and sidecar and sidecar.start == "loftq":
         reading.leave_out_start(layout.class_modules("router"))
     deltas = file_deltas(reading, layout) if reading else {}
+    pairs = reading.pairs.values() if reading else ()
+    doras = {layout.checkpoint_key(pair.parameter): pair for pair in pairs if reading and reading.is_dora(pair)}
     base = _base_reader(source, index)
     found = Findings()
     for key, info in index.items():
@@ -170,8 +172,10 @@ def audit(
             _audit_bytes(found, key, info, read.index[key])
             continue
         for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
-            delta = deltas[key](expert) if key in deltas else None
-            _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, allowed)
+            delta, weight = deltas[key](expert) if key in deltas else None, base(key, expert)
+            if reading is not None and delta is not None and (pair := doras.get(key)):
+                delta = reading.dora(pair, weight, delta)
+            _audit_matrix(found, _label(key, expert), read(key, expert), weight, delta, written, allowed)
     if problem := found.faint.problem():
         found.note(TARGETED, problem)
     checks = [_check(FINITE, found, f"every value of {len(index)} tensors"), _untouched(found)]
