@@ -27,7 +27,7 @@ from studio.quantities import as_bytes
 from studio.recipe import Recipe
 from studio.shapes import published_shape
 from studio.starting import continued, differing_ranks
-from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, tensor_classes
+from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, start_parameters, tensor_classes
 
 if TYPE_CHECKING:
     from adapters.router_profile import RouterProfile
@@ -216,6 +216,7 @@ def _choose_path(
         quantized=recipe.model.quantization != "none",
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=training.gradient_checkpointing,
+        start_parameters=start_parameters(base, placement),
     )
     limit = recipe.data.max_length_tokens
     run = Pass(
@@ -226,8 +227,10 @@ def _choose_path(
         attention_rank=placement.attention,
         shared_expert_rank=placement.shared_expert,
         dense_mlp_rank=placement.dense_mlp,
-        routed_experts_rank=placement.routed_rank,
+        routed_experts_rank=placement.routed_rank * (2 if placement.method.start == "pissa" else 1),
         keep_gate_up=training.expert_path != "lean",
+        dropout=bool(placement.method.dropout),
+        dora=placement.method.dora,
     )
     at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)
     if training.expert_path != "auto" or fits(memory.peak_bytes, at_hand):

@@ -52,7 +52,7 @@ def test_training_is_that_of_stock_peft(tmp_path: Path, ids: Tensor) -> None:
         results.append([model(ids).logits, *(named[name] for name in sorted(named))])
     assert len(results[0]) == len(results[1]) == 1 + 3 * 2 * 4
     for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)  # the weights are float32 in the one of the norms
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # ours are float32 norms
 
 
 @pytest.mark.parametrize("held", ["nf4", "int8", None])
