@@ -150,11 +150,7 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
         total_steps=total_steps(recipe, len(train)),
         warnings=(*_warnings(recipe, base, memory, at_hand), *_going_on(recipe, base, placement)),
-        placement=_placement_plan(
-            "start_from" if recipe.adapter.start_from else recipe.placement.rule, base, placement, profile
-        )
-        if base.moe
-        else None,
+        placement=_placement_plan(recipe, base, placement, profile) if base.moe else None,
     )
 
 
