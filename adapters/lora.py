@@ -20,6 +20,7 @@ Training checkpoints hold these parameters as they are; `adapters.peft_files` wr
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,13 @@ from adapters.placement import Method, Placement, dora_problem
 from adapters.routed import RoutedExperts, moe_blocks
 
 LINEAR_CLASSES: tuple[TensorClassName, ...] = ("attention", "shared_expert", "dense_mlp")
+
+
+B_FACTOR = re.compile(r"\.lora_(\w+_)?B\.")
+"""Names of B factors: lora_B of linear layers and routers, lora_gate_up_B and lora_down_B of routed experts."""
+
+RATE_RATIO = "rate_ratio"
+"""Attribute of a parameter that is trained at that many times the learning rate."""
 
 
 class Factor(nn.Module):
@@ -234,6 +242,14 @@ def _as_named() -> Iterator[None]:
         # PEFT looks for the patterns among modules alone; those of target_parameters are used all the same
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         yield
+
+
+def set_lora_plus(model: nn.Module, ratio: float) -> None:
+    """LoRA+ (Hayou et al., 2024, arXiv 2402.12354): the B factors, those of routed experts included, are trained at
+    `ratio` times the learning rate of all others. A B that is frozen, of a router that is trained fully, stays so."""
+    for name, parameter in model.named_parameters():
+        if B_FACTOR.search(name):
+            setattr(parameter, RATE_RATIO, ratio)
 
 
 def lora_linears(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:

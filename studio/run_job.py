@@ -102,7 +102,7 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
 
     from adapters.continuing import load_adapter
     from adapters.loading import check_quantized
-    from adapters.lora import attach
+    from adapters.lora import attach, set_lora_plus
     from adapters.routed import set_expert_path
     from studio.base_model import load_recipe_base
     from studio.merging import adapter_directory
@@ -117,6 +117,7 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     model = attach(base, placement, base=directory, progress=_Clock(job).progress("starting adapters"))
     if recipe.adapter.start_from:
         load_adapter(model, placement, adapter_directory(recipe.adapter.start_from))
+    set_lora_plus(model, recipe.training.lora_plus_ratio)
     set_expert_path(model, job.plan().expert_path)
     if recipe.model.quantization != "none":
         check_quantized(model)

@@ -6,7 +6,6 @@ finish(_Trainer(model=…, args=XConfig(**options(recipe, job, …)), callbacks=
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adapters.lora import RATE_RATIO
 from studio.errors import TrainingError
 from studio.jobs import Job
 from studio.models import compute_dtype
@@ -22,9 +22,6 @@ from studio.trainers.router import RouterWatch, WatchesRouter
 
 STEP_SECONDS = 0.5
 """How often the step in state.json is brought up to date; each time is a write that reaches the disk."""
-
-B_FACTOR = re.compile(r"\.lora_(\w+_)?B\.")
-"""Names of B factors: lora_B of linear layers and routers, lora_gate_up_B and lora_down_B of routed experts."""
 
 LOGGED = ("loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy", "entropy")
 """What is kept of each line that Trainer logs; a method may name more."""
@@ -76,28 +73,27 @@ class StudioTrainer(WatchesRouter):
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The trainer's own optimizer, with LoRA+'s learning rate for the B factors where the recipe asks for it."""
+        """The trainer's own optimizer, each parameter at its own rate (`adapters.lora.set_lora_plus`)."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        reports = [found for found in self.callback_handler.callbacks if isinstance(found, Report)]  # type: ignore[attr-defined]
-        ratio = reports[0].job.recipe().training.lora_plus_ratio if reports else 1.0
-        if ratio != 1:
-            split_for_lora_plus(optimizer, self.model, ratio)  # type: ignore[attr-defined]
+        split_by_rate(optimizer)
         return optimizer
 
 
-def split_for_lora_plus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
-    """Moves the B factors, those of routed experts included, into groups of `ratio` times the learning rate.
+def split_by_rate(optimizer: torch.optim.Optimizer) -> None:
+    """Moves parameters with a ratio of their own into groups of that many times the learning rate.
 
-    LoRA+ (Hayou et al., 2024, arXiv 2402.12354, section 4): with one rate for A and B, wide models learn little by A and
-    B together. Done once, before a step and before the scheduler, which multiplies each group's own rate.
+    Before a step and before the scheduler, which multiplies each group's rate; done again, it changes nothing.
     """
-    wanted = {id(parameter) for name, parameter in model.named_parameters() if B_FACTOR.search(name)}
-    added = []
-    for group in [group for group in optimizer.param_groups if "lora_plus_ratio" not in group]:
-        factors = [parameter for parameter in group["params"] if id(parameter) in wanted]
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
-        added.append({**group, "params": factors, "lr": group["lr"] * ratio, "lora_plus_ratio": ratio})
-    optimizer.param_groups += [group for group in added if group["params"]]
+    for group in list(optimizer.param_groups):
+        at: dict[float, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"] if "rate_ratio" not in group else ():
+            at.setdefault(getattr(parameter, RATE_RATIO, 1.0), []).append(parameter)
+        others = {ratio: parameters for ratio, parameters in at.items() if ratio != 1}
+        if others:
+            group["params"] = at.get(1.0, [])
+        for ratio, parameters in others.items():
+            split = {**group, "params": parameters, "lr": group["lr"] * ratio, "rate_ratio": ratio}
+            optimizer.param_groups.append(split)
 
 
 def callbacks(job: Job, watch: RouterWatch | None, logged: tuple[str, ...] = ()) -> list[TrainerCallback]:
