@@ -1,9 +1,9 @@
 """Dropout of an adapter's inputs on routed experts: a mask that the backward makes again instead of keeping it.
 
-Whether a value is dropped is a function of a seed, of its (token, expert) pair and of its column, by a 32-bit hash. So it
-does not depend on the groups in which pairs are computed, on the path (fast or lean), or on the device, and a whole
-layer's masks cost no memory. The seed is drawn from torch's generator at each forward, which gradient checkpointing sets
-back before it computes a layer again.
+Whether a value is dropped is a function of a seed, of its (token, expert) pair and of its column, by a 32-bit hash. So
+it does not depend on the groups in which pairs are computed, on the path (fast or lean), or on the device, and a whole
+layer's masks cost no memory. The seed is drawn from torch's generator at each forward, which gradient checkpointing
+sets back before it computes a layer again.
 
 Dimension legend: P pairs.
 """

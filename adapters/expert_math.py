@@ -255,12 +255,11 @@ def _lora_backward(
     The routing weight multiplies the rank-sized products, the smaller ones.
     """
     d_hidden = factors.narrow(grad, factors.b)
-    if d_x is not None and keep is None:
-        factors.add_wide(d_x, d_hidden, factors.a, lora.spec.scale)
-    elif d_x is not None:
-        through = torch.zeros_like(d_x)
+    if d_x is not None:
+        through = d_x if keep is None else torch.zeros_like(d_x)
         factors.add_wide(through, d_hidden, factors.a, lora.spec.scale)
-        d_x.addcmul_(through, keep)
+        if keep is not None:
+            d_x.addcmul_(through, keep)
     into_a, into_b = grads.of(lora.a), grads.of(lora.b)
     factor = lora.spec.scale if weight is None else lora.spec.scale * weight
     if into_a is not None:

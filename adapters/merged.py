@@ -201,7 +201,6 @@ class MergedWeights:
         first, last = rows or (0, self.index[key].shape[0])
         return _product(factors, (part.first_row + first, part.first_row + last))
 
-
     def _with_magnitude(self, key: str, rows: Rows | None, factors: LinearFactors, product: Tensor) -> Tensor:
         """What a DoRA changes: its rows have the norm that it says, those without one are LoRA's."""
         if factors.magnitude is None:

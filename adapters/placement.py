@@ -119,8 +119,8 @@ def dora_problem(placement: Placement, peft_fuses: bool = False) -> str | None:
         )
     if placement.router or placement.router_full:
         return (
-            "dora is true and the routers are trained: stock PEFT loads no DoRA beside adapted routers; set router.mode "
-            "to frozen, or dora to false"
+            "dora is true and the routers are trained: stock PEFT loads no DoRA beside adapted routers; set "
+            "router.mode to frozen, or dora to false"
         )
     if peft_fuses and (placement.shared_expert or placement.dense_mlp):
         return (

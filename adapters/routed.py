@@ -111,7 +111,7 @@ class RoutedExperts(nn.Module):
         gate_up, down, gate_up_bias, down_bias, *factors = tensors
         transposed = self.layout.stack_order == "out_in"
         loras = [
-            tuple(Lora(spec, *factors[(at := 4 * i + first) : at + 2], seed + at) for i, spec in enumerate(ranks))
+            tuple(Lora(spec, factors[at := 4 * i + first], factors[at + 1], seed + at) for i, spec in enumerate(ranks))
             for first in (0, 2)
         ]
         return Layer(

@@ -62,7 +62,7 @@ class Sidecar:
 
     @property
     def held_elsewhere(self) -> Mapping[str, Any] | None:
-        """`held`, for a file that holds this adapter's factors in another order: None where the halves count (LoftQ)."""
+        """`held`, for a file that holds these factors in another order: None where the halves count (LoftQ)."""
         return None if self.start == "loftq" else self.held
 
     @property

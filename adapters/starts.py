@@ -22,6 +22,7 @@ Dimension legend: r rank, R sum of the ranks of all experts, in and out the side
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,9 +101,7 @@ def original_weights(index: dict[str, TensorInfo], layout: ExpertLayout) -> Orig
 # -------------------------------------------------------------------- routed experts
 
 
-def _stack_jobs(
-    path: str, module: ExpertLora, name: str, original: Original | None
-) -> Iterator[Callable[[], None]]:
+def _stack_jobs(path: str, module: ExpertLora, name: str, original: Original | None) -> Iterator[Callable[[], None]]:
     held = nn.Module()
     module.lora_start[name] = held
     for projection in PROJECTIONS:
@@ -112,7 +111,7 @@ def _stack_jobs(
         for expert, rank in enumerate(ranks):
             rows, first = slice(first, first + rank), first + rank
             if rank:
-                yield lambda p=projection, e=expert, rows=rows: _begin_expert(module, name, path, p, e, rows, original)
+                yield partial(_begin_expert, module, name, path, projection, expert, rows, original)
 
 
 def _begin_expert(

@@ -180,7 +180,7 @@ class AdapterSettings(Settings):
     """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a larger rank is not weaker; alpha is then smaller."""
 
     dora: bool = False
-    """DoRA: a trained magnitude of each output beside the LoRA. For linear layers, not for routed experts or routers."""
+    """DoRA: a trained magnitude of each output. For linear layers alone, where no expert or router is adapted."""
 
     init: Literal["zero", "pissa", "loftq"] = "zero"
     """Where the adapter begins. zero: it changes nothing. pissa: the weights' principal components. loftq: the largest

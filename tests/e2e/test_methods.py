@@ -1,4 +1,4 @@
-"""Adapter methods end to end: a job of each kind on a tiny 4-bit base, stock PEFT, both merges, and a job that goes on."""
+"""Adapter methods end to end: a job of each kind on a tiny 4-bit base, both merges, a job that goes on, stock PEFT."""
 
 from __future__ import annotations
 

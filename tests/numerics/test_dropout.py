@@ -1,4 +1,4 @@
-"""Dropout of adapters: on experts against the slow loop with the same mask; the mask itself; on linears; off in evaluation."""
+"""Dropout of adapters: on experts against the slow loop with the same mask; the mask; on linears; off in evaluation."""
 
 from __future__ import annotations
 

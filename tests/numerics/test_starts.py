@@ -68,12 +68,13 @@ def test_pissa_is_training_on_the_residual(tiny: Tiny, tmp_path: Path, ids: Tens
                     part = theirs.scaling["default"] * b[first : first + rank].t() @ a[first : first + rank]
                     stack[expert] -= part.t() if tiny.layout.stack_order == "in_out" else part
                     first += rank
-        for (path, mine), (_, theirs) in zip(lora_linears(ours, "default"), lora_linears(paper, "default"), strict=True):
+        linears = zip(lora_linears(ours, "default"), lora_linears(paper, "default"), strict=True)
+        for (path, own), (_, other) in linears:
             for side in ("lora_A", "lora_B"):
-                getattr(theirs, side)["default"].weight.copy_(getattr(mine, side)["default"].weight)
+                getattr(other, side)["default"].weight.copy_(getattr(own, side)["default"].weight)
             if not path.endswith(tiny.layout.router):
-                a, b = (getattr(theirs, side)["default"].weight for side in ("lora_A", "lora_B"))
-                theirs.get_base_layer().weight -= theirs.scaling["default"] * b @ a
+                a, b = (getattr(other, side)["default"].weight for side in ("lora_A", "lora_B"))
+                other.get_base_layer().weight -= other.scaling["default"] * b @ a
     results = []
     for model in (ours, paper):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
@@ -181,10 +182,8 @@ def test_files_and_merges_give_what_training_had(
     assert replace(found, alpha=want.alpha) == want and found.alpha == pytest.approx(want.alpha)
 
 
-def test_loftq_merged_into_the_original_is_nearer_to_the_training_than_a_plain_adapter(
-    tmp_path: Path, ids: Tensor
-) -> None:
-    """An untrained LoftQ adapter stands nearer to the 16-bit model than nf4 alone, and its file changes nothing on it."""
+def test_untrained_loftq_is_nearer_to_the_original_than_its_quantised_base(tmp_path: Path, ids: Tensor) -> None:
+    """An untrained LoftQ adapter stands nearer to the 16-bit model than nf4 does, and its file changes nothing there."""
     tiny = FAMILIES[1]
     base, want = save(tiny, tmp_path), placed(tiny, "loftq")
     routed = tuple((16,) * EXPERTS for _ in want.routed)
