@@ -39,11 +39,11 @@ from adapters.tensor_files import DTYPES, read_tensor, read_values
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 COMPACT_WEIGHTS = "compact_adapter.safetensors"  # of adapters.compact
 PREFIX = "base_model.model."
+MAGNITUDE = ".lora_magnitude_vector"
 FIRST_RIGHT_PEFT = (0, 19, 1)
 """The first version whose sides of a 3-D parameter are those of `ExpertLayout.peft_swaps` (huggingface/peft #3165)."""
 
 NOT_MERGED = (
-    "use_dora",
     "modules_to_save",
     "lora_bias",
     "layer_replication",
@@ -92,11 +92,15 @@ class ExpertFactors:
 
 @dataclass(frozen=True)
 class LinearFactors:
-    """The LoRA of one matrix: adds scale · B A to its (out, in) weight. A: (r, in). B: (out, r)."""
+    """The LoRA of one matrix: adds scale · B A to its (out, in) weight. A: (r, in). B: (out, r).
+
+    `magnitude` (out,) is that of a DoRA: the norm that each row has afterwards.
+    """
 
     A: Tensor
     B: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     def delta(self) -> Tensor:
         """(out, in) in float32."""
@@ -118,6 +122,30 @@ class AdapterFile:
     linear: Mapping[str, LinearFactors]
     experts: Mapping[str, ExpertFactors]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def without_start(file: AdapterFile, layout: ExpertLayout) -> AdapterFile:
+    """An adapter of twice the rank without its second half: what was trained, and not what it began with.
+
+    Routers have no second half (adapters/starts.py).
+    """
+    routers = tuple(f"{module}.weight" for module in layout.class_modules("router"))
+
+    def linear(name: str) -> LinearFactors:
+        found = file.linear[name]
+        rank = len(found.A) if name.endswith(routers) else len(found.A) // 2
+        return LinearFactors(found.A[:rank], found.B[:, :rank], found.scale)
+
+    def stack(name: str) -> ExpertFactors:
+        found = file.experts[name]
+        rank = found.A.shape[1] // 2
+        return ExpertFactors(found.A[:, :rank], found.B[:, :, :rank], found.scale)
+
+    return replace(
+        file,
+        linear=Lazy({name: partial(linear, name) for name in file.linear}, kept=KEPT_STACKS),
+        experts=Lazy({name: partial(stack, name) for name in file.experts}, kept=KEPT_STACKS),
+    )
 
 
 class Lazy(Mapping[str, T], Generic[T]):
@@ -173,9 +201,12 @@ class _Pair:
     rank: int
     scale: float
     stack: bool
+    magnitude: TensorInfo | None = None
 
     def problem(self) -> str | None:
         a, b = self.first.shape, self.second.shape
+        if self.magnitude is not None and (self.stack or self.magnitude.shape != b[:1]):
+            return f"{self.name}: lora_magnitude_vector is {self.magnitude.shape}, lora_B {b}"
         if len(a) == len(b) == 2 and a[0] == b[1] and (a[0] == self.rank or (self.stack and a[0] % self.rank == 0)):
             return None
         return f"{self.name}: lora_A is {a} and lora_B {b}: not of rank {self.rank}"
@@ -188,7 +219,8 @@ class _Pair:
         return (self.first.shape[0] // self.rank, *sides)
 
     def linear(self) -> LinearFactors:
-        return LinearFactors(read_tensor(self.first), read_tensor(self.second), self.scale)
+        magnitude = None if self.magnitude is None else read_tensor(self.magnitude)
+        return LinearFactors(read_tensor(self.first), read_tensor(self.second), self.scale, magnitude)
 
     def experts(self, layout: ExpertLayout) -> ExpertFactors:
         return from_peft(read_tensor(self.first), read_tensor(self.second), self.rank, self.scale, layout)
@@ -234,6 +266,10 @@ def _pairs(
             if key.replace(".lora_B.", ".lora_A.") not in header:
                 problems.append(f"{key} has no {key.replace('.lora_B.', '.lora_A.')}")
             continue
+        if key.endswith(MAGNITUDE):
+            if key.replace(MAGNITUDE, ".lora_A.weight") not in header or not config.get("use_dora"):
+                problems.append(f"{key} belongs to no lora_A of a DoRA")
+            continue
         partner = key.replace(".lora_A.", ".lora_B.")
         if not key.endswith(".lora_A.weight"):
             problems.append(f"{key} is not a LoRA factor")
@@ -243,8 +279,11 @@ def _pairs(
             module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             stack = module.removesuffix(".base_layer").endswith(f"{layout.block}.{layout.experts}")
             name = stack_key(module, config) if stack else module
-            pair = _Pair(name, header[key], header[partner], *rank_and_scale(config, name), stack)
+            magnitude = header.get(f"{PREFIX}{module}{MAGNITUDE}")
+            pair = _Pair(name, header[key], header[partner], *rank_and_scale(config, name), stack, magnitude)
             pairs.append(pair)
+            if config.get("use_dora") and magnitude is None:
+                problems.append(f"{key} has no lora_magnitude_vector, and use_dora is true")
             problems += [problem] if (problem := pair.problem()) else []
     return pairs, problems
 

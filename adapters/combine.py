@@ -255,7 +255,7 @@ def combine(
     opened_by_base = [MergedWeights(base, adapter) for adapter in adapters]
     lost = Lost()
     parts = combined_parts([parts_of(opened(merged)) for merged in opened_by_base], settings, lost)
-    merged, held = opened_by_base[0], [sidecar.held if sidecar else None for sidecar in sidecars]
+    merged, held = opened_by_base[0], [sidecar.held_elsewhere if sidecar else None for sidecar in sidecars]
     with new_directory(out, overwrite) as directory:
         facts = write_standard(directory, parts, merged, base_name, progress=progress)
         same = held[0] if all(one == held[0] for one in held) else None

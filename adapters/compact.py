@@ -136,7 +136,7 @@ def _compacted(file: Path, config: dict[str, Any]) -> tuple[Tensors, Facts, int]
         if modules and module.removesuffix(".base_layer").endswith(modules):
             rank = rank_and_scale(config, stack_key(module.removeprefix(PREFIX), config))[0]
             first, second = _by_expert(module, tensors, rank)
-            own = _own_ranks(first, second)
+            own = own_ranks(first, second)
             keep = torch.arange(rank) < own[:, None]
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = first[keep], second[keep]
             ranks[module] = {"rank": rank, "ranks": own.tolist()}
@@ -157,7 +157,7 @@ def _by_expert(module: str, tensors: Tensors, rank: int) -> tuple[Tensor, Tensor
     return first.reshape(-1, rank, first.shape[1]), second.reshape(len(second), rank, -1).permute(2, 1, 0).contiguous()
 
 
-def _own_ranks(first: Tensor, second: Tensor) -> Tensor:
+def own_ranks(first: Tensor, second: Tensor) -> Tensor:
     """(E,): of each expert, the last row that holds any bit, and so also a negative zero, in one of the factors."""
     held = [factor.contiguous().view(torch.uint8).ne(0).any(-1) for factor in (first, second)]
     return ((held[0] | held[1]) * torch.arange(1, first.shape[1] + 1)).amax(1)

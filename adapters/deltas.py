@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapters.layouts import LAYER, PROJECTIONS
@@ -22,10 +23,12 @@ def expert_delta_norms(model: nn.Module, adapter_name: str = "default") -> dict[
 
 
 def _norms(layer: ExpertLora, projection: str, adapter_name: str) -> list[float]:
-    ranks, scale = layer.ranks[adapter_name], layer.scaling[adapter_name]
-    flat_a, flat_b = (factor.detach().double() for factor in layer.factors(adapter_name, projection))
-    pairs = zip(flat_a.split(list(ranks)), flat_b.split(list(ranks)), strict=True)
-    return [scale * _norm(a, b) for a, b in pairs]
+    ranks, scale = list(layer.ranks[adapter_name]), layer.scaling[adapter_name]
+    by_expert = [factor.detach().double().split(ranks) for factor in layer.factors(adapter_name, projection)]
+    if (began := layer.start(adapter_name, projection)) is not None:  # what was trained is the difference to it
+        first = [factor.double().split(ranks) for factor in (began[0], -began[1])]
+        by_expert = [[torch.cat(two) for two in zip(*both, strict=True)] for both in zip(by_expert, first, strict=True)]
+    return [scale * _norm(a, b) for a, b in zip(*by_expert, strict=True)]
 
 
 def _norm(a: Tensor, b: Tensor) -> float:

@@ -182,14 +182,17 @@ class Layer:
             products.append(linear(rows, weight if transposed else weight.t()))
         return products[0] if len(products) == 1 else torch.cat(products)
 
-    def forward(self, part: Projection, group: Group, x: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, part: Projection, group: Group, x: Tensor, pairs_P: Tensor, kept: list[Tensor] | None = None
+    ) -> Tensor:
         """x (P, in) → (P, out), bias and adapters included. What `backward` can use again is added to `kept`."""
         y = self.base(part, group, x, part.transposed)
         if part.bias is not None:
             y += _by_pair(part.bias, group, self.dtype)
         for lora in part.loras:
             if factors := factors_of(lora, group, x.dtype, bool(self.fused_experts)):
-                hidden = factors.narrow(x, factors.a)
+                keep = lora.keep(x, pairs_P)
+                hidden = factors.narrow(x if keep is None else x * keep, factors.a)
                 factors.add_wide(y, hidden, factors.b, lora.spec.scale)
                 if kept is not None:
                     kept.append(hidden)
@@ -200,6 +203,7 @@ class Layer:
         part: Projection,
         group: Group,
         x: Tensor,
+        pairs_P: Tensor,
         grad: Tensor,
         weight: Tensor | None,
         grads: Gradients,
@@ -219,8 +223,10 @@ class Layer:
             d_x = self.base(part, group, grad, not part.transposed)
         for lora in reversed(part.loras):
             if factors := factors_of(lora, group, x.dtype, bool(self.fused_experts)):
-                hidden = kept.pop() if kept else factors.narrow(x, factors.a)
-                _lora_backward(lora, factors, hidden, x, grad, weight, grads, d_x)
+                keep = lora.keep(x, pairs_P)
+                seen = x if keep is None else x * keep
+                hidden = kept.pop() if kept else factors.narrow(seen, factors.a)
+                _lora_backward(lora, factors, hidden, seen, keep, grad, weight, grads, d_x)
         _base_backward(part, group, x, grad, weight, grads)
         return d_x
 
@@ -238,18 +244,22 @@ def _lora_backward(
     factors: Each | Grouped,
     hidden: Tensor,
     x: Tensor,
+    keep: Tensor | None,
     grad: Tensor,
     weight: Tensor | None,
     grads: Gradients,
     d_x: Tensor | None,
 ) -> None:
-    """Adds the adapter's part to `d_x`, and to the gradients of the group's rows of A and B.
+    """Adds the adapter's part to `d_x`, and to the gradients of the group's rows of A and B. `x` is what A was given.
 
     The routing weight multiplies the rank-sized products, the smaller ones.
     """
     d_hidden = factors.narrow(grad, factors.b)
     if d_x is not None:
-        factors.add_wide(d_x, d_hidden, factors.a, lora.spec.scale)
+        through = d_x if keep is None else torch.zeros_like(d_x)
+        factors.add_wide(through, d_hidden, factors.a, lora.spec.scale)
+        if keep is not None:
+            d_x.addcmul_(through, keep)
     into_a, into_b = grads.of(lora.a), grads.of(lora.b)
     factor = lora.spec.scale if weight is None else lora.spec.scale * weight
     if into_a is not None:
@@ -339,9 +349,10 @@ class RoutedFunction(torch.autograd.Function):
         kept: list[list[Tensor]] = []
         for group in layer.groups(counts):
             of_group: list[Tensor] | None = [] if keep else None
-            gate_up = layer.forward(layer.gate_up, group, pairs.inputs(layer, group, hidden_TH), of_group)
+            order = pairs.order_P[group.rows]
+            gate_up = layer.forward(layer.gate_up, group, pairs.inputs(layer, group, hidden_TH), order, of_group)
             a = gated(gate_up, layer.gate, layer.act_fn)[0]
-            y = layer.forward(layer.down, group, a, of_group).to(output.dtype)
+            y = layer.forward(layer.down, group, a, order, of_group).to(output.dtype)
             if of_group is not None:
                 kept.append([gate_up, *of_group])
             del gate_up, a
@@ -383,10 +394,10 @@ def _backward_group(
     on_output = layer.weight_on == "output"
     x = pairs.inputs(layer, group, hidden_TH)
     lean = not kept
-    gate_up = layer.forward(layer.gate_up, group, x) if lean else kept.pop(0)
+    gate_up = layer.forward(layer.gate_up, group, x, order) if lean else kept.pop(0)
     a, gate_backward = gated(gate_up, layer.gate, layer.act_fn, own=lean)
     grad = grad_TH[token].to(layer.dtype)
-    d_a = layer.backward(layer.down, group, a, grad, weight if on_output else None, grads, kept)
+    d_a = layer.backward(layer.down, group, a, order, grad, weight if on_output else None, grads, kept)
     assert d_a is not None
     if on_output:
         # <grad, down(a)> without computing down(a) again; a is not needed any more
@@ -398,7 +409,7 @@ def _backward_group(
     d_gate_up = gate_backward(d_a)
     del d_a, gate_backward
     through = grads.hidden is not None or (not on_output and grads.weights is not None)
-    d_x = layer.backward(layer.gate_up, group, x, d_gate_up, None, grads, kept, through)
+    d_x = layer.backward(layer.gate_up, group, x, order, d_gate_up, None, grads, kept, through)
     if d_x is None:
         return
     if not on_output:

@@ -59,7 +59,16 @@ class Part:
 
 
 def parts_of(adapter: AdapterFile) -> list[Part]:
-    """Every part of an adapter. Each is read once, for its ranks."""
+    """Every part of an adapter. Each is read once, for its ranks.
+
+    Raises:
+        AdapterFileError: it is a DoRA, whose change has no rank.
+    """
+    if adapter.config.get("use_dora"):
+        raise AdapterFileError(
+            "the adapter is a DoRA (use_dora): its change is no product of two thin factors, so it is no LoRA in any "
+            "other form, and cannot be combined; merge it into a model instead"
+        )
     linear = [_part(name, False, partial(_linear, adapter, name)) for name in adapter.linear]
     return linear + [_part(name, True, partial(_stack, adapter, name)) for name in adapter.experts]
 

@@ -18,15 +18,17 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from adapters.dropout import keep_mask
 from adapters.products import ROW_BYTES, Group, grouped_linear, grouped_outer
 
 
 @dataclass(frozen=True)
 class LoraRanks:
-    """One adapter's ranks, by expert, and the scale of its products."""
+    """One adapter's ranks, by expert, the scale of its products, and the share of its inputs that are dropped."""
 
     ranks: tuple[int, ...]
     scale: float
+    dropout: float = 0.0
 
     def rows(self, expert: int) -> slice:
         """The rows of the flat (R, ·) factors that belong to `expert`."""
@@ -45,11 +47,21 @@ class LoraRanks:
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapter's factors on one projection: adds scale · (x Aᵀ) B, expert by expert. A (R, in), B (R, out)."""
+    """One adapter's factors on one projection: adds scale · (x Aᵀ) B, expert by expert. A (R, in), B (R, out).
+
+    `seed` is that of its dropout in this call.
+    """
 
     spec: LoraRanks
     a: Tensor
     b: Tensor
+    seed: int = 0
+
+    def keep(self, x: Tensor, pairs_P: Tensor) -> Tensor | None:
+        """What x (P, in) is multiplied by before A, the same each time; None without dropout."""
+        if not self.spec.dropout:
+            return None
+        return keep_mask(self.seed, pairs_P, x.shape[1], self.spec.dropout, x.dtype)
 
 
 @dataclass(frozen=True)

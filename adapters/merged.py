@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.adapter_files import AdapterFile, LinearFactors, read_adapter
+from adapters.adapter_files import AdapterFile, LinearFactors, read_adapter, without_start
 from adapters.checkpoint import TensorInfo, check_links, read_config, read_index
 from adapters.errors import AdapterFileError, CheckpointError, listed
 from adapters.layouts import LAYER, PROJECTIONS, ExpertLayout, layout_for, moe_shapes
@@ -81,13 +81,15 @@ class MergedWeights:
         self._parts: dict[str, Part] = {}
         self._adapts: dict[str, tuple[bool, ...]] = {}
         if adapter is not None:
-            self._plan(adapter)
+            self._plan(adapter, held is not None)
         self.changed = frozenset(key for key in self._parts if self.adapts(key))
         self._held = _held_base(self, held)
 
-    def _plan(self, directory: Path) -> None:
+    def _plan(self, directory: Path, quantized: bool) -> None:
         sidecar = read_sidecar(directory)
         self.adapter = read_adapter(directory, self.layout, self._stack_sizes)
+        if quantized and sidecar is not None and sidecar.start == "loftq":
+            self.adapter = without_start(self.adapter, self.layout)
         self._parts = plan_parts(self.adapter, self.layout, self.index)
         if problems := left_out(self.adapter, self.layout, self.index):
             raise AdapterFileError(listed(f"{directory} is not whole", problems))
@@ -187,7 +189,8 @@ class MergedWeights:
             return None
         assert self.adapter is not None
         if not part.stack:
-            return _product(self.adapter.linear[part.name], rows)
+            factors = self.adapter.linear[part.name]
+            return self._with_magnitude(key, rows, factors, _product(factors, rows))
         if part.expert is None and expert is None:
             return torch.stack([_whole(self.delta(key, e), self.index[key]) for e in range(self.matrices(key))])
         chosen = part.expert if part.expert is not None else expert
@@ -197,6 +200,19 @@ class MergedWeights:
             return _product(factors, rows, transposed=self.layout.stack_order == "in_out")
         first, last = rows or (0, self.index[key].shape[0])
         return _product(factors, (part.first_row + first, part.first_row + last))
+
+    def _with_magnitude(self, key: str, rows: Rows | None, factors: LinearFactors, product: Tensor) -> Tensor:
+        """What a DoRA changes: its rows have the norm that it says, those without one are LoRA's."""
+        if factors.magnitude is None:
+            return product
+        weight, magnitude = self.weight(key, None, rows).float(), factors.magnitude.float()
+        return scaled_rows(weight, product, magnitude if rows is None else magnitude[slice(*rows)]).sub_(weight)
+
+
+def scaled_rows(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """m · (W + Δ) / ‖W + Δ‖ of rows (rows, in) with their magnitudes (rows,): DoRA (arXiv 2402.09353, equation 5)."""
+    changed = weight + delta
+    return changed.mul_((magnitude / changed.norm(dim=1))[:, None])
 
 
 def _whole(delta: Tensor | None, info: TensorInfo) -> Tensor:

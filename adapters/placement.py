@@ -17,7 +17,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from adapters.errors import TargetError
 
@@ -28,6 +28,41 @@ TRAINING_BYTES = 16
 """Bytes of a trainable parameter: weight 4, gradient 4, AdamW's two moments 8."""
 
 
+Start = Literal["zero", "pissa", "loftq"]
+STARTS: tuple[Start, ...] = get_args(Start)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How adapters compute and where they begin.
+
+    Attributes:
+        rslora: the scale is alpha / sqrt(r) (rsLoRA, arXiv 2312.03732) instead of alpha / r.
+        dora: linear layers are DoRA: a magnitude for each row of W + scale · B A (arXiv 2402.09353).
+        start: "zero": B = 0. "pissa": the principal components of W (arXiv 2404.02948). "loftq": those of what the
+            quantisation lost of W (arXiv 2310.08659, one alternation). The base stays as it is: adapters/starts.py.
+        dropout: share of an adapter's inputs that are 0 in training. Routers have none.
+    """
+
+    rslora: bool = False
+    dora: bool = False
+    start: Start = "zero"
+    dropout: float = 0.0
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """What an adapter's product is multiplied by."""
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    @property
+    def doubles(self) -> bool:
+        """The file has twice the rank: the trained factors, and the negative of where they began."""
+        return self.start != "zero"
+
+    def alpha_in_file(self, alpha: float) -> float:
+        """The alpha with which a file of twice the rank has the scale of the training."""
+        return alpha * (math.sqrt(2) if self.rslora else 2) if self.doubles else alpha
+
+
 @dataclass(frozen=True)
 class Placement:
     """LoRA ranks (Hu et al., 2021, arXiv 2106.09685) per tensor class, and per layer and expert for routed experts.
@@ -35,9 +70,10 @@ class Placement:
     Attributes:
         attention, shared_expert, dense_mlp, router: rank for every module of the class.
         routed: one tuple of E ranks for each MoE layer, in the order of the layers; () for no routed adapters.
-        alpha: LoRA alpha. The scale is alpha / rank, for routed experts alpha / the largest rank in `routed`, because
-            PEFT's file has one scale for a whole stack.
+        alpha: LoRA alpha. The scale is that of `method` for the rank; for routed experts for the largest rank in
+            `routed`, because PEFT's file has one rank and one scale for a whole stack.
         router_full: the whole router is trained; then `router` is 0.
+        method: of all these adapters.
     """
 
     attention: int = 0
@@ -47,6 +83,7 @@ class Placement:
     routed: Ranks = ()
     alpha: float = 16.0
     router_full: bool = False
+    method: Method = Method()
 
     @property
     def routed_rank(self) -> int:
@@ -67,6 +104,36 @@ class Placement:
             "routed_experts": self.routed_rank,
             "router": self.router,
         }
+
+
+def dora_problem(placement: Placement, peft_fuses: bool = False) -> str | None:
+    """Why these adapters cannot be DoRA; None where they can.
+
+    Args:
+        peft_fuses: `ExpertLayout.peft_fuses` of the family.
+    """
+    if placement.routed_rank:
+        return (
+            "dora is true and routed experts have a rank: stock PEFT loads no DoRA on stacks of experts, nor a file in "
+            "which any class is DoRA beside them; set placement.rule to shared or attention, or dora to false"
+        )
+    if placement.router or placement.router_full:
+        return (
+            "dora is true and the routers are trained: stock PEFT loads no DoRA beside adapted routers; set "
+            "router.mode to frozen, or dora to false"
+        )
+    if peft_fuses and (placement.shared_expert or placement.dense_mlp):
+        return (
+            "dora is true, and in this family stock PEFT finds shared experts and dense MLPs by the name of their "
+            "parameter alone, where it loads no DoRA; set shared_expert_rank and dense_mlp_rank to 0 (placement.rule "
+            "attention), or dora to false"
+        )
+    if placement.method.start != "zero":
+        return (
+            f"dora is true and init is {placement.method.start}: a file that stock PEFT loads holds the change of such "
+            "a start as a LoRA of twice the rank, which no magnitude fits; set dora to false or init to zero"
+        )
+    return None
 
 
 @dataclass(frozen=True)

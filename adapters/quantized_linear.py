@@ -161,3 +161,11 @@ def dense_4bit(linear: Linear4bit, dtype: torch.dtype) -> Tensor:
     out = torch.empty(state.shape, dtype=dtype, device=weight.device)
     dequantize(weight.data, absmax, state.quant_type, out)
     return out
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer as it is held, quantised or not: (out, in) float32; not to be written to."""
+    if isinstance(linear, Int8Linear):
+        return _dense(linear.weight, linear.absmax, torch.float32)
+    weight = cast(Tensor, linear.weight)
+    return weight.detach().float() if weight.dtype.is_floating_point else dense_4bit(cast(Any, linear), torch.float32)

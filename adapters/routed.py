@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
+from adapters.dropout import draw_seed
 from adapters.errors import LayoutError
 from adapters.expert_math import Layer, Projection, RoutedFunction, Stack, clamped_swiglu
 from adapters.layouts import ExpertLayout, layout_for
@@ -91,7 +92,9 @@ class RoutedExperts(nn.Module):
         """
         device = hidden_TH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
-        build = partial(self._layer, tuple(ranks for ranks, _ in loras), dtype, self._row_limit())
+        specs = tuple(ranks for ranks, _ in loras)
+        seed = draw_seed() if any(spec.dropout for spec in specs) else 0
+        build = partial(self._layer, specs, seed, dtype, self._row_limit())
         stacks = [None if isinstance(s, QuantizedStack) else s for s in (self.gate_up_proj, self.down_proj)]
         tensors = [*stacks, self.gate_up_proj_bias, self.down_proj_bias, *(t for _, four in loras for t in four)]
         keep = torch.is_grad_enabled() and not self.lean
@@ -102,11 +105,13 @@ class RoutedExperts(nn.Module):
     def _row_limit(self) -> int:
         return lean_rows(fused=self.gate_up_proj.device.type != "cpu") if self.lean else 0
 
-    def _layer(self, ranks: tuple[LoraRanks, ...], dtype: torch.dtype, row_limit: int, tensors: Sequence[Any]) -> Layer:
+    def _layer(
+        self, ranks: tuple[LoraRanks, ...], seed: int, dtype: torch.dtype, row_limit: int, tensors: Sequence[Any]
+    ) -> Layer:
         gate_up, down, gate_up_bias, down_bias, *factors = tensors
         transposed = self.layout.stack_order == "out_in"
         loras = [
-            tuple(Lora(spec, *factors[4 * i + first : 4 * i + first + 2]) for i, spec in enumerate(ranks))
+            tuple(Lora(spec, factors[at := 4 * i + first], factors[at + 1], seed + at) for i, spec in enumerate(ranks))
             for first in (0, 2)
         ]
         return Layer(

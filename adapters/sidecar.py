@@ -45,6 +45,8 @@ class Sidecar:
         model_type: the family, a name in `adapters.layouts.LAYOUTS`.
         experts: {"count": E, "orientation": …, "packing": …} of the experts' factors in these files.
         made_for: programs that load these files. ignored_by: programs that load them and leave the experts out.
+        start: where training began, of `adapters.placement.STARTS`. Other than at "zero" the file holds twice the rank:
+            the trained factors first, then, with its B negative, what they began with.
     """
 
     format: str
@@ -56,6 +58,12 @@ class Sidecar:
     experts: Mapping[str, Any]
     made_for: tuple[str, ...] = ()
     ignored_by: tuple[str, ...] = ()
+    start: str = "zero"
+
+    @property
+    def held_elsewhere(self) -> Mapping[str, Any] | None:
+        """`held`, for a file that holds these factors in another order: None where the halves count (LoftQ)."""
+        return None if self.start == "loftq" else self.held
 
     @property
     def held_quantized(self) -> dict[str, Any] | None:
@@ -98,7 +106,7 @@ def read_sidecar(directory: Path) -> Sidecar | None:
 
 
 TYPES: dict[str, tuple[type | None, ...]] = {
-    **dict.fromkeys(("format", "base_name", "peft_version", "model_type"), (str,)),
+    **dict.fromkeys(("format", "base_name", "peft_version", "model_type", "start"), (str,)),
     **dict.fromkeys(("base", "held"), (dict, None)),
     "experts": (dict,),
     **dict.fromkeys(("made_for", "ignored_by"), (list,)),

@@ -12,7 +12,9 @@ sums against them, family by family):
     mlp        gate, its activation and up; with LoRA also their product
     experts    hidden states and routing; on the fast path also gate_up of every (token, expert) pair,
                and its rank-sized products
-    LoRA       the input of the projections (once in float32, where they share it), and their rank-sized products
+    LoRA       the input of the projections (once in float32, where they share it), and their rank-sized products;
+               with dropout what is left of the input, and its mask, for each projection
+    DoRA       what each layer gives and what its LoRA adds
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from adapters.layouts import ExpertLayout, MoeShape
+from adapters.layouts import ExpertLayout, MoeShape, TensorClassName
 from studio.weights import Base
 
 DELTA_CHUNK = 64
@@ -41,6 +43,7 @@ class Pass:
         on_gpu: fused kernels and autocast are the GPU's.
         attention_rank, shared_expert_rank, dense_mlp_rank, routed_experts_rank: LoRA ranks, 0 for none.
         keep_gate_up: the fast path of the routed experts.
+        dropout: the adapters' inputs are dropped in part. dora: the linear layers have magnitudes.
     """
 
     batch_size: int
@@ -52,6 +55,8 @@ class Pass:
     dense_mlp_rank: int
     routed_experts_rank: int
     keep_gate_up: bool
+    dropout: bool = False
+    dora: bool = False
 
     @property
     def tokens(self) -> int:
@@ -64,6 +69,8 @@ class Pass:
 
     def lora_input(self, width: int, projections: int) -> int:
         """Bytes of an input of that many adapted projections: shared in float32, in bfloat16 a copy for each."""
+        if self.dropout:  # of each projection what is left, and the mask: on a CPU a number for each value
+            return projections * width * (self.dtype_bytes + 1 if self.on_gpu else 8)
         if self.dtype_bytes == 4:
             return 4 * width
         return projections * width * (self.dtype_bytes if self.on_gpu else 4)
@@ -116,7 +123,19 @@ def layer_bytes(base: Base, layer: Shapes, moe: MoeShape | None, run: Pass) -> f
     hidden = base.number("hidden_size")
     norms = 2 * 4 * (hidden + 1)
     attention = attention_bytes(attention_of(base, layer, run.on_gpu), hidden, run)
-    return norms + attention + feed_forward_bytes(base.layout, layer, moe, base.top_k, hidden, run)
+    kept = norms + attention + feed_forward_bytes(base.layout, layer, moe, base.top_k, hidden, run)
+    return kept + (_dora_bytes(base.layout, layer, run) if run.dora else 0)
+
+
+def _dora_bytes(layout: ExpertLayout, layer: Shapes, run: Pass) -> int:
+    """What each DoRA layer gives, and what its LoRA adds: the gradient of the magnitude wants both."""
+    ranks: dict[TensorClassName, int] = {
+        "attention": run.attention_rank,
+        "shared_expert": run.shared_expert_rank,
+        "dense_mlp": run.dense_mlp_rank,
+    }
+    adapted = [f"{module}.weight" for name, rank in ranks.items() if rank for module in layout.class_modules(name)]
+    return 2 * run.dtype_bytes * sum(shape[0] for name, shape in layer.items() if name in adapted)
 
 
 def attention_bytes(shape: Attention, hidden: int, run: Pass) -> float:
@@ -124,7 +143,8 @@ def attention_bytes(shape: Attention, hidden: int, run: Pass) -> float:
     size, kept = run.dtype_bytes, 0.0
     if run.attention_rank:
         kept += run.lora_input(hidden, 3) + 4 * 4 * run.attention_rank + sum(map(_latent(run), shape.latents))
-        kept += 0 if size == 4 and shape.kind == "sdpa" and not shape.gated else run.lora_input(shape.values, 1)
+        shared = size == 4 and shape.kind == "sdpa" and not shape.gated and not run.dropout
+        kept += 0 if shared else run.lora_input(shape.values, 1)
     kept += sum(4 * (width + 1) for width in shape.latents)
     if shape.kind == "linear":
         return kept + _linear_bytes(shape, run)
@@ -168,7 +188,7 @@ def feed_forward_bytes(
         f"{layout.block}.{layout.shared_expert}.{layout.mlp[1]}.weight"
     ):  # none where its count is 0
         kept += _mlp_bytes(shared[0], run.shared_expert_rank, run)
-        kept += run.lora_input(hidden, 2) if size != 4 and run.shared_expert_rank else 0
+        kept += run.lora_input(hidden, 2) if (size != 4 or run.dropout) and run.shared_expert_rank else 0
     if f"{layout.block}.shared_expert_gate.weight" in layer:
         kept += size * hidden
     return kept

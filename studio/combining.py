@@ -10,7 +10,7 @@ from typing import Any
 from adapters.verify.run import verify_combined
 from studio.checking import BeforeItAppears
 from studio.errors import AdapterFileError
-from studio.merging import _adapter_directory, _recorded_base
+from studio.merging import _recorded_base, adapter_directory
 from studio.models import resolve_base
 from studio.quantities import as_bytes
 
@@ -54,7 +54,7 @@ def combine(
         VerificationError: a check failed; it has all of them. Nothing is kept.
         StudioError: an adapter or the base cannot be read, they do not fit, or `out` exists; nothing is written.
     """
-    directories = [_adapter_directory(Path(adapter)) for adapter in adapters]
+    directories = [adapter_directory(Path(adapter)) for adapter in adapters]
     name = base or _common_base(directories)
     if method not in DENSITIES:
         raise AdapterFileError(f"method {method!r}: allowed are {', '.join(DENSITIES)}")

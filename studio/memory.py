@@ -78,6 +78,7 @@ class Held:
     Attributes:
         weights_bytes: the base as held.
         trainable_parameters: of the adapters, float32, with AdamW's two moments.
+        start_parameters: float32 and frozen: what the adapters began with.
         quantized: a matrix is dequantised while it is used.
         accumulates: gradients of earlier forward passes are there in the next.
         checkpointing: only layer inputs are kept, one layer at a time is computed again.
@@ -90,6 +91,7 @@ class Held:
     accumulates: bool
     checkpointing: bool
     full_logits: bool = False
+    start_parameters: int = 0
 
 
 def predict_memory(base: Base, held: Held, run: Pass) -> MemoryPlan:
@@ -103,7 +105,7 @@ def predict_memory(base: Base, held: Held, run: Pass) -> MemoryPlan:
     parts = {
         "runtime_bytes": 0 if run.on_gpu else RUNTIME_BYTES,
         "weights_bytes": held.weights_bytes,
-        "adapters_bytes": 4 * held.trainable_parameters,
+        "adapters_bytes": 4 * (held.trainable_parameters + held.start_parameters),
         "optimizer_bytes": 8 * held.trainable_parameters,
         **peak,
     }
@@ -161,13 +163,16 @@ def _workspace(base: Base, held: Held, run: Pass) -> float:
     widest = max(base.moe, key=lambda shape: shape.width, default=None)
     rows, together = _group(widest, base.top_k, held, run) if widest else (0.0, 1)
     values = rows * (3 * widest.hidden + 8 * widest.width) if widest else 0
+    if widest and run.dropout and run.routed_experts_rank:  # a mask, its words, and what is left of the input
+        values += 3 * rows * max(widest.hidden, widest.width)
     matrices = [
         tensor.shape[0] * tensor.shape[1]
         for tensor in base.tensors
         if tensor.class_name in ("attention", "shared_expert", "dense_mlp") and len(tensor.shape) == 2
     ]
+    summed = 4 * (2 if held.quantized else 1) * max(matrices, default=0) if run.dora else 0  # W, and W + BA
     matrices += [together * 2 * shape.hidden * shape.width for shape in base.moe]
-    return run.dtype_bytes * (values + (max(matrices, default=0) if held.quantized else 0))
+    return run.dtype_bytes * (values + (max(matrices, default=0) if held.quantized else 0)) + summed
 
 
 def _group(shape: MoeShape, top_k: int, held: Held, run: Pass) -> tuple[float, int]:

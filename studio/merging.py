@@ -51,7 +51,7 @@ def merge(
         StudioError: the adapter or base cannot be read, they do not fit, the disk has no room, or `out` exists; nothing
             is written.
     """
-    directory = _adapter_directory(Path(adapter))
+    directory = adapter_directory(Path(adapter))
     source = resolve_base(base or _recorded_base(directory))
     if dtype is not None and dtype not in DTYPES:
         raise AdapterFileError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -107,13 +107,14 @@ def convert(
     from adapters.compact import to_compact, to_standard
 
     change = to_compact if to == "compact" else to_standard
-    directory = _adapter_directory(Path(adapter))
+    directory = adapter_directory(Path(adapter))
     check = BeforeItAppears(Path(out), partial(verify_converted, adapter=directory) if verify else None)
     report = change(directory, Path(out), overwrite=overwrite, check=check)
     return {"out": str(out), "to": to, **report, "checks": check.as_json()}
 
 
-def _adapter_directory(path: Path) -> Path:
+def adapter_directory(path: Path) -> Path:
+    """Of a job, the folder of its adapter; else `path` itself."""
     inside = path / "adapter"
     return inside if (inside / "adapter_config.json").is_file() else path
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, ProfileError, TargetError
 from adapters.layouts import ExpertLayout
-from adapters.placement import LINEAR, PLACEMENTS, TRAINING_BYTES, Placement, Ranks
+from adapters.placement import LINEAR, PLACEMENTS, STARTS, TRAINING_BYTES, Method, Placement, Ranks, dora_problem
 from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe, RouterSettings
+from studio.starting import continued
 from studio.weights import Base, expert_grid, trainable_parameters
 
 if TYPE_CHECKING:
@@ -43,6 +45,14 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
     """
     if profile is not None:
         _check_profile(profile, base)
+    going_on = continued(recipe, base)
+    placement = going_on.placement if going_on else _chosen(recipe, base, profile)
+    _check_classes(placement, base)
+    check_router(recipe.router, base.layout, base.experts, base.config)
+    return placement
+
+
+def _chosen(recipe: Recipe, base: Base, profile: RouterProfile | None) -> Placement:
     adapter, router, joins = recipe.adapter, recipe.router, PLACEMENTS[recipe.placement.rule].joins
     placement = Placement(
         **{name: getattr(adapter, f"{name}_rank") for name in joins},
@@ -50,9 +60,10 @@ def plan_placement(recipe: Recipe, base: Base, profile: RouterProfile | None = N
         routed=_routed(recipe, base, profile),
         alpha=adapter.alpha,
         router_full=router.mode == "full",
+        method=Method(rslora=adapter.rslora, dora=adapter.dora, start=adapter.init, dropout=adapter.dropout),
     )
-    _check_classes(placement, base)
-    check_router(router, base.layout, base.experts, base.config)
+    if adapter.dora and (problem := dora_problem(placement, base.layout.peft_fuses)):
+        raise TargetError(f"adapter: {problem}")
     return placement
 
 
@@ -123,20 +134,22 @@ def placement_record(
         _settings(recipe),
         trainable_parameters(base, placement),
     )
-    made_from = None
+    made_from, going_on = None, continued(recipe, base)
     if profile:
         seen = {"base": profile.base, "data": profile.data, "tokens": int(profile.tokens.sum()), "seed": profile.seed}
         made_from = {**seen, "sources": list(profile.sources), "shared_experts": profile.shared_experts}
     return {
         "version": VERSION,
-        "rule": recipe.placement.rule,
-        "settings": {key: settings[key] for key in rule.settings},
+        "rule": "start_from" if going_on else recipe.placement.rule,
+        "settings": {} if going_on else {key: settings[key] for key in rule.settings},
+        "start_from": going_on.record() if going_on else None,
         "profile": made_from,
         "layers": list(expert_grid(base).layers),
         "routed": [list(layer) for layer in placement.routed],
         "alpha": placement.alpha,
         **{name: getattr(placement, name) for name in LINEAR},
         "router": {"mode": recipe.router.mode, "rank": placement.router},
+        "method": asdict(placement.method),
         "coverage": coverage(placement, profile) if profile else None,
         "trainable_parameters": trained,
         "optimizer_bytes": ADAMW_BYTES * sum(trained.values()),
@@ -161,9 +174,17 @@ def read_placement(path: Path) -> Placement:
             routed=tuple(tuple(_rank(rank) for rank in layer) for layer in record["routed"]),
             alpha=float(record["alpha"]),
             router_full=record["router"]["mode"] == "full",
+            method=_method(record.get("method", {})),  # absent from the records of older jobs
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} is no placement: {type(error).__name__} {error}") from None
+
+
+def _method(record: Mapping[str, Any]) -> Method:
+    method = Method(**record)
+    if method.start not in STARTS:
+        raise ValueError(f"start {method.start!r}")
+    return method
 
 
 def _rank(value: Any) -> int:

@@ -35,7 +35,8 @@ from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
 from studio.shapes import published_shape
-from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, tensor_classes
+from studio.starting import continued, differing_ranks
+from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, start_parameters, tensor_classes
 
 if TYPE_CHECKING:
     from adapters.router_profile import RouterProfile
@@ -180,12 +181,13 @@ def make_plan(
             *_dropped(dropped),
             *mixture_warnings(recipe, mixed),
             *_data_warnings(recipe, leaks),
+            *_going_on(recipe, base, placement),
         ),
         mixture=mixed,
         leaks=leaks,
         left_out_examples=len(found.left_out),
         sampled=recipe.data.streaming,
-        placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
+        placement=_placement_plan(recipe, base, placement, profile) if base.moe else None,
     )
 
 
@@ -210,12 +212,12 @@ def _data_warnings(recipe: Recipe, leaks: LeakPlan | None) -> list[str]:
     return found
 
 
-def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:
+def _placement_plan(recipe: Recipe, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:
     grid = expert_grid(base)
     parameters = grid.parameters(placement.routed)
     everywhere = grid.parameters(same_experts_everywhere(placement.routed_rank, len(grid.layers), grid.experts))
     return PlacementPlan(
-        rule=rule,
+        rule="start_from" if recipe.adapter.start_from else recipe.placement.rule,
         layers=grid.layers,
         ranks=placement.routed,
         experts_adapted=placement.adapted_experts,
@@ -280,6 +282,7 @@ def _choose_path(
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=training.gradient_checkpointing,
         full_logits=METHODS[training.method].full_logits,
+        start_parameters=start_parameters(base, placement),
     )
     limit = recipe.data.max_length_tokens
     run = Pass(
@@ -290,8 +293,10 @@ def _choose_path(
         attention_rank=placement.attention,
         shared_expert_rank=placement.shared_expert,
         dense_mlp_rank=placement.dense_mlp,
-        routed_experts_rank=placement.routed_rank,
+        routed_experts_rank=placement.routed_rank * (2 if placement.method.start == "pissa" else 1),
         keep_gate_up=training.expert_path != "lean",
+        dropout=bool(placement.method.dropout),
+        dora=placement.method.dora,
     )
     at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)
     if training.expert_path != "auto" or fits(memory.peak_bytes, at_hand):
@@ -318,6 +323,16 @@ def _said_of_template(base: Base, rows: list[Row]) -> tuple[str, ...]:
     from studio.chat_template import SAMPLED_ROWS, template_warnings
 
     return template_warnings(base.directory, wanted_sequences(rows[:SAMPLED_ROWS]))
+
+
+def _going_on(recipe: Recipe, base: Base, placement: Placement) -> list[str]:
+    """What is said of an adapter that is trained further."""
+    if (found := continued(recipe, base)) is None:
+        return []
+    ignored = [f"adapter.{name}_rank" for name in differing_ranks(recipe, placement)]
+    ignored += ["adapter.alpha"] if recipe.adapter.alpha != placement.alpha else []
+    taken = f"not read: {', '.join(ignored)}; adapter.start_from has ranks and an alpha of its own"
+    return [*found.warnings, *([taken] if ignored else [])]
 
 
 def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:

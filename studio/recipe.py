@@ -27,13 +27,13 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from adapters.placement import PLACEMENTS
+from adapters.placement import PLACEMENTS, Method, Placement, dora_problem
 from studio.data.formats import COLUMNS
 from studio.errors import Problem, RecipeError
 from studio.methods import readers_of
 from studio.preference_losses import preference_problems
 from studio.recipe_mixture import DataSource, MixturePhase, Sources, mixture_problems, training_problems
-from studio.recipe_parts import HUB_ID, DataPath, OutputPath, Settings, refused_keys
+from studio.recipe_parts import HUB_ID, DataPath, InputPath, OutputPath, Settings, refused_keys
 from studio.recipe_parts import absolute as _absolute
 from studio.recipe_parts import refusal as _refusal
 from studio.recipe_problems import problems_of
@@ -224,6 +224,30 @@ class AdapterSettings(Settings):
     alpha: float = Field(default=32.0, gt=0, le=8192)
     """Strength of the adapter: its output is scaled by alpha / rank."""
 
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a larger rank is not weaker; alpha is then smaller."""
+
+    dora: bool = False
+    """DoRA: a trained magnitude of each output. For linear layers alone, where no expert or router is adapted."""
+
+    init: Literal["zero", "pissa", "loftq"] = "zero"
+    """Where the adapter begins. zero: it changes nothing. pissa: the weights' principal components. loftq: the largest
+    part of what the quantisation lost."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are zeroed in training, on linear layers and experts; never on routers."""
+
+    start_from: InputPath | None = None
+    """An adapter, or the job that made it, to train further: its ranks, alpha, method and experts are taken, and those
+    of this recipe are not read. null: a new adapter."""
+
+    @model_validator(mode="after")
+    def _the_method_is_one(self) -> Self:
+        given = [name for name in ("rslora", "dora") if getattr(self, name)] + ["init"] * (self.init != "zero")
+        if self.start_from and given:
+            raise _refusal(f"{', '.join(given)} is set, but start_from takes the method of the adapter; leave it out")
+        return self
+
 
 class PlacementSettings(Settings):
     """Which routed experts get adapters, and how large: chosen by a rule, most of them from where your data goes."""
@@ -393,6 +417,9 @@ class TrainingSettings(Settings):
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
 
+    lora_plus_ratio: float = Field(default=1.0, ge=1, le=1024)
+    """Learning rate of the B factors over that of the A factors (LoRA+, whose paper finds 16 good). 1: the same."""
+
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """AdamW's weight decay on the adapter."""
 
@@ -491,6 +518,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:
         rule, adapter = PLACEMENTS[self.placement.rule], self.adapter
+        if adapter.start_from:  # the ranks are those of that adapter
+            return self
         if adapter.dense_mlp_rank and "dense_mlp" not in rule.joins:
             problem = f"dense_mlp_rank is not 0, but placement.rule {self.placement.rule} adapts no dense MLP"
             raise _refused_section("adapter", problem)
@@ -531,6 +560,27 @@ class Recipe(Settings):
         if problems := training_problems(self):
             raise refused_keys({f"data.{name}": message for name, message in problems.items()})
         return self
+
+    @model_validator(mode="after")
+    def _the_method_fits(self) -> Self:
+        adapter = self.adapter
+        if adapter.init == "loftq" and self.model.quantization == "none":
+            lost = "init is loftq, but model.quantization is none: nothing was lost; set init to zero or pissa"
+            raise _refused_section("adapter", lost)
+        if adapter.dora and (problem := dora_problem(self._wanted())):
+            raise _refused_section("adapter", problem)
+        return self
+
+    def _wanted(self) -> Placement:
+        """The classes and the method that are asked for, as far as they are known without a model."""
+        rule, adapter = PLACEMENTS[self.placement.rule], self.adapter
+        routed = adapter.routed_experts_rank if "rank" in rule.settings else int("parameters" in rule.settings)
+        return Placement(
+            **{name: getattr(adapter, f"{name}_rank") for name in rule.joins},
+            routed=((routed,),) if routed else (),
+            router=int(self.router.mode != "frozen"),
+            method=Method(rslora=adapter.rslora, dora=adapter.dora, start=adapter.init, dropout=adapter.dropout),
+        )
 
     @field_validator("trl")
     @classmethod

@@ -62,4 +62,5 @@ def _absolute_from_cwd(value: Any) -> Any:
 
 
 DataPath = Annotated[Path, BeforeValidator(_absolute_or_hub)]
+InputPath = Annotated[Path, BeforeValidator(absolute)]
 OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]

@@ -135,11 +135,14 @@ def _rows(job: Job) -> tuple[list[Row], list[Row]]:
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     import torch
 
+    from adapters.continuing import load_adapter
     from adapters.loading import check_quantized
-    from adapters.lora import attach
+    from adapters.lora import attach, set_lora_plus
     from adapters.routed import set_expert_path
     from studio.base_model import load_recipe_base
+    from studio.merging import adapter_directory
     from studio.methods import METHODS
+    from studio.models import resolve_base
     from studio.placing import read_placement
     from studio.reward_model import add_reward_head
 
@@ -147,7 +150,11 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     placement = read_placement(job.path / "placement.json")
     base, tokenizer = load_recipe_base(recipe, _Clock(job).progress("loading"))
     torch.manual_seed(recipe.training.seed)
-    model = attach(base, placement)
+    directory = resolve_base(recipe.model.base)
+    model = attach(base, placement, base=directory, progress=_Clock(job).progress("starting adapters"))
+    if recipe.adapter.start_from:
+        load_adapter(model, placement, adapter_directory(recipe.adapter.start_from))
+    set_lora_plus(model, recipe.training.lora_plus_ratio)
     set_expert_path(model, job.plan().expert_path)
     if recipe.model.quantization != "none":
         check_quantized(model)

@@ -271,16 +271,25 @@ def expert_bytes(base: Base, layer: MoeShape, held: HeldAs) -> int:
 
 
 def trainable_parameters(base: Base, placement: Placement) -> dict[str, int]:
-    """Parameters of the adapters on each class that has any: rank · (in + out) of each matrix."""
+    """Parameters of the adapters on each class that has any: rank · (in + out) of each matrix, and out for a DoRA."""
     counts = dict.fromkeys(TENSOR_CLASSES, 0)
     ranks = placement.class_ranks()
     for tensor in base.tensors:
         if tensor.takes_lora and tensor.class_name != "routed_experts":
-            counts[tensor.class_name] += ranks.get(tensor.class_name, 0) * sum(tensor.shape)
+            rank = ranks.get(tensor.class_name, 0)
+            magnitudes = tensor.shape[0] if rank and placement.method.dora else 0
+            counts[tensor.class_name] += rank * sum(tensor.shape) + magnitudes
             if tensor.class_name == "router" and placement.router_full:
                 counts["router"] += tensor.parameters
     counts["routed_experts"] = expert_grid(base).parameters(placement.routed)
     return {name: count for name, count in counts.items() if count}
+
+
+def start_parameters(base: Base, placement: Placement) -> int:
+    """Frozen parameters beside the adapters: what they began with, where that was not zero (adapters/starts.py)."""
+    if not placement.method.doubles:
+        return 0
+    return sum(count for name, count in trainable_parameters(base, placement).items() if name != "router")
 
 
 def expert_grid(base: Base) -> ExpertGrid:

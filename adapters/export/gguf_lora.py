@@ -200,7 +200,7 @@ def _sidecar(source: Source, merged: MergedWeights, base_name: str) -> Sidecar:
         format="gguf-lora",
         base_name=base_name,
         base=fingerprint(source.base),
-        held=before.held if before else None,
+        held=before.held_elsewhere if before else None,
         peft_version=peft.__version__,
         model_type=merged.layout.model_type,
         experts={

@@ -32,7 +32,7 @@ def write_peft(source: Source, directory: Path, options: Options, progress: Prog
     name = source.public_base
     facts = write_standard(directory, parts_of(adapter), merged, name, factor_dtype(options.dtype), progress)
     sidecar = read_sidecar(source.adapter) if source.adapter else None
-    held = sidecar.held if sidecar else None
+    held = sidecar.held_elsewhere if sidecar else None
     write_sidecar(directory, peft_sidecar(merged.layout, expert_count(merged), name, source.base, held))
     return facts
 

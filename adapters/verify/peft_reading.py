@@ -75,14 +75,24 @@ class PeftReading:
             self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         self.keys = frozenset(self.shapes)
         self._kept: tuple[str, Tensor, Tensor] | None = None
+        self._whole: tuple[str, ...] | None = None
         found = [self._pair(key.removesuffix(".lora_A.weight")) for key in self.keys if ".lora_A." in key]
         self.pairs: Mapping[str, Pair] = {pair.parameter: pair for pair in found}
+
+    def leave_out_start(self, routers: Iterable[str]) -> None:
+        """From now on reads the first half of each pair's ranks alone, and `routers` whole: of an adapter that began
+        with what the quantisation lost (LoftQ), what was trained on the quantised weights."""
+        self._whole = tuple(routers)
 
     def factors(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """(lora_A, lora_B) as they lie in the file, float32; those of one pair are kept, as all experts need them."""
         if self._kept is None or self._kept[0] != pair.key:
             with safe_open(self.file, "pt") as file:
                 first, second = (file.get_tensor(f"{pair.key}.lora_{side}.weight").float() for side in "AB")
+            if self._whole is not None and not pair.parameter.removesuffix(".weight").endswith(self._whole):
+                experts = pair.shape[0] if len(pair.shape) == 3 else 1
+                first.view(experts, pair.rank, -1)[:, pair.rank // 2 :] = 0
+                second.view(len(second), pair.rank, experts)[:, pair.rank // 2 :] = 0
             self._kept = pair.key, first, second
         return self._kept[1:]
 
@@ -155,9 +165,22 @@ class PeftReading:
         old = version is not None and tuple(map(int, version.groups())) < SWAPPED_BEFORE
         return old or bool(getattr(self.stock.get_submodule(module), "is_transposed", False))
 
+    def is_dora(self, pair: Pair) -> bool:
+        return f"{pair.key}.lora_magnitude_vector" in self.keys
+
+    def dora(self, pair: Pair, weight: Tensor, delta: Tensor) -> Tensor:
+        """What a DoRA changes of `weight` (out, in), whose LoRA adds `delta`: PEFT's DoraLinearVariant.merge_safe."""
+        with safe_open(self.file, "pt") as file:
+            magnitude = file.get_tensor(f"{pair.key}.lora_magnitude_vector").float()
+        weight = weight.float()
+        summed = weight + delta
+        return magnitude.view(-1, 1) / torch.linalg.norm(summed, dim=1, keepdim=True) * summed - weight
+
     def unused(self) -> list[str]:
         """Tensors of the file that are no factor of any pair."""
         used = {f"{pair.key}.lora_{side}.weight" for pair in self.pairs.values() for side in "AB"}
+        if self.config.get("use_dora"):
+            used |= {f"{pair.key}.lora_magnitude_vector" for pair in self.pairs.values()}
         return sorted(self.keys - used)
 
 

@@ -28,7 +28,7 @@ from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
 from adapters.loading import load_base
 from adapters.lora_products import LoraRanks
 from adapters.quantized import Dense, Held, dequantize_rows
-from adapters.quantized_linear import Int8Linear, dense_4bit
+from adapters.quantized_linear import Int8Linear, dense_4bit, dense_weight
 from adapters.routed import RoutedExperts, moe_blocks
 from adapters.sidecar import read_sidecar
 from adapters.verify.checker import source_from
@@ -98,7 +98,8 @@ def _base_and_tuned(
     round_as_held(model, getattr(torch, how.get("dtype") or "float32"))
     found = {f"base.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
     if source.adapter is not None:
-        put_on(model, PeftReading(source.adapter, source.base), layout_for(model.config.model_type))
+        layout = layout_for(model.config.model_type)
+        put_on(model, reading_on(source.adapter, source.base, layout, held), layout)
     return found | {f"tuned.{i}": logits for i, logits in enumerate(_logits(model, prompts))}
 
 
@@ -136,21 +137,34 @@ def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Te
         return [cast(Any, model)(input_ids=torch.tensor([row]), use_cache=False).logits[0].float() for row in prompts]
 
 
+def reading_on(adapter: Path, base: Path, layout: ExpertLayout, held: Mapping[str, Any] | None) -> PeftReading:
+    """The adapter as it is read on the base's own weights, or on what training held."""
+    reading, sidecar = PeftReading(adapter, base), read_sidecar(adapter)
+    if held is not None and sidecar is not None and sidecar.start == "loftq":
+        reading.leave_out_start(layout.class_modules("router"))
+    return reading
+
+
 def put_on(model: PreTrainedModel, adapter: PeftReading, layout: ExpertLayout) -> None:
     """Makes the engine's model the trained one, in place."""
     blocks = {f"{name}.{layout.experts}": getattr(block, layout.experts) for name, block in moe_blocks(model, layout)}
     for name, pair in adapter.pairs.items():
         if name.rpartition(".")[0] not in blocks:
-            _put_on_linear(model.get_submodule(name.removesuffix(".weight")), adapter, pair)
+            _put_on_linear(model, name.removesuffix(".weight"), adapter, pair)
     for name, experts in blocks.items():
         found = {part: adapter.pairs.get(f"{name}.{part}") for part in PROJECTIONS}
         if any(found.values()):
             experts.forward = partial(experts.forward, loras=[_loras(experts, adapter, found)])
 
 
-def _put_on_linear(module: nn.Module, adapter: PeftReading, pair: Pair) -> None:
+def _put_on_linear(model: nn.Module, name: str, adapter: PeftReading, pair: Pair) -> None:
+    module = model.get_submodule(name)
     weight = module.weight
-    if isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == pair.shape:
+    if adapter.is_dora(pair):
+        linear = cast(nn.Linear, module)
+        dense = dense_weight(linear)
+        model.set_submodule(name, _linear(linear, dense + adapter.dora(pair, dense, adapter.delta(pair))))
+    elif isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == pair.shape:
         weight.data += adapter.delta(pair)
     else:  # held quantised: the product is added to what the layer gives
         module.register_forward_hook(partial(_added, pair.scale, *adapter.factors(pair)))

@@ -20,6 +20,7 @@ from adapters.checkpoint import TensorInfo, read_config, read_index
 from adapters.errors import listed
 from adapters.export import Source
 from adapters.layouts import ExpertLayout, layout_for
+from adapters.sidecar import read_sidecar
 from adapters.tensor_files import DTYPES, NAMES, OpenFiles, read_tensor
 from adapters.verify import Check
 from adapters.verify.fresh import tell_parent
@@ -150,7 +151,12 @@ def audit(
     index = read_index(source.base)
     layout = layout_for(read_config(source.base), index)
     reading = PeftReading(source.adapter, source.base) if source.adapter else None
+    sidecar = read_sidecar(source.adapter) if source.adapter else None
+    if reading and source.held is not None and sidecar and sidecar.start == "loftq":
+        reading.leave_out_start(layout.class_modules("router"))
     deltas = file_deltas(reading, layout) if reading else {}
+    pairs = reading.pairs.values() if reading else ()
+    doras = {layout.checkpoint_key(pair.parameter): pair for pair in pairs if reading and reading.is_dora(pair)}
     base = _base_reader(source, index)
     found = Findings()
     total, done = sum(info.size_bytes for info in index.values()), 0
@@ -172,8 +178,10 @@ def audit(
             _audit_bytes(found, key, info, read.index[key])
             continue
         for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
-            delta = deltas[key](expert) if key in deltas else None
-            _audit_matrix(found, _label(key, expert), read(key, expert), base(key, expert), delta, written, allowed)
+            delta, weight = deltas[key](expert) if key in deltas else None, base(key, expert)
+            if reading is not None and delta is not None and (pair := doras.get(key)):
+                delta = reading.dora(pair, weight, delta)
+            _audit_matrix(found, _label(key, expert), read(key, expert), weight, delta, written, allowed)
     if problem := found.faint.problem():
         found.note(TARGETED, problem)
     checks = [_check(FINITE, found, f"every value of {len(index)} tensors"), _untouched(found)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adapters.lora import RATE_RATIO
 from studio.data import Row
 from studio.data.curriculum import phases_of
 from studio.data.reading import Reading
@@ -132,6 +133,29 @@ class StudioTrainer(WatchesRouter):
                 f"A learning rate lower than {self.args.learning_rate:g} usually helps"  # type: ignore[attr-defined]
             )
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The trainer's own optimizer, each parameter at its own rate (`adapters.lora.set_lora_plus`)."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        split_by_rate(optimizer)
+        return optimizer
+
+
+def split_by_rate(optimizer: torch.optim.Optimizer) -> None:
+    """Moves parameters with a ratio of their own into groups of that many times the learning rate.
+
+    Before a step and before the scheduler, which multiplies each group's rate; done again, it changes nothing.
+    """
+    for group in list(optimizer.param_groups):
+        at: dict[float, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"] if "rate_ratio" not in group else ():
+            at.setdefault(getattr(parameter, RATE_RATIO, 1.0), []).append(parameter)
+        others = {ratio: parameters for ratio, parameters in at.items() if ratio != 1}
+        if others:
+            group["params"] = at.get(1.0, [])
+        for ratio, parameters in others.items():
+            split = {**group, "params": parameters, "lr": group["lr"] * ratio, "rate_ratio": ratio}
+            optimizer.param_groups.append(split)
 
 
 def callbacks(job: Job, watch: RouterWatch | None, logged: tuple[str, ...] = ()) -> list[TrainerCallback]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from adapters.lora import attach
-from adapters.placement import Placement, same_experts_everywhere
+from adapters.placement import Method, Placement, same_experts_everywhere
 from adapters.routed import set_expert_path, use_routed_experts
 from studio.activations import Pass, layer_bytes
 from studio.weights import Base, base_in
@@ -38,10 +39,38 @@ def test_what_is_kept_of_each_layer(tiny: Tiny, batch: int, length: int, path: A
     assert sum(found.values()) == pytest.approx(sum(expected), rel=TOLERANCE)
 
 
-def adapted(stock: Any, base: Base, path: Any) -> Any:
+METHODS = {
+    "dropout": Method(dropout=0.2),
+    "pissa": Method(start="pissa"),
+    "dora": Method(dora=True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("family", ["llama4_text", "qwen3_moe"])
+def test_what_is_kept_with_a_method(family: str, method: Method, tmp_path: Path) -> None:
+    tiny = next(tiny for tiny in EACH if tiny.family == family)
+    stock = tiny.build()
+    stock.save_pretrained(tmp_path)
+    base = base_in(tmp_path, "tiny")
+    routed, shared = 0 if method.dora else 4, 4 if tiny.layout.shared_expert else 0
+    model = adapted(stock, base, "fast", method)
+    rank = routed * (2 if method.start == "pissa" else 1)
+    run = Pass(2, 192, 4, False, 4, shared, 0, rank, True, bool(method.dropout), method.dora)
+    found = kept_by_layer(model, 2, 192)
+    moe = {shape.layer: shape for shape in base.moe}
+    expected = [layer_bytes(base, layer, moe.get(number), run) * run.tokens for number, layer in enumerate(base.layers)]
+    assert sum(found.values()) == pytest.approx(sum(expected), rel=TOLERANCE)
+    plain = replace(run, dropout=False, dora=False, routed_experts_rank=routed)
+    less = [layer_bytes(base, layer, moe.get(number), plain) * run.tokens for number, layer in enumerate(base.layers)]
+    assert sum(expected) > sum(less)
+
+
+def adapted(stock: Any, base: Base, path: Any, method: Method = Method()) -> Any:  # noqa: B008 - it is frozen
     layout, model = base.layout, use_routed_experts(stock)
-    routed = same_experts_everywhere(4, len(base.moe), EXPERTS) if base.moe else ()
-    peft = attach(model, Placement(attention=4, shared_expert=4 if layout.shared_expert else 0, routed=routed))
+    routed = same_experts_everywhere(4, len(base.moe), EXPERTS) if base.moe and not method.dora else ()
+    shared = 4 if layout.shared_expert else 0
+    peft = attach(model, Placement(attention=4, shared_expert=shared, routed=routed, method=method))
     set_expert_path(peft, path)
     return peft.train()
 
