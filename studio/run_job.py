@@ -50,13 +50,15 @@ def run(job: Job) -> None:
 
     Raises:
         StudioError: what the studio refuses: bad base weights, non-finite loss, … No adapter is written then.
+        GateError: the tuned model is worse than the recipe allows; the adapter and the result are written.
     """
     clock = _Clock(job)
     with clock.phase("loading", "load"):
         model, tokenizer, placement, recipe = _load(job)
     from studio.data import both_rows, sequences
     from studio.encoding import check_lengths
-    from studio.evaluation import evaluate
+    from studio.gate import check_gate, raise_failed
+    from studio.measuring import Measuring
     from studio.trainers import trainer_for
 
     train_rows, held_out = both_rows(recipe)
@@ -65,26 +67,21 @@ def run(job: Job) -> None:
     for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
         check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
 
+    measuring = Measuring(recipe, model, tokenizer, held_out)
+
     def measure(when: str, phase: str) -> Any:
-        if not held_out:
+        if measuring.nothing:
             return None
         with clock.phase(phase, f"evaluate_{when}"):
-            found = evaluate(
-                model,
-                tokenizer,
-                held_out,
-                max_length_tokens=recipe.data.max_length_tokens,
-                max_new_tokens=recipe.evaluation.max_new_tokens,
-                batch_size=recipe.training.batch_size,
-                progress=clock.progress(phase),
-            )
-        job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
+            found = measuring.run(clock.progress(phase))
+        job.log_metrics({"kind": "eval", "when": when, **found.row()})
         return found
 
     profile = _profiler(job, model, tokenizer, recipe, sequences(train_rows))
     with clock.phase("evaluating base", "profile"):
         profile("profile", tuned=False)
     before = measure("before", "evaluating base")
+    check_gate(recipe.evaluation.gate, before.measures if before else {})
     with clock.phase("training", "train"):
         trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_rows, job)
     after = measure("after", "evaluating tuned")
@@ -93,7 +90,9 @@ def run(job: Job) -> None:
     with clock.phase("saving", "pictures"), _not_worth_the_job():
         profile("profile_after", tuned=True)
         _picture(job, model)
-    job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
+    result = _result(job, clock, held_out, before, after, trained, saved, recipe)
+    job.write_result(result)
+    raise_failed(result["gate"], str(job.path / "adapter"))
     job.update(status="succeeded", phase="done", step=trained["steps"])
 
 
@@ -182,15 +181,18 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
 def _result(
     job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
 ) -> dict[str, Any]:
-    def summary(found: Any) -> dict[str, Any] | None:
-        if found is None:
-            return None
-        return {"loss": found.loss, "exact_match": found.exact_match, "examples": len(held_out)}
+    from studio.gate import judge
+    from studio.metrics import as_json, changes
+
+    change = changes(before.measures, after.measures) if before and after else {}
+    verdicts = judge(recipe.evaluation.gate, before.measures, after.measures, change) if change else []
 
     shown = range(min(recipe.evaluation.generations, len(after.answers) if after else 0))
     return {
-        "before": summary(before),
-        "after": summary(after),
+        "before": before.summary() if before else None,
+        "after": after.summary() if after else None,
+        "change": as_json(change),
+        "gate": [vars(verdict) for verdict in verdicts],
         "generations": [
             {
                 "prompt": after.prompts[i],

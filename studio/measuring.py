@@ -1,0 +1,79 @@
+"""What a model is measured on, before and after the training and for a finished job: held-out rows and lm-eval's tasks.
+
+    Measuring(recipe, model, tokenizer, rows).run() ─▶ Evaluation       of the model as it stands, adapters on or off
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from studio.data import Row
+from studio.evaluation import Evaluation, evaluate
+from studio.json_answers import read_schema
+from studio.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+
+class Measuring:
+    """Held-out rows, the schema and the tasks of a recipe, read once and measured as often as asked.
+
+    Args:
+        rows: held-out rows, as many as are to be measured.
+
+    Raises:
+        StudioError: a schema or a task that cannot be read.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
+    ):
+        self.recipe, self.model, self.tokenizer, self.rows = recipe, model, tokenizer, rows
+        schema = recipe.evaluation.json_schema
+        self.fits_schema = read_schema(schema) if schema else None
+        self.tasks = _tasks(recipe.evaluation.tasks)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing to measure on."""
+        return not self.rows and self.tasks is None
+
+    def run(self, progress: Progress | None = None) -> Evaluation:
+        """Every metric of the model as it stands."""
+        settings, batch_size = self.recipe.evaluation, self.recipe.training.batch_size
+        found = Evaluation()
+        if self.rows:
+            found = evaluate(
+                self.model,
+                self.tokenizer,
+                self.rows,
+                max_length_tokens=self.recipe.data.max_length_tokens,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=batch_size,
+                fits_schema=self.fits_schema,
+                progress=progress,
+            )
+        if self.tasks is None:
+            return found
+        return found.with_measures(
+            self.tasks.run(
+                self.model,
+                self.tokenizer,
+                batch_size=batch_size,
+                examples=settings.task_examples,
+                chat_template=settings.task_chat_template,
+                progress=progress,
+            )
+        )
+
+
+def _tasks(wanted: Sequence[str]) -> Any:
+    if not wanted:
+        return None
+    from studio.lm_tasks import Tasks
+
+    return Tasks(wanted)
