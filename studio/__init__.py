@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TrainingError,
         VerificationError,
     )
+    from studio.evaluating import evaluate
     from studio.export_plan import ExportPlan, ExportRequest, plan_export
     from studio.exporting import consumers, export, formats, gguf_types, list_exports, read_export
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
@@ -75,6 +76,7 @@ __all__ = [
     "combine",
     "consumers",
     "convert",
+    "evaluate",
     "export",
     "find_profile",
     "formats",
@@ -100,6 +102,7 @@ __all__ = [
 
 _HOMES = {
     "studio.combining": ("combine",),
+    "studio.evaluating": ("evaluate",),
     "studio.export_plan": ("ExportPlan", "ExportRequest", "plan_export"),
     "studio.exporting": ("consumers", "export", "formats", "gguf_types", "list_exports", "read_export"),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),

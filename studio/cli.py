@@ -208,6 +208,46 @@ def merge(
         output().print(merge_view(report), soft_wrap=True)
 
 
+@app.command(epilog="Example: studio evaluate runs/quickstart --data mine.jsonl --task recipes/tasks/domains.yaml")
+@reported
+def evaluate(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="A job, an adapter directory, or a model.", show_default=False)
+    ],
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Rows to measure on.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME|FILE", help="A task of lm-eval, or your own in YAML.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="First rows, and of each task; else 200 and all.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE", help="Schema that answers should fit.")
+    ] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template/--no-chat-template", help="Put the tasks' prompts into it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base of an adapter, if not the one that it names.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a forward pass.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a finished job, an adapter or a model: held-out metrics and tasks, base against tuned, with intervals."""
+    from studio.metric_view import measuring_progress, report_view
+
+    tasks = [str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name for name in task or ()]
+    with measuring_progress(output(), quiet=as_json) as progress:
+        report = studio.evaluate(
+            what,
+            data=data,
+            tasks=tasks,
+            examples=examples,
+            json_schema=json_schema,
+            chat_template=chat_template,
+            base=base,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    print_json(report) if as_json else output().print(report_view(report), soft_wrap=True)
+
+
 @app.command(
     epilog="Example: studio export runs/quickstart --for ollama --quant Q4_K_M --out exports/quickstart-ollama"
 )
@@ -538,16 +578,16 @@ def show_started(job: Job, as_json: bool) -> None:
 
 
 def show_job(job: Job, state: JobState, as_json: bool) -> None:
-    """The result of a job that succeeded; of any other, where it stands and why."""
+    """The result of a job that has one; of one that did not succeed, where it stands and why."""
     from studio.progress import losses
     from studio.terminal import job_view, result_view
 
     result = job.result()
     if as_json:
         print_json({**job_as_json(job, state), "result": result})
-    elif state.status == "succeeded" and result:
+    elif result and state.ended:
         output().print(result_view(job, result))
-    else:
+    if not as_json and state.status != "succeeded":
         output().print(job_view(job, state, losses(job.metrics())))
 
 

@@ -1,6 +1,6 @@
 """The gate of a recipe: how much worse a metric may get from base to tuned. No torch.
 
-    judge(rules, base, tuned, change) ─▶ [Verdict]      in result.json as "gate"; GateError where one has failed
+judge(rules, base, tuned, change) ─▶ [Verdict]      in result.json as "gate"; GateError where one has failed
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ class RoutedLM(HFLM):
         answers = []
         for row, (ids, target) in enumerate(kept):
             end = len(ids) - 1
-            answers.append(_scored(head, hidden[row, end - len(target) : end], torch.tensor(target, device=self.device)))
+            answers.append(
+                _scored(head, hidden[row, end - len(target) : end], torch.tensor(target, device=self.device))
+            )
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -208,7 +210,7 @@ def _loaded(manager: TaskManager, name: str) -> dict[str, Any]:
         ) from None
     except Exception as error:  # of datasets, jinja, yaml, or the functions of the task
         raise StudioError(
-            f"evaluation.tasks: {name} cannot be loaded: {type(error).__name__}: {error}. Data sets are not downloaded: "
+            f"evaluation.tasks: {name} cannot be loaded: {type(error).__name__}: {error}. Data are not downloaded: "
             "fetch one with hf download --repo-type dataset NAME, or name local files in the task (dataset_path: json, "
             "dataset_kwargs: {data_files: …})"
         ) from None

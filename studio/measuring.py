@@ -1,6 +1,6 @@
 """What a model is measured on, before and after the training and for a finished job: held-out rows and lm-eval's tasks.
 
-    Measuring(recipe, model, tokenizer, rows).run() ─▶ Evaluation       of the model as it stands, adapters on or off
+Measuring(recipe, model, tokenizer, rows).run() ─▶ Evaluation       of the model as it stands, adapters on or off
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class Measuring:
         StudioError: a schema or a task that cannot be read.
     """
 
-    def __init__(
-        self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
-    ):
+    def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]):
         self.recipe, self.model, self.tokenizer, self.rows = recipe, model, tokenizer, rows
         schema = recipe.evaluation.json_schema
         self.fits_schema = read_schema(schema) if schema else None

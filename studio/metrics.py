@@ -108,6 +108,12 @@ def changes(base: Mapping[str, Measure], tuned: Mapping[str, Measure]) -> dict[s
     return {name: _change(base[name], tuned[name]) for name in base if name in tuned}
 
 
+def changes_as_json(base: Mapping[str, Measure], tuned: Mapping[str, Measure]) -> dict[str, dict[str, Any]]:
+    """`changes` as JSON, each with the way that is "better"."""
+    found = as_json(changes(base, tuned))
+    return {name: {**entry, "better": base[name].better} for name, entry in found.items()}
+
+
 def _change(base: Measure, tuned: Measure) -> Metric:
     first, second = base.scores, tuned.scores
     if first and second and first.tokens == second.tokens and len(first.values) == len(second.values):
@@ -188,7 +194,7 @@ def _phi(a: int, b: int, c: int, d: int) -> float:
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     if not margins:
         return 0.0
-    product = a * d - b * c
+    product: float = a * d - b * c
     if product > 0:
         product = max(product - (a + b + c + d) / 2, 0)
     return product / math.sqrt(margins)

@@ -20,6 +20,7 @@ from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, Row, Sequence, both_rows, sequences
+from studio.evaluation_inputs import check_evaluation
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.placing import coverage, plan_placement
@@ -116,6 +117,7 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
     train, held_out = both_rows(recipe)
+    check_evaluation(recipe.evaluation)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
         from studio.profile import find_profile
 

@@ -457,7 +457,9 @@ class EvaluationSettings(Settings):
             if not slash and rule.metric not in METRICS:
                 near = get_close_matches(rule.metric, METRICS, n=1)
                 hint = f'; did you mean "{near[0]}"?' if near else ""
-                raise _refusal(f'gate: received the metric "{rule.metric}"; allowed: {", ".join(METRICS)}, or TASK/METRIC{hint}')
+                raise _refusal(
+                    f'gate: received the metric "{rule.metric}"; allowed: {", ".join(METRICS)}, or TASK/METRIC{hint}'
+                )
             if slash and not tasks:
                 raise _refusal(f'gate: "{rule.metric}" is a metric of the task {task}, but tasks lists none')
             if rule.metric == "schema_valid" and self.json_schema is None:

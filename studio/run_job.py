@@ -182,16 +182,16 @@ def _result(
     job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
 ) -> dict[str, Any]:
     from studio.gate import judge
-    from studio.metrics import as_json, changes
+    from studio.metrics import changes, changes_as_json
 
-    change = changes(before.measures, after.measures) if before and after else {}
-    verdicts = judge(recipe.evaluation.gate, before.measures, after.measures, change) if change else []
+    base, tuned = (before.measures, after.measures) if before and after else ({}, {})
+    verdicts = judge(recipe.evaluation.gate, base, tuned, changes(base, tuned))
 
     shown = range(min(recipe.evaluation.generations, len(after.answers) if after else 0))
     return {
         "before": before.summary() if before else None,
         "after": after.summary() if after else None,
-        "change": as_json(change),
+        "change": changes_as_json(base, tuned),
         "gate": [vars(verdict) for verdict in verdicts],
         "generations": [
             {

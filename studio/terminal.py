@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from studio.metric_view import gate_lines, metric_table
 from studio.progress import ran_for, steps, warnings
 from studio.quantities import SPARKS, as_bytes, as_count, as_duration, as_percent, sparkline
 
@@ -208,7 +209,9 @@ def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
     if result.get("generations"):
         parts += [*_generations(result["generations"]), ""]
     if result.get("before") and result.get("after"):
-        parts += [_comparison(result["before"], result["after"]), ""]
+        parts += [metric_table(result["before"], result["after"], result.get("change") or {}), ""]
+    if lines := gate_lines(result.get("gate") or []):
+        parts += [*lines, ""]
     parts.append(_facts(job, result))
     return Group(*parts, *_warning_lines(job))
 
@@ -220,22 +223,6 @@ def _warning_lines(job: Job) -> list[Text]:
     earlier = [Text(clean(f"{hidden:,} earlier ones in {job.path / 'metrics.jsonl'}"), "dim")] if hidden > 0 else []
     lines = [*(warning_text(words) for words in found[-MOST_WARNINGS:]), *earlier]
     return [Text(), *lines] if lines else []
-
-
-def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"Held-out, {after['examples']:,} examples")
-    for name in ("base", "tuned", "change"):
-        table.add_column(name, justify="right")
-    change = (after["loss"] - before["loss"]) / before["loss"] if before["loss"] else 0.0
-    table.add_row("loss", f"{before['loss']:.4f}", f"[bold]{after['loss']:.4f}", f"{round(100 * change):+d} %")
-    exact = [side["exact_match"] for side in (before, after)]
-    table.add_row("exact match", as_percent(exact[0]), f"[bold]{as_percent(exact[1])}", _points(exact[1] - exact[0]))
-    return table
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f} points"
 
 
 def _generations(rows: Iterable[dict[str, str]]) -> list[RenderableType]:

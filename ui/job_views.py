@@ -13,11 +13,11 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from studio import Job, JobState
-from studio.progress import PHASES, Rows, count_text, phase_counts, phases_over, ran_for
+from studio.progress import PHASES, Rows, count_text, gate_text, metric_rows, phase_counts, phases_over, ran_for
 from studio.quantities import as_bytes, as_count, as_duration, as_percent
 from ui.downloads import has_adapter
 from ui.html import Child, el, join
-from ui.views import figure, figures, meter, note
+from ui.views import figure, figures, meter, note, table
 
 Row = dict[str, Any]
 
@@ -133,7 +133,12 @@ def _trouble(job: Job, state: JobState) -> Markup | None:
         return None
     title = "This job was lost" if state.status == "lost" else "This job failed"
     message = state.error.message[:1].upper() + state.error.message[1:]
-    return note("error", title, el("p", message, cls="words"), el("p", "The last lines of its log are below."))
+    more = (
+        "Its adapter and its result are below."
+        if state.error.type == "GateError"
+        else "The last lines of its log are below."
+    )
+    return note("error", title, el("p", message, cls="words"), el("p", more))
 
 
 # -------------------------------------------------------------------- figures
@@ -158,7 +163,7 @@ def live_figures(state: JobState, rows: Rows, result: dict[str, Any] | None) -> 
 
 
 def _before_after(label: str, key: str, before: Row | None, after: Row | None) -> Markup | None:
-    if before is None:
+    if before is None or (before.get(key) is None and key != "loss") or (key == "loss" and key not in before):
         return None
     first = _quantity(key, before.get(key))
     if after is None:
@@ -232,7 +237,57 @@ def log_view(lines: Sequence[str]) -> Markup:
 
 def result_view(job: Job, result: dict[str, Any]) -> Markup:
     """The adapter to take away, the answers side by side, and where the files lie."""
-    return join(_adapter(job, result), _answers(result.get("generations") or []), _files(job, result))
+    parts = (_adapter(job, result), _metrics(result), _answers(result.get("generations") or []), _files(job, result))
+    return join(*parts)
+
+
+def _metrics(result: dict[str, Any]) -> Markup | None:
+    """Every metric, base and tuned, with its interval; what the gate said of them."""
+    before, after = result.get("before"), result.get("after")
+    if not before or not after:
+        return None
+    rows = [
+        (
+            row.title,
+            _with_interval(row.base, row.base_interval),
+            _with_interval(row.tuned, row.tuned_interval),
+            el("span", _with_interval(row.change, row.change_interval), cls=f"change {row.verdict}"),
+        )
+        for row in metric_rows(before, after, result.get("change"))
+    ]
+    count = before.get("examples")
+    words = "In small print the interval of 95 % over the examples; the change is paired by example."
+    return el(
+        "section",
+        el("h2", "Base against tuned"),
+        el("p", f"On {count:,} held-out examples. {words}" if count else words, cls="quiet-text"),
+        table("Metrics of the base and of the tuned model", ("Metric", "Base", "Tuned", "Change"), rows),
+        _gate(result.get("gate") or []),
+        cls="card metrics",
+        aria_label="Metrics",
+    )
+
+
+def _with_interval(value: str, interval: str) -> Markup:
+    return join(value, el("small", interval) if interval else None)
+
+
+def _gate(verdicts: Sequence[dict[str, Any]]) -> Markup | None:
+    if not verdicts:
+        return None
+    items = [
+        el(
+            "li",
+            el("span", "passed" if entry["passed"] else "failed", cls=f"pill {_pill(entry)}"),
+            el("span", gate_text(entry)),
+        )
+        for entry in verdicts
+    ]
+    return join(el("h3", "Gate"), el("ul", *items, cls="gate"))
+
+
+def _pill(entry: dict[str, Any]) -> str:
+    return "succeeded" if entry["passed"] else "failed"
 
 
 def _adapter(job: Job, result: dict[str, Any]) -> Markup | None:

@@ -103,12 +103,12 @@ class Page:
                 "warnings": warnings_view(rows),
                 "router": (state.total_steps, router_rows(rows)),
                 "routing": (job.path, _stamps(job)),
-                "result": job_views.result_view(job, result) if result and state.status == "succeeded" else None,
+                "result": job_views.result_view(job, result) if result and state.ended else None,
                 "cancel": not state.ended,
                 "log": job_views.log_view(job.log_tail(LOG_LINES)),
                 "plan": _plan(job),
                 "recipe": self.places.text_of(Source("job", name)),
-                "log_box": state.status in ("failed", "lost"),
+                "log_box": state.status in ("failed", "lost") and not result,
                 "details": True,
             }
         except StudioError as error:
