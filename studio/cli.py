@@ -178,6 +178,86 @@ def run(
         watch(job, as_json)
 
 
+@app.command(epilog="Example: studio suggest recipes/quickstart.yaml")
+@reported
+def suggest(recipe: RecipePath, as_json: AsJson = False) -> None:
+    """Show hyper-parameters to begin with, by model size, data size and method, each with its reason and source."""
+    from studio.hyper_view import suggestion_table
+
+    found = studio.suggest(studio.load_recipe(recipe))
+    if as_json:
+        print_json([{**vars(suggested), "recipe": has} for suggested, has in found])
+    else:
+        output().print(suggestion_table(found))
+
+
+@app.command("lr-test", epilog="Example: studio lr-test recipes/quickstart.yaml --steps 80")
+@reported
+def lr_test(
+    recipe: RecipePath,
+    start: Annotated[float, typer.Option("--from", help="The first learning rate.")] = 1e-6,
+    end: Annotated[float, typer.Option("--to", help="The last one.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps between them.")] = 100,
+    out: Annotated[Path | None, typer.Option("--out", help="The job directory; else beside the recipe's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find a learning rate: let it grow over a few steps and see where the loss falls. A job like others."""
+    from studio.hyper_view import lr_test_view
+    from studio.lr_test import Ramp
+
+    job = studio.submit_lr_test(studio.load_recipe(recipe), Ramp(start, end, steps), out=out)
+    try:
+        state = follow_only(job, as_json)
+    except KeyboardInterrupt:
+        state = cancel_or_state(job)
+    result = job.result()
+    if state.status != "succeeded" or result is None:
+        show_job(job, state, as_json)
+        raise typer.Exit(1)
+    print_json(result["lr_test"]) if as_json else output().print(lr_test_view(result["lr_test"]), soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: studio sweep recipes/quickstart.yaml --param training.learning_rate=1e-4..1e-2:log "
+    "--param adapter.attention_rank=4,8,16 --trials 12"
+)
+@reported
+def sweep(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WHAT", help="A recipe, a sweep's YAML, or a sweep's folder to go on with.", show_default=False
+        ),
+    ],
+    param: Annotated[
+        list[str] | None, typer.Option("--param", metavar="FIELD=RANGE", help="A field and its range or list.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all; 20 if not given.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What decides, if not the held-out loss.")] = None,
+    sampler: Annotated[str | None, typer.Option(metavar="tpe|random|grid", help="How values are proposed.")] = None,
+    prune_after: Annotated[
+        int | None, typer.Option(min=0, help="Finished trials before trials are pruned, 4 if not given; 0: none is.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampler.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; else beside the recipe's jobs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search hyper-parameters: trials are ordinary jobs, hopeless ones are pruned. Ctrl-C stops it whole."""
+    from studio.hyper_view import sweep_progress, sweep_view
+    from studio.sweep_space import split_param
+
+    given = {"trials": trials, "metric": metric, "sampler": sampler, "prune_after": prune_after, "seed": seed}
+    planned = studio.plan_sweep(what, dict(map(split_param, param or ())), out=out, **given)
+    try:
+        with sweep_progress(output(), quiet=as_json) as shown:
+            results = studio.run_sweep(planned, shown)
+    except KeyboardInterrupt:
+        stopped = f"stopped; what was tried is kept. Go on with: studio sweep {planned.folder}"
+        print_json({"error": {"type": "KeyboardInterrupt", "message": stopped}}) if as_json else print_error(stopped)
+        raise typer.Exit(130) from None
+    print_json(results) if as_json else output().print(sweep_view(results), soft_wrap=True)
+
+
 @app.command(epilog="Example: studio merge runs/quickstart/adapter --out merged/quickstart")
 @reported
 def merge(

@@ -89,6 +89,7 @@ def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...
 InputPath = Annotated[Path, BeforeValidator(_absolute)]
 OutputPath = Annotated[Path, BeforeValidator(_absolute_from_cwd)]
 Rank = Annotated[int, Field(ge=0, le=1024)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 ExpertId = Annotated[int, Field(ge=0, le=65535)]
 LayerNumber = Annotated[int, Field(ge=0, le=65535)]
 
@@ -336,8 +337,8 @@ class TrainingSettings(Settings):
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=4096)
     """Forward passes per optimizer step. The effective batch is batch_size times this."""
 
-    learning_rate: float = Field(default=2e-4, gt=0, le=1)
-    """Highest learning rate, reached after the warm-up."""
+    learning_rate: Rate | Literal["auto"] = 2e-4
+    """Highest learning rate, reached after the warm-up. auto: what `studio suggest` says."""
 
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate goes on after the warm-up: falls linearly, along a cosine, or stays constant."""

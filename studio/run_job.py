@@ -18,6 +18,7 @@ from typing import Any
 
 from studio.errors import StudioError
 from studio.jobs import Job, open_job
+from studio.lr_test import is_lr_test
 
 PROGRESS_SECONDS = 0.5
 WATCHED_TOKENS = 16_384
@@ -77,6 +78,10 @@ def run(job: Job) -> None:
         job.log_metrics({"kind": "eval", "when": when, **found.row()})
         return found
 
+    if is_lr_test(job):
+        with clock.phase("training", "train"):
+            _test_rates(job, lambda: trainer_for(recipe.training.method)(model, tokenizer, recipe, train_rows, job))
+        return
     profile = _profiler(job, model, tokenizer, recipe, sequences(train_rows))
     with clock.phase("evaluating base", "profile"):
         profile("profile", tuned=False)
@@ -94,6 +99,21 @@ def run(job: Job) -> None:
     job.write_result(result)
     raise_failed(result["gate"], str(job.path / "adapter"))
     job.update(status="succeeded", phase="done", step=trained["steps"])
+
+
+def _test_rates(job: Job, train: Callable[[], Any]) -> None:
+    """A range test: the training is thrown away, and a loss that is not finite is an end like another."""
+    from studio.errors import TrainingError
+    from studio.lr_test import lr_test_report
+
+    try:
+        train()
+    except TrainingError as error:
+        print(error, file=sys.stderr)
+    job.write_result({"lr_test": lr_test_report(job)})
+    with _not_worth_the_job():
+        subprocess.run([sys.executable, "-m", "studio.hyper_pictures", "lr-test", str(job.path)], check=True)
+    job.update(status="succeeded", phase="done")
 
 
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from studio.hyper_view import lr_test_view
 from studio.metric_view import gate_lines, metric_table
 from studio.progress import ran_for, steps, warnings
 from studio.quantities import SPARKS, as_bytes, as_count, as_duration, as_percent, sparkline
@@ -205,6 +206,8 @@ def shape_table(rows: Sequence[tuple[str, str, Base]]) -> RenderableType:
 
 def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
     """The finished run: before and after, generations side by side, memory, time, where the files lie, warnings."""
+    if found := result.get("lr_test"):
+        return lr_test_view(found)
     parts: list[RenderableType] = []
     if result.get("generations"):
         parts += [*_generations(result["generations"]), ""]

@@ -30,6 +30,7 @@ LIGHT = (
     "studio.defaults",
     "studio.lr_test",
     "studio.sweep",
+    "studio.sweep_run",
     "studio.sweep_space",
     "studio.hyper_view",
     "studio.plan",
