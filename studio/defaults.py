@@ -5,9 +5,9 @@
 
 Sources
     LoRA      Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025: the best rate of LoRA is 10 times
-              that of full fine-tuning and hardly depends on the rank (scale alpha / rank, alpha 32); parameters at least as
-              many as learned tokens; large batches cost more than with full fine-tuning; for policy gradients a rank
-              of 1 is enough; with experts, the rank of each is the rank over the number of active ones
+              that of full fine-tuning and hardly depends on the rank (scale alpha / rank, alpha 32); parameters at
+              least as many as learned tokens; large batches cost more than with full fine-tuning; for policy
+              gradients a rank of 1 is enough; with experts, the rank of each is the rank over the number of active ones
     Tinker    tinker-cookbook, hyperparam_utils.py: rate = 5e-5 · 10 · (2000 / hidden size)^p, p = 0.781 for Llama and
               0.0775 for Qwen, fitted to a sweep
     QLoRA     Dettmers et al., arXiv 2305.14314, appendix B: batches of 16, 3 % warm-up

@@ -3,8 +3,8 @@
     submit_lr_test(recipe) ─▶ Job (ordinary, with lr_test.json) ─▶ lr_test_report(job) ─▶ suggestion, lr_test.png
 
 After Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.3, with the rate
-growing exponentially instead of linearly. The weights are trained from the recipe's start on its real batches, and thrown away.
-No torch.
+growing exponentially instead of linearly. The weights are trained from the recipe's start on its real batches, and
+thrown away. No torch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def submit_lr_test(recipe: Recipe, ramp: Ramp, *, out: Path | None = None) -> Jo
         StudioError: as `studio.submit`; a ramp that does not rise.
     """
     from studio.jobs import submit
-    from studio.recipe import Recipe as Whole
+    from studio.sweep_space import with_values
 
     if not 0 < ramp.start < ramp.end <= 100 or ramp.steps < LEAST_POINTS:
         raise StudioError(
@@ -98,21 +98,22 @@ def submit_lr_test(recipe: Recipe, ramp: Ramp, *, out: Path | None = None) -> Jo
             f"higher one of at most 100, in at least {LEAST_POINTS} steps"
         )
     folder = out or recipe.output.dir.with_name(f"{recipe.output.dir.name}-lr-test")
-    values = recipe.model_dump(mode="json")
-    values["output"]["dir"] = str(folder)
-    values["data"]["eval"] = None
-    values["evaluation"] = {}
-    values["router"]["watch"] = False
-    values["router"] |= {name: None for name in values["router"] if name.startswith(("warn_", "stop_"))}
-    values["training"] |= {
-        "max_steps": ramp.steps,
-        "epochs": None,
-        "learning_rate": min(1.0, ramp.start),
-        "lr_scheduler": "constant",
-        "warmup_fraction": 0.0,
-        "logging_steps": 1,
+    values: dict[str, Any] = {
+        "output.dir": str(folder),
+        "data.eval": None,
+        "evaluation.json_schema": None,
+        "evaluation.every_steps": None,
+        "evaluation.tasks": [],
+        "evaluation.gate": [],
+        "training.max_steps": ramp.steps,
+        "training.learning_rate": min(1.0, ramp.start),
+        "training.lr_scheduler": "constant",
+        "training.warmup_fraction": 0.0,
+        "training.logging_steps": 1,
+        "router.watch": False,
     }
-    test = Whole.model_validate_json(files.to_json(values))
+    limits = [name for name in type(recipe.router).model_fields if name.startswith(("warn_", "stop_"))]
+    test = with_values(recipe, values | {f"router.{name}": None for name in limits})
     return submit(test, overwrite=(folder / RAMP).is_file(), extra={RAMP: files.to_json(asdict(ramp), indent=2)})
 
 

@@ -58,7 +58,7 @@ def run(job: Job) -> None:
         model, tokenizer, placement, recipe = _load(job)
     from studio.data import both_rows, sequences
     from studio.encoding import check_lengths
-    from studio.gate import check_gate, raise_failed
+    from studio.gate import Verdict, check_gate, raise_failed
     from studio.measuring import Measuring
     from studio.trainers import trainer_for
 
@@ -97,7 +97,7 @@ def run(job: Job) -> None:
         _picture(job, model)
     result = _result(job, clock, held_out, before, after, trained, saved, recipe)
     job.write_result(result)
-    raise_failed(result["gate"], str(job.path / "adapter"))
+    raise_failed([Verdict(**entry) for entry in result["gate"]], str(job.path / "adapter"))
     job.update(status="succeeded", phase="done", step=trained["steps"])
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio import job_files as files
@@ -57,7 +60,9 @@ def run_sweep(plan: SweepPlan, shown: Shown | None = None) -> dict[str, Any]:
         while (trial := _next(plan, study)) is not None:
             _run_trial(plan, study, trial, shown)
             _stop_where_all_fail(plan, study)
-        return write_results(plan, study)
+        results = write_results(plan, study)
+        _draw(plan.folder)
+        return results
     finally:
         os.close(lock)
 
@@ -65,6 +70,14 @@ def run_sweep(plan: SweepPlan, shown: Shown | None = None) -> dict[str, Any]:
 def sweep_results(plan: SweepPlan) -> dict[str, Any]:
     """The results so far, from the journal."""
     return _results(plan, _study(plan))
+
+
+def _draw(folder: Path) -> None:
+    """sweep.png, by a process of its own; what goes wrong with it is not worth the results."""
+    command = [sys.executable, "-m", "studio.hyper_pictures", "sweep", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        print(f"the picture of the sweep could not be made: {made.stderr.strip()[-300:]}", file=sys.stderr)
 
 
 def _study(plan: SweepPlan) -> optuna.Study:
@@ -88,7 +101,7 @@ def _study(plan: SweepPlan) -> optuna.Study:
         storage=storage, study_name="sweep", direction=plan.direction, load_if_exists=True, pruner=pruner
     )
     study.sampler = _sampler(plan, len(study.trials))
-    if not study.trials:
+    if not study.trials and settings.sampler != "grid":  # the recipe as it is comes first
         own = {field: value_of(plan.recipe, field) for field in plan.space}
         if all(plan.space[field].holds(value) for field, value in own.items()):
             study.enqueue_trial(own)
@@ -315,9 +328,8 @@ def _results(plan: SweepPlan, study: optuna.Study) -> dict[str, Any]:
                 "job": str(plan.folder / f"{trial.number:03d}"),
             }
         )
-    values = [
-        (float(trial.value), trial.number) for trial in study.get_trials(deepcopy=False) if trial.value is not None
-    ]
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))  # a pruned one has a value too: its last
+    values = [(float(trial.values[0]), trial.number) for trial in done]
     best = (min if plan.direction == "minimize" else max)(values)[1] if values else None
     return {
         "sweep": str(plan.folder),

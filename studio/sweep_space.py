@@ -148,7 +148,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: a field that there is not, or a recipe that is not allowed.
     """
-    whole = plain(YAML(typ="safe").load(recipe_to_yaml(recipe)))
+    whole = as_values(recipe)
     for field, value in values.items():
         section, _, name = field.rpartition(".")
         if section not in whole or not isinstance(whole[section], dict):
@@ -160,8 +160,23 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     for name, other in (("training.max_steps", "epochs"), ("training.epochs", "max_steps")):
         if name in values:
             training[other] = None
+    return from_values(whole)
+
+
+def as_values(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as plain values, which `from_values` reads back."""
+    values: dict[str, Any] = plain(YAML(typ="safe").load(recipe_to_yaml(recipe)))
+    return values
+
+
+def from_values(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that the values say.
+
+    Raises:
+        RecipeError
+    """
     text = StringIO()
-    YAML().dump(whole, text)
+    YAML().dump(dict(values), text)
     return parse_recipe(text.getvalue())
 
 
