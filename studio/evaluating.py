@@ -120,13 +120,13 @@ def _measured(origin: Origin, recipe: Recipe, rows: list[Any], progress: Progres
     def shown(name: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(name, done, total) if progress else None
 
+    measuring = Measuring(recipe, rows)  # tasks that are not here are refused before the base is loaded
     model, tokenizer = load_recipe_base(recipe, shown("loading"))
     adapter = AppliedAdapter(model, origin.adapter) if origin.adapter else None
-    measuring = Measuring(recipe, model, tokenizer, rows)
-    before = measuring.run(shown("measuring base" if adapter else "measuring"))
+    before = measuring.run(model, tokenizer, shown("measuring base" if adapter else "measuring"))
     if adapter is None:
         return {"before": before.summary(), "after": None, "change": {}}
     with adapter:
-        after = measuring.run(shown("measuring tuned"))
+        after = measuring.run(model, tokenizer, shown("measuring tuned"))
     change = changes_as_json(before.measures, after.measures)
     return {"before": before.summary(), "after": after.summary(), "change": change}

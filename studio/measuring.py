@@ -29,8 +29,8 @@ class Measuring:
         StudioError: a schema or a task that cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]):
-        self.recipe, self.model, self.tokenizer, self.rows = recipe, model, tokenizer, rows
+    def __init__(self, recipe: Recipe, rows: Sequence[Row]):
+        self.recipe, self.rows = recipe, rows
         schema = recipe.evaluation.json_schema
         self.fits_schema = read_schema(schema) if schema else None
         self.tasks = _tasks(recipe.evaluation.tasks)
@@ -40,14 +40,16 @@ class Measuring:
         """Whether there is nothing to measure on."""
         return not self.rows and self.tasks is None
 
-    def run(self, progress: Progress | None = None) -> Evaluation:
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+    ) -> Evaluation:
         """Every metric of the model as it stands."""
         settings, batch_size = self.recipe.evaluation, self.recipe.training.batch_size
         found = Evaluation()
         if self.rows:
             found = evaluate(
-                self.model,
-                self.tokenizer,
+                model,
+                tokenizer,
                 self.rows,
                 max_length_tokens=self.recipe.data.max_length_tokens,
                 max_new_tokens=settings.max_new_tokens,
@@ -59,8 +61,8 @@ class Measuring:
             return found
         return found.with_measures(
             self.tasks.run(
-                self.model,
-                self.tokenizer,
+                model,
+                tokenizer,
                 batch_size=batch_size,
                 examples=settings.task_examples,
                 chat_template=settings.task_chat_template,

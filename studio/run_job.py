@@ -53,28 +53,27 @@ def run(job: Job) -> None:
         StudioError: what the studio refuses: bad base weights, non-finite loss, … No adapter is written then.
         GateError: the tuned model is worse than the recipe allows; the adapter and the result are written.
     """
-    clock = _Clock(job)
-    with clock.phase("loading", "load"):
-        model, tokenizer, placement, recipe = _load(job)
     from studio.data import both_rows, sequences
-    from studio.encoding import check_lengths
     from studio.gate import Verdict, check_gate, raise_failed
     from studio.measuring import Measuring
-    from studio.trainers import trainer_for
 
-    train_rows, held_out = both_rows(recipe)
-    held_out = held_out[: recipe.evaluation.examples]
+    clock = _Clock(job)
+    with clock.phase("loading", "load"):
+        train_rows, held_out = both_rows(job.recipe())
+        held_out = held_out[: job.recipe().evaluation.examples]
+        measuring = Measuring(job.recipe(), held_out)  # tasks that are not here are refused before the base is loaded
+        model, tokenizer, placement, recipe = _load(job)
+    from studio.encoding import check_lengths
+    from studio.trainers import trainer_for
 
     for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
         check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
-
-    measuring = Measuring(recipe, model, tokenizer, held_out)
 
     def measure(when: str, phase: str) -> Any:
         if measuring.nothing:
             return None
         with clock.phase(phase, f"evaluate_{when}"):
-            found = measuring.run(clock.progress(phase))
+            found = measuring.run(model, tokenizer, clock.progress(phase))
         job.log_metrics({"kind": "eval", "when": when, **found.row()})
         return found
 

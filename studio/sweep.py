@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from studio import job_files as files
 from studio.errors import JobError, OutputExistsError, StudioError
 from studio.metrics import METRICS
 from studio.recipe import Recipe, Settings
-from studio.sweep_space import Choices, Space, check_space, read_params
+from studio.sweep_space import Choices, Space, as_values, check_space, from_values, read_params
 
 if TYPE_CHECKING:
     pass
@@ -96,7 +95,7 @@ def plan_sweep(
     ).absolute()
     if os.path.lexists(folder):
         raise OutputExistsError(f"{folder} exists already; to go on with the sweep in it: studio sweep {folder}")
-    return _planned(folder, {**values, **wanted, "recipe": recipe.model_dump(mode="json"), "params": own}, recipe)
+    return _planned(folder, {**values, **wanted, "recipe": as_values(recipe), "params": own}, recipe)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Recipe]:
@@ -128,9 +127,7 @@ def _opened(folder: Path, params: dict[str, Any], wanted: dict[str, Any]) -> Swe
         values, _ = read_mapping((folder / SETTINGS).read_text(encoding="utf-8"), str(folder / SETTINGS))
     except OSError as error:
         raise JobError(f"{folder} is no sweep: {SETTINGS} cannot be read ({error.strerror})") from None
-    return _planned(
-        folder.absolute(), {**values, **wanted}, Recipe.model_validate_json(files.to_json(values["recipe"]))
-    )
+    return _planned(folder.absolute(), {**values, **wanted}, from_values(values["recipe"]))
 
 
 def _planned(folder: Path, values: Mapping[str, Any], recipe: Recipe) -> SweepPlan:

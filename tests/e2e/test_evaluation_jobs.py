@@ -92,8 +92,6 @@ def test_lm_eval_runs_on_a_model_and_refuses_what_is_not_here(base: Path, tmp_pa
     assert report["adapter"] is None and report["after"] is None
     accuracy = report["before"]["metrics"]["domains/acc"]
     assert accuracy["n"] == 12 and accuracy["stderr"] > 0 and accuracy["low"] < accuracy["value"] < accuracy["high"]
-    missing = studio("evaluate", base, "--task", "no_such_task_at_all", "--json")
-    assert missing.returncode == 1 and "no task of lm-eval" in json.loads(missing.stdout)["error"]["message"]
     away = studio("evaluate", base, "--task", "arc_easy", "--json")
     assert away.returncode == 1 and "not downloaded" in json.loads(away.stdout)["error"]["message"]
 
