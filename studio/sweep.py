@@ -24,7 +24,7 @@ from studio.sweep_space import Choices, Space, as_values, check_space, from_valu
 if TYPE_CHECKING:
     pass
 
-SETTINGS = "sweep.yaml"
+SETTINGS, JOURNAL = "sweep.yaml", "journal.log"
 FALLING = ("perplexity", "bits_per_byte", "brier_score", "loss", "ter")
 """Ends of the names of lm-eval's metrics that are better when lower."""
 
@@ -127,6 +127,8 @@ def _opened(folder: Path, params: dict[str, Any], wanted: dict[str, Any]) -> Swe
         values, _ = read_mapping((folder / SETTINGS).read_text(encoding="utf-8"), str(folder / SETTINGS))
     except OSError as error:
         raise JobError(f"{folder} is no sweep: {SETTINGS} cannot be read ({error.strerror})") from None
+    if not isinstance(values.get("recipe"), dict) or not (folder / JOURNAL).is_file():
+        raise JobError(f"{folder} is no sweep that has begun: it needs {SETTINGS} with the whole recipe, and {JOURNAL}")
     return _planned(folder.absolute(), {**values, **wanted}, from_values(values["recipe"]))
 
 

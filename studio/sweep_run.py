@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from studio import job_files as files
 from studio.errors import JobError, StudioError
-from studio.sweep import SETTINGS, SweepPlan
+from studio.sweep import JOURNAL, SETTINGS, SweepPlan
 from studio.sweep_space import Choices, value_of, with_values
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from studio.jobs import Job
 
-JOURNAL, RESULTS = "journal.log", "results.json"
+RESULTS = "results.json"
 PARTS = 10
 """Held-out losses of a trial that are compared, at these parts of its steps."""
 

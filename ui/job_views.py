@@ -226,6 +226,13 @@ def loss_points(rows: Rows, most: int = MOST_POINTS) -> list[tuple[int, float]]:
     return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in stretches]
 
 
+def held_out_points(rows: Rows) -> list[tuple[int, float]]:
+    """(step, held-out loss): of the base at step 0, then as it was measured while training."""
+    during = [(r["step"], r["loss"]) for r in rows if r.get("kind") == "held_out"]
+    before = [(0, r.get("loss")) for r in rows if r.get("kind") == "eval" and r.get("when") == "before"]
+    return [(step, loss) for step, loss in before + during if loss is not None] if during else []
+
+
 def log_view(lines: Sequence[str]) -> Markup:
     """The lines in a box that stands at its end."""
     text = "\n".join(lines) or "The log is empty so far."
@@ -238,7 +245,26 @@ def log_view(lines: Sequence[str]) -> Markup:
 def result_view(job: Job, result: dict[str, Any]) -> Markup:
     """The adapter to take away, the answers side by side, and where the files lie."""
     parts = (_adapter(job, result), _metrics(result), _answers(result.get("generations") or []), _files(job, result))
-    return join(*parts)
+    return join(_rates(job, result), *parts)
+
+
+def _rates(job: Job, result: dict[str, Any]) -> Markup | None:
+    """What a learning-rate range test found."""
+    found = result.get("lr_test")
+    if not found:
+        return None
+    return el(
+        "section",
+        el("h2", "Learning-rate range test"),
+        figures(
+            figure("Suggested rate", f"{found['suggested']:.2g}", "training.learning_rate", "hero"),
+            figure("Steepest fall at", f"{found['steepest']:.2g}", "the smoothed loss falls fastest"),
+            figure("Least loss at", f"{found['least']:.2g}", "beyond it the rate is too high"),
+        ),
+        el("p", "The picture: ", el("code", str(job.path / "lr_test.png")), cls="quiet-text"),
+        cls="card",
+        aria_label="Range test",
+    )
 
 
 def _metrics(result: dict[str, Any]) -> Markup | None:

@@ -99,7 +99,7 @@ class Page:
             return {
                 "head": job_views.head(job, state, rows, waits_for),
                 "figures": job_views.live_figures(state, rows, result),
-                "curve": (state.total_steps, job_views.loss_points(rows)),
+                "curve": (state.total_steps, job_views.loss_points(rows), job_views.held_out_points(rows)),
                 "warnings": warnings_view(rows),
                 "router": (state.total_steps, router_rows(rows)),
                 "routing": (job.path, _stamps(job)),
@@ -114,7 +114,7 @@ class Page:
         except StudioError as error:
             head = el("section", el("h1", "This job cannot be shown"), el("p", str(error)), cls="card")
             nothing = {"figures": None, "warnings": None, "result": None, "routing": None}
-            return {"head": head, **nothing, "curve": (0, []), "router": (0, []), "cancel": False, "details": False}
+            return {"head": head, **nothing, "curve": (0, [], []), "router": (0, []), "cancel": False, "details": False}
 
     def _updates(self, changed: Seen) -> Updates:
         found: Updates = {}
@@ -125,8 +125,9 @@ class Page:
             if key in changed:
                 found[getattr(self, key)] = gr.update(value=changed[key] or "", visible=changed[key] is not None)
         if "curve" in changed:
-            total, pairs = changed["curve"]
-            points = pd.DataFrame(pairs, columns=["step", "loss"])
+            total, pairs, held_out = changed["curve"]
+            named = [(*pair, "training") for pair in pairs] + [(*pair, "held out") for pair in held_out]
+            points = pd.DataFrame(named, columns=["step", "loss", "of"])
             found[self.curve] = gr.update(value=points, x_lim=[0, total], visible=len(points) > 1)
         if "router" in changed:
             total, rows = changed["router"]
@@ -193,9 +194,12 @@ def _layout(places: Places) -> Page:
             curve = gr.LinePlot(
                 x="step",
                 y="loss",
+                color="of",
+                color_map={"training": "#0f766e", "held out": "#c2571a"},
                 x_title="step",
                 y_title="loss",
-                title="Training loss",
+                color_title="loss",
+                title="Loss",
                 x_axis_format="d",
                 height=260,
                 visible=False,
