@@ -53,10 +53,9 @@ class Evaluation:
         """The same with further metrics."""
         return replace(self, measures={**self.measures, **more})
 
-    def row(self) -> dict[str, float | None]:
+    def row(self) -> dict[str, float]:
         """{metric: value}, for metrics.jsonl."""
-        named = {"loss": self.loss, "exact_match": self.exact_match}
-        return named | {name: found.metric.value for name, found in self.measures.items()}
+        return {name: found.metric.value for name, found in self.measures.items()}
 
     def summary(self) -> dict[str, Any]:
         """What result.json says of one side."""

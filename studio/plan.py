@@ -20,6 +20,7 @@ from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, Row, Sequence, both_rows, sequences
+from studio.defaults import settled, settled_learning_rate
 from studio.evaluation_inputs import check_evaluation
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
@@ -75,6 +76,7 @@ class Plan(BaseModel):
         truncated_examples: training examples longer than that.
         warnings: what to know before the job is started.
         placement: which routed experts get adapters; None for a dense model.
+        learning_rate: what the recipe's "auto" stands for; None where it has a number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,6 +104,7 @@ class Plan(BaseModel):
     memory_at_hand_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     placement: PlacementPlan | None = None
+    learning_rate: float | None = None
 
 
 def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile | None = None) -> Plan:
@@ -152,7 +155,14 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         total_steps=total_steps(recipe, len(train)),
         warnings=_warnings(recipe, base, memory, at_hand),
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
+        learning_rate=_settled_rate(recipe, base, train),
     )
+
+
+def _settled_rate(recipe: Recipe, base: Base, rows: list[Row]) -> float | None:
+    if recipe.training.learning_rate != "auto":
+        return None
+    return settled_learning_rate(settled(recipe, base, rows))
 
 
 def _placement_plan(rule: str, base: Base, placement: Placement, profile: RouterProfile | None) -> PlacementPlan:

@@ -183,7 +183,7 @@ def _metric_row(name: str, base: Any, tuned: Any, change: Any) -> MetricRow:
         _interval(name, base),
         metric_text(name, tuned["value"]) if tuned else "",
         _interval(name, tuned) if tuned else "",
-        _signed(name, difference.get("value")),
+        _signed(name, difference.get("value"), base["value"]),
         _signed_interval(name, difference),
         _verdict(name, difference),
     )
@@ -214,10 +214,13 @@ def _bare(name: str, value: float) -> str:
     return f"{100 * value:.1f}" if is_share(name) else f"{value:.4g}"
 
 
-def _signed(name: str, value: float | None) -> str:
+def _signed(name: str, value: float | None, base: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:+.1f} points" if is_share(name) else f"{value:+.4g}"
+    if is_share(name):
+        return f"{100 * value:+.1f} points"
+    relative = f", {100 * value / base:+.0f} %" if base and name in METRICS else ""
+    return f"{value:+.4g}{relative}"
 
 
 def _signed_interval(name: str, change: Mapping[str, Any]) -> str:

@@ -77,6 +77,8 @@ def plan_view(plan: Plan) -> RenderableType:
         f"{plan.train_examples:,} examples to train on, {plan.eval_examples:,} held out · {plan.total_steps:,} steps"
     )
     lines = [("Model", model), ("", parameters), ("Data", steps), *_placement_lines(plan)]
+    if plan.learning_rate is not None:
+        lines.append(("Rate", f"{plan.learning_rate:g}, for auto; studio suggest says why"))
     head = [Text.assemble((f"{name:<8}", "bold"), words) for name, words in lines]
     said = [warning_text(words) for words in plan.warnings]
     return Group(*head, "", _class_table(plan), "", _memory_table(plan), *([""] if said else []), *said)

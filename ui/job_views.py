@@ -163,7 +163,7 @@ def live_figures(state: JobState, rows: Rows, result: dict[str, Any] | None) -> 
 
 
 def _before_after(label: str, key: str, before: Row | None, after: Row | None) -> Markup | None:
-    if before is None or (before.get(key) is None and key != "loss") or (key == "loss" and key not in before):
+    if before is None or key not in before or (key == "exact_match" and before[key] is None):
         return None
     first = _quantity(key, before.get(key))
     if after is None:

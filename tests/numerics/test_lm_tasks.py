@@ -100,7 +100,7 @@ def test_the_chat_template_is_put_round_the_prompt_where_it_is_asked_for(
     asked = [{"role": "user", "content": "2 + 2 ="}]
     template = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert template.startswith(tokenizer.bos_token)  # written out in the template: lm-eval adds no second one
-    for found, start, text in ((plain, "2 + 2 =", "2 + 2 = 4"), (chat, template, f"{template}4")):
+    for found, start, text in ((plain, "2 + 2 =", "2 + 2 =4"), (chat, template, f"{template}4")):
         ids, begins = (tokenizer.encode(part, add_special_tokens=found is plain) for part in (text, start))
         with torch.no_grad():
             logits = ours(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,15 @@ def test_newcombes_paired_interval_covers_what_it_says() -> None:
             low, high = newcombe([first for first, _ in drawn], [second for _, second in drawn])
             inside += low <= tuned - base <= high
         assert 0.92 <= inside / 600 <= 0.995, (base, tuned, inside / 600)
+
+
+def test_marks_that_go_together_make_the_paired_interval_narrower() -> None:
+    base, tuned = pairs(both=85, only_tuned=5, only_base=3, neither=7)
+    low, high = newcombe(base, tuned)
+    (l1, u1), (l2, u2) = wilson(90, 100), wilson(88, 100)
+    apart = math.hypot(0.90 - l1, u2 - 0.88), math.hypot(u1 - 0.90, 0.88 - l2)  # Newcombe's for two samples
+    assert 0.3 * apart[0] < 0.02 - low < 0.9 * apart[0] and 0.3 * apart[1] < high - 0.02 < 0.9 * apart[1]
+    assert newcombe(tuned, base) == pytest.approx((-high, -low))
 
 
 def test_all_wrong_before_and_all_right_after_is_no_certainty() -> None:
@@ -208,9 +219,20 @@ def test_a_schema_is_read_once_and_checked(tmp_path: Path) -> None:
         path.write_text(bad)
         with pytest.raises(DataError, match=said):
             read_schema(path)
-    path.write_text('{"$ref": "http://127.0.0.1:9/other.json"}')
-    with pytest.raises(DataError, match="refers to another schema, which is not followed"):
-        read_schema(path)
+    asked = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with HTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path.write_text(json.dumps({"$ref": f"http://127.0.0.1:{server.server_port}/other.json"}))
+        with pytest.raises(DataError, match="refers to another schema, which is not followed"):
+            read_schema(path)
+        server.shutdown()
+    assert not asked
     with pytest.raises(DataError, match="cannot be read"):
         read_schema(tmp_path / "none.json")
 
@@ -221,5 +243,5 @@ def test_a_schema_is_read_once_and_checked(tmp_path: Path) -> None:
 def test_results_of_older_jobs_are_shown_without_intervals() -> None:
     before, after = ({"loss": loss, "exact_match": match, "examples": 200} for loss, match in ((2.0, 0.0), (1.0, 0.5)))
     loss, match = metric_rows(before, after, None)
-    assert (loss.base, loss.base_interval, loss.tuned, loss.change, loss.verdict) == ("2", "", "1", "-1", "")
+    assert (loss.base, loss.base_interval, loss.tuned, loss.change, loss.verdict) == ("2", "", "1", "-1, -50 %", "")
     assert (match.tuned, match.change) == ("50.0 %", "+50.0 points")
