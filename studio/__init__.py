@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from studio.combining import combine
     from studio.data.inspection import DataReport, inspect_data
+    from studio.defaults import suggest
     from studio.errors import (
         AdapterFileError,
         CheckpointError,
         DataError,
         ExportError,
+        GateError,
         JobError,
         LayoutError,
         OutputExistsError,
@@ -32,15 +34,19 @@ if TYPE_CHECKING:
         TrainingError,
         VerificationError,
     )
+    from studio.evaluating import evaluate
     from studio.export_plan import ExportPlan, ExportRequest, plan_export
     from studio.exporting import consumers, export, formats, gguf_types, list_exports, read_export
     from studio.jobs import Job, JobState, list_jobs, open_job, submit
+    from studio.lr_test import submit_lr_test
     from studio.merging import convert, merge
     from studio.plan import Plan, make_plan
     from studio.profile import find_profile, make_profile
     from studio.pushing import push
     from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
     from studio.routing_view import Heatmap, RoutingView, SourceCoverage, job_routing, plan_routing
+    from studio.sweep import plan_sweep
+    from studio.sweep_run import run_sweep
     from studio.verifying import verify
 
 __version__ = "0.1.0"
@@ -53,6 +59,7 @@ __all__ = [
     "ExportError",
     "ExportPlan",
     "ExportRequest",
+    "GateError",
     "Heatmap",
     "Job",
     "JobError",
@@ -75,6 +82,7 @@ __all__ = [
     "combine",
     "consumers",
     "convert",
+    "evaluate",
     "export",
     "find_profile",
     "formats",
@@ -91,26 +99,35 @@ __all__ = [
     "parse_recipe",
     "plan_export",
     "plan_routing",
+    "plan_sweep",
     "push",
     "read_export",
     "recipe_schema",
     "recipe_to_yaml",
+    "run_sweep",
     "submit",
+    "submit_lr_test",
+    "suggest",
     "verify",
 ]
 
 _HOMES = {
     "studio.combining": ("combine",),
     "studio.data.inspection": ("DataReport", "inspect_data"),
+    "studio.defaults": ("suggest",),
+    "studio.evaluating": ("evaluate",),
     "studio.export_plan": ("ExportPlan", "ExportRequest", "plan_export"),
     "studio.exporting": ("consumers", "export", "formats", "gguf_types", "list_exports", "read_export"),
     "studio.jobs": ("Job", "JobState", "list_jobs", "open_job", "submit"),
+    "studio.lr_test": ("submit_lr_test",),
     "studio.merging": ("convert", "merge"),
     "studio.plan": ("Plan", "make_plan"),
     "studio.profile": ("find_profile", "make_profile"),
     "studio.pushing": ("push",),
     "studio.recipe": ("Recipe", "load_recipe", "parse_recipe", "recipe_schema", "recipe_to_yaml"),
     "studio.routing_view": ("Heatmap", "RoutingView", "SourceCoverage", "job_routing", "plan_routing"),
+    "studio.sweep": ("plan_sweep",),
+    "studio.sweep_run": ("run_sweep",),
     "studio.verifying": ("verify",),
 }
 

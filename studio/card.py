@@ -23,6 +23,7 @@ from studio.data.files import data_sha256
 from studio.errors import DataError, JobError, ProfileError
 from studio.jobs import Job, open_job
 from studio.licence import Licence
+from studio.progress import gate_text, metric_rows
 from studio.quantities import as_percent
 from studio.recipe import Recipe, recipe_to_yaml
 
@@ -139,11 +140,19 @@ def _metrics(result: Mapping[str, Any] | None) -> str:
     if not before or not after:
         return "No held-out data was given, so nothing was measured."
     rows = [
-        f"| held-out loss (nats a token) | {before['loss']:.4f} | {after['loss']:.4f} |",
-        f"| exact match | {as_percent(before['exact_match'])} | {as_percent(after['exact_match'])} |",
+        f"| {_cell(row.title)} | {row.base} ({row.base_interval}) | {row.tuned} ({row.tuned_interval}) |".replace(
+            " ()", ""
+        )
+        for row in metric_rows(before, after, result.get("change") if result else None)
     ]
-    head = f"On {after['examples']} held-out examples, with the adapter on the base as training held it:"
-    return "\n".join([head, "", "| | base | tuned |", "|---|---|---|", *rows])
+    count = after.get("examples")
+    on = f"On {count} held-out examples" if count else "On the tasks named here"
+    head = f"{on}, with the adapter on the base as training held it; in brackets intervals of 95 %:"
+    gate = [
+        f"- gate {'passed' if entry['passed'] else '**failed**'}: {_cell(gate_text(entry))}"
+        for entry in (result or {}).get("gate") or []
+    ]
+    return "\n".join([head, "", "| | base | tuned |", "|---|---|---|", *rows, *([""] if gate else []), *gate])
 
 
 def _data(recipe: Recipe) -> str:
@@ -183,7 +192,13 @@ def _picture(job: Job, directory: Path) -> str:
 
 def without_paths(text: str, recipe: Recipe) -> str:
     """A recipe's YAML in which files and folders of this machine have their last name alone."""
-    paths = [*(source.path for source in recipe.data.sources), recipe.data.eval, recipe.output.dir]
+    paths = [
+        *(source.path for source in recipe.data.sources),
+        recipe.data.eval,
+        recipe.output.dir,
+        recipe.evaluation.json_schema,
+    ]
+    paths += [Path(task) for task in recipe.evaluation.tasks if Path(task).is_absolute()]
     base = Path(recipe.model.base)
     for path in [path for path in (*paths, base if base.is_absolute() else None) if path is not None]:
         text = text.replace(str(path), Path(path).name)

@@ -15,7 +15,7 @@ import typer
 
 import studio
 from studio.cli_data_mix import add_to
-from studio.cli_shared import AsJson, RecipePath, output, print_json, reported
+from studio.cli_shared import AsJson, RecipePath, output, print_error, print_json, reported
 from studio.errors import JobError, StudioError
 
 if TYPE_CHECKING:
@@ -166,6 +166,86 @@ def run(
         watch(job, as_json)
 
 
+@app.command(epilog="Example: studio suggest recipes/quickstart.yaml")
+@reported
+def suggest(recipe: RecipePath, as_json: AsJson = False) -> None:
+    """Show hyper-parameters to begin with, by model size, data size and method, each with its reason and source."""
+    from studio.hyper_view import suggestion_table
+
+    found = studio.suggest(studio.load_recipe(recipe))
+    if as_json:
+        print_json([{**vars(suggested), "recipe": has} for suggested, has in found])
+    else:
+        output().print(suggestion_table(found))
+
+
+@app.command("lr-test", epilog="Example: studio lr-test recipes/quickstart.yaml --steps 80")
+@reported
+def lr_test(
+    recipe: RecipePath,
+    start: Annotated[float, typer.Option("--from", help="The first learning rate.")] = 1e-6,
+    end: Annotated[float, typer.Option("--to", help="The last one.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps between them.")] = 100,
+    out: Annotated[Path | None, typer.Option("--out", help="The job directory; else beside the recipe's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find a learning rate: let it grow over a few steps and see where the loss falls. A job like others."""
+    from studio.hyper_view import lr_test_view
+    from studio.lr_test import Ramp
+
+    job = studio.submit_lr_test(studio.load_recipe(recipe), Ramp(start, end, steps), out=out)
+    try:
+        state = follow_only(job, as_json)
+    except KeyboardInterrupt:
+        state = cancel_or_state(job)
+    result = job.result()
+    if state.status != "succeeded" or result is None:
+        show_job(job, state, as_json)
+        raise typer.Exit(1)
+    print_json(result["lr_test"]) if as_json else output().print(lr_test_view(result["lr_test"]), soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: studio sweep recipes/quickstart.yaml --param training.learning_rate=1e-4..1e-2:log "
+    "--param adapter.attention_rank=4,8,16 --trials 12"
+)
+@reported
+def sweep(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WHAT", help="A recipe, a sweep's YAML, or a sweep's folder to go on with.", show_default=False
+        ),
+    ],
+    param: Annotated[
+        list[str] | None, typer.Option("--param", metavar="FIELD=RANGE", help="A field and its range or list.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all; 20 if not given.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What decides, if not the held-out loss.")] = None,
+    sampler: Annotated[str | None, typer.Option(metavar="tpe|random|grid", help="How values are proposed.")] = None,
+    prune_after: Annotated[
+        int | None, typer.Option(min=0, help="Finished trials before trials are pruned, 4 if not given; 0: none is.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampler.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; else beside the recipe's jobs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search hyper-parameters: trials are ordinary jobs, hopeless ones are pruned. Ctrl-C stops it whole."""
+    from studio.hyper_view import sweep_progress, sweep_view
+    from studio.sweep_space import split_param
+
+    given = {"trials": trials, "metric": metric, "sampler": sampler, "prune_after": prune_after, "seed": seed}
+    planned = studio.plan_sweep(what, dict(map(split_param, param or ())), out=out, **given)
+    try:
+        with sweep_progress(output(), quiet=as_json) as shown:
+            results = studio.run_sweep(planned, shown)
+    except KeyboardInterrupt:
+        stopped = f"stopped; what was tried is kept. Go on with: studio sweep {planned.folder}"
+        print_json({"error": {"type": "KeyboardInterrupt", "message": stopped}}) if as_json else print_error(stopped)
+        raise typer.Exit(130) from None
+    print_json(results) if as_json else output().print(sweep_view(results), soft_wrap=True)
+
+
 @app.command(epilog="Example: studio merge runs/quickstart/adapter --out merged/quickstart")
 @reported
 def merge(
@@ -197,6 +277,46 @@ def merge(
             adapter, out, base=base, dtype=dtype, into=into, verify=verify, overwrite=overwrite, progress=progress
         )
     show_written(report, merge_view(report), as_json)
+
+
+@app.command(epilog="Example: studio evaluate runs/quickstart --data mine.jsonl --task recipes/tasks/domains.yaml")
+@reported
+def evaluate(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="A job, an adapter directory, or a model.", show_default=False)
+    ],
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Rows to measure on.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME|FILE", help="A task of lm-eval, or your own in YAML.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="First rows, and of each task; else 200 and all.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE", help="Schema that answers should fit.")
+    ] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template/--no-chat-template", help="Put the tasks' prompts into it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base of an adapter, if not the one that it names.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a forward pass.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a finished job, an adapter or a model: held-out metrics and tasks, base against tuned, with intervals."""
+    from studio.metric_view import measuring_progress, report_view
+
+    tasks = [str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name for name in task or ()]
+    with measuring_progress(output(), quiet=as_json) as progress:
+        report = studio.evaluate(
+            what,
+            data=data,
+            tasks=tasks,
+            examples=examples,
+            json_schema=json_schema,
+            chat_template=chat_template,
+            base=base,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    print_json(report) if as_json else output().print(report_view(report), soft_wrap=True)
 
 
 @app.command(
@@ -579,16 +699,16 @@ def show_started(job: Job, as_json: bool) -> None:
 
 
 def show_job(job: Job, state: JobState, as_json: bool) -> None:
-    """The result of a job that succeeded; of any other, where it stands and why."""
+    """The result of a job that has one; of one that did not succeed, where it stands and why."""
     from studio.progress import losses
     from studio.terminal import job_view, result_view
 
     result = job.result()
     if as_json:
         print_json({**job_as_json(job, state), "result": result})
-    elif state.status == "succeeded" and result:
+    elif result and state.ended:
         output().print(result_view(job, result))
-    else:
+    if not as_json and state.status != "succeeded":
         output().print(job_view(job, state, losses(job.metrics())))
 
 

@@ -6,6 +6,7 @@
     │   └── DataError           a training or evaluation file with missing, empty or malformed rows
     ├── JobError                a job directory that is missing or damaged, or a job that cannot do what was asked
     ├── TrainingError           training that had to stop: non-finite loss, a process that died
+    ├── GateError               a tuned model that is worse than its recipe's gate allows; its adapter was written
     ├── LayoutError  CheckpointError  QuantizationError  TargetError  ProfileError  AdapterFileError    from the core
     ├── ExportError  VerificationError      from the core: a format that cannot be written, or did not verify
     └── OutputExistsError       an output that exists already and that nobody said to replace
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "ExportError",
+    "GateError",
     "JobError",
     "LayoutError",
     "OutputExistsError",
@@ -111,6 +113,10 @@ class JobError(StudioError):
 
 class TrainingError(StudioError):
     """Training stopped before its end; no adapter was written."""
+
+
+class GateError(StudioError):
+    """The tuned model is worse than the base by more than the recipe's gate allows. The adapter was written."""
 
 
 def _as_text(problems: list[Problem], hidden_count: int) -> str:

@@ -1,9 +1,14 @@
-"""Held-out loss, exact match and generations, the same for the base and for the tuned model."""
+"""Metrics on held-out rows and generations, the same for the base and for the tuned model.
+
+    evaluate(model, …) ─▶ Evaluation(measures={name: Measure}, answers, …)
+
+A metric that is made elsewhere, such as preference accuracy, joins with `found.with_measures({name: measure(scores)})`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from studio.data import Example, Row, wanted_sequences
 from studio.data import Sequence as Encodable
 from studio.encoding import IGNORED, encode, prompt_and_whole, prompt_ids
+from studio.json_answers import is_json
+from studio.metrics import Measure, Scores, as_json, measure, scores_of
 
 Progress = Callable[[int, int], None]
 LOGITS_CHUNK_TOKENS = 256
@@ -24,19 +31,36 @@ class Evaluation:
     """Results on held-out examples.
 
     Attributes:
-        loss: mean cross-entropy per completion token, in nats.
+        loss: mean cross-entropy per completion token, in nats; None without held-out rows.
         exact_match: share of conversations whose greedy answer equals the reference, white space at the ends aside;
             None where there are none, of plain text.
         prompts: the last turn before each answer, for showing.
         answers: the greedy answers, in the order of the conversations.
         references: what they are compared with, as the chat template writes it.
+        measures: every metric by name, these two among them, each with its interval.
+        examples: held-out rows that were measured.
     """
 
-    loss: float
-    exact_match: float | None
-    prompts: tuple[str, ...]
-    answers: tuple[str, ...]
-    references: tuple[str, ...]
+    loss: float | None = None
+    exact_match: float | None = None
+    prompts: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    examples: int = 0
+
+    def with_measures(self, more: Mapping[str, Measure]) -> Evaluation:
+        """The same with further metrics."""
+        return replace(self, measures={**self.measures, **more})
+
+    def row(self) -> dict[str, float]:
+        """{metric: value}, for metrics.jsonl."""
+        return {name: found.metric.value for name, found in self.measures.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What result.json says of one side."""
+        named = {"loss": self.loss, "exact_match": self.exact_match, "examples": self.examples}
+        return {**named, "metrics": as_json(self.measures)}
 
 
 def evaluate(
@@ -47,6 +71,7 @@ def evaluate(
     max_length_tokens: int,
     max_new_tokens: int,
     batch_size: int,
+    fits_schema: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluates `model` as it stands (adapters on or off), in evaluation mode and without gradients.
@@ -54,6 +79,7 @@ def evaluate(
     Args:
         rows: held-out rows of any kind; what is measured is what a model should come to write of them.
         batch_size: examples in a forward pass; answers are generated for four times as many at once.
+        fits_schema: of `studio.json_answers.read_schema`, for the metric schema_valid.
     """
     was_training = model.training
     model.eval()
@@ -66,13 +92,33 @@ def evaluate(
             progress(done, total)
 
     with torch.inference_mode():
-        loss = _loss(model, tokenizer, found, max_length_tokens, batch_size, report)
+        losses = _losses(model, tokenizer, found, max_length_tokens, batch_size, report)
         answers = _answers(model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(found) + n))
     model.train(was_training)
     references = tuple(wanted(tokenizer, example) for example in examples)
     prompts = tuple(prompt_text(example) for example in examples)
-    right = sum(answer.strip() == text for answer, text in zip(answers, references, strict=True))
-    return Evaluation(loss, right / len(examples) if examples else None, prompts, tuple(answers), references)
+    measures = _measures(losses, answers, references, fits_schema)
+    match = measures.get("exact_match")
+    exact_match = match.metric.value if match else None
+    return Evaluation(losses.ratio, exact_match, prompts, tuple(answers), references, measures, len(rows))
+
+
+def _measures(
+    losses: Scores, answers: Sequence[str], references: Sequence[str], fits_schema: Callable[[str], bool] | None
+) -> dict[str, Measure]:
+    """Every metric that these rows allow."""
+    found = {}
+    if losses.values:
+        found["loss"] = losses
+        found["perplexity"] = scores_of("perplexity", losses.values, losses.tokens)
+    if answers:
+        pairs = zip(answers, references, strict=True)
+        found["exact_match"] = scores_of("exact_match", [answer.strip() == text for answer, text in pairs])
+        if fits_schema or all(map(is_json, references)):
+            found["json_valid"] = scores_of("json_valid", list(map(is_json, answers)))
+        if fits_schema:
+            found["schema_valid"] = scores_of("schema_valid", list(map(fits_schema, answers)))
+    return {name: measure(scores) for name, scores in found.items()}
 
 
 def held_out_loss(
@@ -84,10 +130,13 @@ def held_out_loss(
     batch_size: int,
 ) -> float:
     """The loss of `evaluate` alone: mean cross-entropy per completion token, in nats."""
+    was_training = model.training
     model.eval()
     with torch.inference_mode():
         found = wanted_sequences(rows)
-        return _loss(model, tokenizer, found, max_length_tokens, batch_size, lambda done: None)
+        losses = _losses(model, tokenizer, found, max_length_tokens, batch_size, lambda done: None)
+    model.train(was_training)
+    return losses.ratio
 
 
 def wanted(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -101,28 +150,32 @@ def prompt_text(example: Example) -> str:
     return example.prompt[-1].content
 
 
-def _loss(
+def _losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Encodable],
     max_length_tokens: int,
     batch_size: int,
     report: Callable[[int], None],
-) -> float:
+) -> Scores:
+    """Summed cross-entropy in nats and number of learned tokens of each example."""
     pairs = [encode(tokenizer, example, max_length_tokens) for example in examples]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-    summed, count = 0.0, 0
+    sums, counts = [0.0] * len(pairs), [0] * len(pairs)
     decoder, head = decoder_and_head(model)
     for start in range(0, len(order), batch_size):
-        batch = [pairs[i] for i in order[start : start + batch_size]]
+        chosen = order[start : start + batch_size]
+        batch = [pairs[i] for i in chosen]
         ids, labels = _padded(batch, tokenizer.pad_token_id, model.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < _lengths(batch, ids.device)[:, None]).long()
         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         learned = labels[:, 1:] != IGNORED
-        summed += _cross_entropy(head, hidden[learned], labels[:, 1:][learned])
-        count += int(learned.sum())
+        losses = torch.zeros(learned.shape, dtype=torch.float64)
+        losses[learned.cpu()] = _cross_entropies(head, hidden[learned], labels[:, 1:][learned]).double().cpu()
+        for i, loss, count in zip(chosen, losses.sum(1).tolist(), learned.sum(1).tolist(), strict=True):
+            sums[i], counts[i] = loss, count
         report(min(start + batch_size, len(order)))
-    return summed / max(count, 1)
+    return scores_of("loss", sums, counts)
 
 
 def decoder_and_head(model: Any) -> tuple[Any, Any]:
@@ -131,11 +184,11 @@ def decoder_and_head(model: Any) -> tuple[Any, Any]:
     return inner.model, inner.get_output_embeddings()
 
 
-def _cross_entropy(head: Any, hidden_PH: Tensor, targets_P: Tensor) -> float:
-    """Summed cross-entropy in nats of P positions, logits in chunks."""
+def _cross_entropies(head: Any, hidden_PH: Tensor, targets_P: Tensor) -> Tensor:
+    """Cross-entropy in nats of each of P positions, logits in chunks."""
     pairs = zip(hidden_PH.split(LOGITS_CHUNK_TOKENS), targets_P.split(LOGITS_CHUNK_TOKENS), strict=True)
-    losses = [torch.nn.functional.cross_entropy(head(h).float(), t, reduction="sum") for h, t in pairs]
-    return float(sum(loss.item() for loss in losses))
+    found = [torch.nn.functional.cross_entropy(head(h).float(), t, reduction="none") for h, t in pairs]
+    return torch.cat(found) if found else targets_P.new_zeros(0, dtype=torch.float32)
 
 
 def _padded(batch: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -224,25 +224,30 @@ class Job:
             raise JobError(f"{self.path / 'state.json'} cannot be read: {error}") from None
 
 
-def submit(recipe: Recipe, *, overwrite: bool = False) -> Job:
+def submit(recipe: Recipe, *, overwrite: bool = False, extra: Mapping[str, str] | None = None) -> Job:
     """Checks the data, makes the plan, makes the job directory and starts its worker, which outlives the caller.
+
+    Args:
+        extra: further files of the job directory, name → text.
 
     Raises:
         DataError, LayoutError, CheckpointError, TargetError, ProfileError: nothing was written.
         OutputExistsError: the output directory exists; with `overwrite`, it is not an ended job's directory.
     """
     from studio.data import both_rows
+    from studio.defaults import settled
     from studio.placing import placement_record, plan_placement
     from studio.plan import make_plan, recipe_base
     from studio.profile import find_profile
 
-    both_rows(recipe)
+    rows, _ = both_rows(recipe)
     check_output(recipe.output.dir, overwrite)
     base = recipe_base(recipe)
+    recipe = settled(recipe, base, rows)
     profile = find_profile(recipe) if base.moe else None
     plan = make_plan(recipe, profile=profile)
     record = placement_record(recipe, base, plan_placement(recipe, base, profile), profile)
-    job, lock = create_job(recipe, plan, record, profile=profile, overwrite=overwrite)
+    job, lock = create_job(recipe, plan, record, profile=profile, overwrite=overwrite, extra=extra)
     start_worker(job, lock)
     return job
 
@@ -299,12 +304,14 @@ def create_job(
     *,
     profile: RouterProfile | None = None,
     overwrite: bool = False,
+    extra: Mapping[str, str] | None = None,
 ) -> tuple[Job, int]:
     """A complete queued job at `recipe.output.dir` and the descriptor that holds its lock.
 
     Args:
         placement: `studio.placing.placement_record` of the recipe; the training process attaches what it says.
         profile: what that was chosen by, kept beside it.
+        extra: further files, name → text.
 
     Built beside and renamed, so that no half-made job is ever seen; a job that is replaced is renamed aside first and
     deleted last.
@@ -315,6 +322,8 @@ def create_job(
     lock: int | None = None
     try:
         lock = _fill(staging, recipe, plan, placement)
+        for name, text in (extra or {}).items():
+            files.write_atomic(staging / name, text)
         if profile is not None:
             profile.save(staging / "placement_profile.safetensors")
         _put_in_place(staging, target, aside, overwrite)

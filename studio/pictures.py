@@ -61,7 +61,7 @@ def draw_heatmap(path: Path, heatmap: Heatmap) -> Path:
     axes.set_title(heatmap.title, loc="left", fontsize=11, fontweight="bold", color=INK)
     _label_axes(axes, heatmap)
     _add_bar(figure, axes, image, heatmap)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def draw_coverage(path: Path, sources: Sequence[SourceCoverage]) -> Path:
@@ -78,8 +78,8 @@ def draw_coverage(path: Path, sources: Sequence[SourceCoverage]) -> Path:
     axes.xaxis.set_major_formatter(FuncFormatter(_percent))
     axes.set_xlabel("share of the source's routed tokens on adapted experts", fontsize=9, color=QUIET)
     axes.set_title("How much of each data source the placement covers", loc="left", fontsize=11, fontweight="bold")
-    _quiet_frame(axes)
-    return _written(figure, path)
+    quiet_frame(axes)
+    return written(figure, path)
 
 
 def draw_router(path: Path, rows: Rows) -> Path:
@@ -105,12 +105,12 @@ def draw_router(path: Path, rows: Rows) -> Path:
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
         axes.set_ylabel(unit, fontsize=8.5, color=QUIET)
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=measure == "dead"))
-        _quiet_frame(axes)
+        quiet_frame(axes)
     for axes in panels[1]:
         axes.set_xlabel("step", fontsize=8.5, color=QUIET)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _add_layer_bar(figure, panels, layers, colours)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def draw_preference(path: Path, panels: Sequence[Panel]) -> Path:
@@ -129,10 +129,10 @@ def draw_preference(path: Path, panels: Sequence[Panel]) -> Path:
             axes.yaxis.set_major_formatter(FuncFormatter(_percent))
         if len(panel.lines) > 1:
             axes.legend(fontsize=8.5, frameon=False)
-        _quiet_frame(axes)
+        quiet_frame(axes)
     for axes in figure.axes[len(panels) :]:
         axes.set_visible(False)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def draw_scores(path: Path, rows: Sequence[tuple[float, str]]) -> Path:
@@ -152,8 +152,8 @@ def draw_scores(path: Path, rows: Sequence[tuple[float, str]]) -> Path:
     axes.set_ylabel("rows", fontsize=9, color=QUIET)
     axes.set_title("How hard the rows are for the base", loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.legend(frameon=False, fontsize=8.5)
-    _quiet_frame(axes)
-    return _written(figure, path)
+    quiet_frame(axes)
+    return written(figure, path)
 
 
 def _scores_in(folder: Path) -> list[tuple[float, str]]:
@@ -167,16 +167,16 @@ def write_job_pictures(job_dir: Path | str) -> list[Path]:
     folder = Path(job_dir)
     view, rows = job_routing(folder), files.read_json_lines(folder / "metrics.jsonl")
     pictures, maps, sources = folder / "pictures", view.heatmaps() if view else (), view.coverage() if view else ()
-    written = [draw_heatmap(pictures / f"{heatmap.kind}.png", heatmap) for heatmap in maps]
+    drawn = [draw_heatmap(pictures / f"{heatmap.kind}.png", heatmap) for heatmap in maps]
     if sources and sources[0].covered_fraction is not None:
-        written.append(draw_coverage(pictures / "coverage.png", sources))
+        drawn.append(draw_coverage(pictures / "coverage.png", sources))
     if scores := _scores_in(folder):
-        written.append(draw_scores(pictures / "scores.png", scores))
+        drawn.append(draw_scores(pictures / "scores.png", scores))
     if router_rows(rows):
-        written.append(draw_router(pictures / "router.png", rows))
+        drawn.append(draw_router(pictures / "router.png", rows))
     if panels := preference_panels(rows):
-        written.append(draw_preference(pictures / "preference.png", panels))
-    return written
+        drawn.append(draw_preference(pictures / "preference.png", panels))
+    return drawn
 
 
 def _inches(count: int, least: float, most: float) -> float:
@@ -229,7 +229,7 @@ def _add_layer_bar(figure: Figure, panels: Any, layers: Sequence[int], colours: 
     bar.outline.set_visible(False)
 
 
-def _quiet_frame(axes: Axes) -> None:
+def quiet_frame(axes: Axes) -> None:
     axes.tick_params(labelsize=8.5, length=0, colors=INK)
     axes.grid(axis="both" if axes.lines else "x", color="#e5e9ee", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -252,7 +252,7 @@ def _percent(value: float, _position: int | None = None) -> str:
     return f"{100 * value:.3g} %"
 
 
-def _written(figure: Figure, path: Path) -> Path:
+def written(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png", facecolor="white")

@@ -26,7 +26,9 @@ from studio.data.leakage import LeakPlan, leak_plan, leaks_text, refuse_leaks
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import DROPPED, SAMPLE_ROWS, RecipeRows, count_of, refused
 from studio.data.reading import refuse
+from studio.defaults import settled, settled_learning_rate
 from studio.errors import Problem
+from studio.evaluation_inputs import check_evaluation
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
@@ -89,6 +91,7 @@ class Plan(BaseModel):
         leaks: held-out rows that occur in the training data; None where nobody looked.
         left_out_examples: rows that the selection by loss leaves out.
         sampled: the data is streamed: `train_examples` and the lengths are of the first rows alone.
+        learning_rate: what the recipe's "auto" stands for; None where it has a number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -121,6 +124,7 @@ class Plan(BaseModel):
     leaks: LeakPlan | None = None
     left_out_examples: int = 0
     sampled: bool = False
+    learning_rate: float | None = None
 
 
 def make_plan(
@@ -139,6 +143,7 @@ def make_plan(
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
     check_packing(recipe, base)
+    check_evaluation(recipe.evaluation)
     found, lengths = _fitting_rows(recipe, base)
     train, held_out, dropped = found.train, found.held_out, found.dropped
     leaks = _leaks(recipe, found, thorough)
@@ -188,7 +193,14 @@ def make_plan(
         left_out_examples=len(found.left_out),
         sampled=recipe.data.streaming,
         placement=_placement_plan(recipe, base, placement, profile) if base.moe else None,
+        learning_rate=_settled_rate(recipe, base, train),
     )
+
+
+def _settled_rate(recipe: Recipe, base: Base, rows: list[Row]) -> float | None:
+    if recipe.training.learning_rate != "auto":
+        return None
+    return settled_learning_rate(settled(recipe, base, rows))
 
 
 def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:

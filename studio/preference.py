@@ -8,9 +8,7 @@ the share of pairs whose preferred side scores higher.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from studio.data import Preference, Row
 from studio.encoding import IGNORED
 from studio.evaluation import LOGITS_CHUNK_TOKENS, decoder_and_head
+from studio.metrics import Measure, measure, scores_of
 from studio.pairs import pair_ids
 from studio.reward_model import RewardModel
 
@@ -27,39 +26,6 @@ TokenIds = tuple[list[int], list[int]]
 """Input ids, and labels that are -100 where nothing is learned."""
 
 Progress = Callable[[int, int], None]
-Z_95 = 1.959964
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """Results on held-out pairs.
-
-    Attributes:
-        accuracy: share of pairs whose preferred side is the more probable one, or scores higher. A tie is not a win.
-        interval: its 95 % interval (Wilson).
-        accuracy_per_token: the same by the mean per token; None for a reward model.
-        margin: mean of the preferred side's log-probability minus the other's, in nats, or of the scores.
-        kl: mean KL(model || base) over the tokens of the preferred answers, in nats; None for a reward model.
-        pairs: how many.
-    """
-
-    accuracy: float
-    interval: tuple[float, float]
-    accuracy_per_token: float | None
-    margin: float
-    kl: float | None
-    pairs: int
-
-    def as_metrics(self) -> dict[str, Any]:
-        """By the names in metrics.jsonl and result.json."""
-        return {
-            "preference_accuracy": self.accuracy,
-            "preference_interval": list(self.interval),
-            "preference_accuracy_per_token": self.accuracy_per_token,
-            "preference_margin": self.margin,
-            "reference_kl": self.kl,
-            "pairs": self.pairs,
-        }
 
 
 def evaluate_preferences(
@@ -71,7 +37,7 @@ def evaluate_preferences(
     batch_size: int,
     scores: bool = False,
     progress: Progress | None = None,
-) -> Preferences | None:
+) -> dict[str, Measure]:
     """Measures `model` as it stands (a PeftModel, so that its base is at hand), in evaluation mode.
 
     Args:
@@ -79,38 +45,35 @@ def evaluate_preferences(
         scores: by the reward head instead of log-probabilities.
 
     Returns:
-        None where there is no pair.
+        By their names in `studio.metrics.METRICS`, nothing where there is no pair:
+        preference_accuracy: share of pairs whose preferred side is the more probable one, or scores higher. A tie is
+            not a win.
+        preference_accuracy_per_token: the same by the mean per token. Not of a reward model.
+        preference_margin: mean of the preferred side's log-probability minus the other's, in nats, or of the scores.
+        reference_kl: mean KL(model || base) over the tokens of the preferred answers, in nats. Not of a reward model.
     """
     pairs = [pair_ids(tokenizer, row, max_length_tokens) for row in rows if isinstance(row, Preference)]
     if not pairs:
-        return None
+        return {}
     sides = [(p + answer, [IGNORED] * len(p) + answer) for p, *answers in pairs for answer in answers]
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         values = _by_batch(model, sides, batch_size, progress, _scores if scores else answer_logps)
-        kl = None if scores else reference_kl(model, sides[::2], batch_size)
+        kl = None if scores else _reference_kls(model, sides[::2], batch_size)
     model.train(was_training)
-    lengths = torch.tensor([sum(label != IGNORED for label in labels) for _, labels in sides])
     margins = values[::2] - values[1::2]
-    per_token = values / lengths.clamp(min=1)
-    wins = int((margins > 0).sum())
-    return Preferences(
-        accuracy=wins / len(pairs),
-        interval=wilson_interval(wins, len(pairs)),
-        accuracy_per_token=None if scores else float((per_token[::2] > per_token[1::2]).double().mean()),
-        margin=float(margins.mean()),
-        kl=kl,
-        pairs=len(pairs),
-    )
-
-
-def wilson_interval(wins: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which stays within 0 and 1."""
-    share, spread = wins / of, Z_95**2 / of
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    found = {
+        "preference_accuracy": scores_of("preference_accuracy", (margins > 0).tolist()),
+        "preference_margin": scores_of("preference_margin", margins.tolist()),
+    }
+    if kl is not None:
+        lengths = torch.tensor([sum(label != IGNORED for label in labels) for _, labels in sides])
+        per_token = values / lengths.clamp(min=1)
+        better = (per_token[::2] > per_token[1::2]).tolist()
+        found["preference_accuracy_per_token"] = scores_of("preference_accuracy_per_token", better)
+        found["reference_kl"] = scores_of("reference_kl", *kl)
+    return {name: measure(each) for name, each in found.items()}
 
 
 def answer_logps(model: Any, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -132,11 +95,14 @@ def _scores(model: Any, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def reference_kl(model: Any, probe: Sequence[TokenIds], batch_size: int = 8) -> float:
-    """Mean over the labelled tokens of KL(model || base) of the next token, in nats; adapters off is the base.
+    """Mean over the labelled tokens of KL(model || base) of the next token, in nats; adapters off is the base."""
+    sums, counts = _reference_kls(model, probe, batch_size)
+    return sum(sums) / max(sum(counts), 1)
 
-    The logits of both exist for 256 positions at a time.
-    """
-    was_training, summed, count = model.training, 0.0, 0
+
+def _reference_kls(model: Any, probe: Sequence[TokenIds], batch_size: int) -> tuple[list[float], list[int]]:
+    """Of each row the summed KL and the number of labelled tokens. Logits of both exist for 256 positions at a time."""
+    was_training, sums, counts = model.training, list[float](), list[int]()
     model.eval()
     decoder, head = decoder_and_head(model)
     with torch.no_grad():
@@ -146,12 +112,19 @@ def reference_kl(model: Any, probe: Sequence[TokenIds], batch_size: int = 8) -> 
             now = decoder(**inputs).last_hidden_state[:, :-1][learned]
             with model.disable_adapter():
                 base = decoder(**inputs).last_hidden_state[:, :-1][learned]
-            for one, other in zip(now.split(LOGITS_CHUNK_TOKENS), base.split(LOGITS_CHUNK_TOKENS), strict=True):
-                log_p, log_q = (torch.log_softmax(head(hidden).float(), -1) for hidden in (one, other))
-                summed += float((log_p.exp() * (log_p - log_q)).sum())
-            count += int(learned.sum())
+            parts = zip(now.split(LOGITS_CHUNK_TOKENS), base.split(LOGITS_CHUNK_TOKENS), strict=True)
+            each = torch.cat([_kl(head(one), head(other)) for one, other in parts]).double()
+            summed = torch.zeros(len(ids), dtype=torch.float64, device=each.device)
+            sums += summed.index_add_(0, learned.nonzero()[:, 0], each).tolist()
+            counts += learned.sum(1).tolist()
     model.train(was_training)
-    return summed / max(count, 1)
+    return sums, counts
+
+
+def _kl(logits_PV: Tensor, base_PV: Tensor) -> Tensor:
+    """(P,) KL in nats of each position."""
+    log_p, log_q = (torch.log_softmax(logits.float(), -1) for logits in (logits_PV, base_PV))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def batches(rows: Sequence[TokenIds], batch_size: int, device: torch.device) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from studio.errors import JobError
 from studio.jobs import Job, JobState, list_jobs
-from studio.quantities import as_bytes, as_count, as_duration
+from studio.metrics import METRICS, is_share, title_of
+from studio.quantities import as_bytes, as_count, as_duration, as_percent
 
 EXPORT_STAGES = (
     "Choosing the weights to merge into",
@@ -134,3 +135,115 @@ def router_rows(rows: Rows) -> list[dict[str, Any]]:
 def warnings(rows: Rows) -> list[str]:
     """What the rules of the recipe warned of so far, each message once."""
     return list(dict.fromkeys(str(row["message"]) for row in rows if row.get("kind") == "warning" and "message" in row))
+
+
+# -------------------------------------------------------------------- metrics
+
+
+class MetricRow(NamedTuple):
+    """One metric in words: values, intervals ("" where there are none) and whether the change is beyond doubt.
+
+    `verdict` is better or worse where the whole interval of the change lies on one side of 0, else "".
+    """
+
+    name: str
+    title: str
+    base: str
+    base_interval: str
+    tuned: str
+    tuned_interval: str
+    change: str
+    change_interval: str
+    verdict: str
+
+
+def metric_rows(
+    before: Mapping[str, Any], after: Mapping[str, Any] | None, change: Mapping[str, Any] | None
+) -> list[MetricRow]:
+    """The metrics of result.json's "before", "after" and "change", the studio's own first, then those of tasks."""
+    base, tuned = metrics_of(before), metrics_of(after or {})
+    known = [name for name in METRICS if name in base]
+    names = [*known, *(name for name in base if name not in METRICS)]
+    return [_metric_row(name, base[name], tuned.get(name), (change or {}).get(name)) for name in names]
+
+
+def metrics_of(side: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of one side of a result; of one that was written before there were intervals, what it has."""
+    found: dict[str, Any] = side.get("metrics") or {
+        name: {"value": side[name], "low": None, "high": None, "n": side.get("examples")}
+        for name in ("loss", "exact_match")
+        if side.get(name) is not None
+    }
+    return found
+
+
+def _metric_row(name: str, base: Any, tuned: Any, change: Any) -> MetricRow:
+    difference = _difference(base, tuned, change)
+    return MetricRow(
+        name,
+        title_of(name),
+        metric_text(name, base["value"]),
+        _interval(name, base),
+        metric_text(name, tuned["value"]) if tuned else "",
+        _interval(name, tuned) if tuned else "",
+        _signed(name, difference.get("value"), base["value"]),
+        _signed_interval(name, difference),
+        _verdict(name, difference),
+    )
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """A metric's value: shares in per cent, the others with four figures."""
+    if value is None:
+        return "not finite"
+    return as_percent(value) if is_share(name) else f"{value:.4g}"
+
+
+def _difference(base: Any, tuned: Any, change: Any) -> dict[str, Any]:
+    if change:
+        return dict(change)
+    if not tuned or base["value"] is None or tuned["value"] is None:
+        return {}
+    return {"value": tuned["value"] - base["value"]}
+
+
+def _interval(name: str, metric: Any) -> str:
+    if metric.get("low") is None or metric.get("high") is None:
+        return ""
+    return f"{_bare(name, metric['low'])} – {_bare(name, metric['high'])}"
+
+
+def _bare(name: str, value: float) -> str:
+    return f"{100 * value:.1f}" if is_share(name) else f"{value:.4g}"
+
+
+def _signed(name: str, value: float | None, base: float | None) -> str:
+    if value is None:
+        return ""
+    if is_share(name):
+        return f"{100 * value:+.1f} points"
+    relative = f", {100 * value / base:+.0f} %" if base and name in METRICS else ""
+    return f"{value:+.4g}{relative}"
+
+
+def _signed_interval(name: str, change: Mapping[str, Any]) -> str:
+    if change.get("low") is None or change.get("high") is None:
+        return ""
+    return " to ".join(
+        f"{100 * end:+.1f}" if is_share(name) else f"{end:+.4g}" for end in (change["low"], change["high"])
+    )
+
+
+def _verdict(name: str, change: Mapping[str, Any]) -> str:
+    low, high = change.get("low"), change.get("high")
+    if low is None or high is None or low <= 0 <= high:
+        return ""
+    better = METRICS[name].better if name in METRICS else change.get("better", "higher")
+    return "better" if (low > 0) == (better == "higher") else "worse"
+
+
+def gate_text(verdict: Mapping[str, Any]) -> str:
+    """A verdict of the gate in result.json, in words."""
+    from studio.gate import Verdict, said
+
+    return said(Verdict(**verdict))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     JsonValue,
     ValidationError,
@@ -31,6 +32,7 @@ from adapters.placement import PLACEMENTS, Method, Placement, dora_problem
 from studio.data.formats import COLUMNS
 from studio.errors import Problem, RecipeError
 from studio.methods import readers_of
+from studio.metrics import METRICS
 from studio.preference_losses import preference_problems
 from studio.recipe_mixture import DataSource, MixturePhase, Sources, mixture_problems, training_problems
 from studio.recipe_parts import HUB_ID, DataPath, InputPath, OutputPath, Settings, refused_keys
@@ -65,6 +67,7 @@ def _expert_ids(value: Any, allowed: str, empty: bool = False) -> tuple[int, ...
 
 
 Rank = Annotated[int, Field(ge=0, le=1024)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 ExpertId = Annotated[int, Field(ge=0, le=65535)]
 LayerNumber = Annotated[int, Field(ge=0, le=65535)]
 
@@ -408,8 +411,8 @@ class TrainingSettings(Settings):
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=4096)
     """Forward passes per optimizer step. The effective batch is batch_size times this."""
 
-    learning_rate: float = Field(default=2e-4, gt=0, le=1)
-    """Highest learning rate, reached after the warm-up."""
+    learning_rate: Rate | Literal["auto"] = 2e-4
+    """Highest learning rate, reached after the warm-up. auto: what `studio suggest` says."""
 
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate goes on after the warm-up: falls linearly, along a cosine, or stays constant."""
@@ -479,6 +482,39 @@ class PreferenceSettings(Settings):
         return tuple(value) if isinstance(value, list) else value
 
 
+class GateRule(Settings):
+    """A limit on how much worse a metric may get from base to tuned; past it the job fails, with its adapter kept."""
+
+    metric: str
+    """Its name: loss, perplexity, exact_match, json_valid, schema_valid, or TASK/METRIC of a task."""
+
+    max_drop: float | None = Field(default=None, ge=0)
+    """Most that the metric may fall. Either this or max_rise."""
+
+    max_rise: float | None = Field(default=None, ge=0)
+    """Most that the metric may rise."""
+
+    relative: bool = False
+    """Whether the limit is a share of the base's value."""
+
+    certain: bool = False
+    """Whether the whole 95 % interval of the change must lie past the limit for the job to fail."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.max_drop is None) == (self.max_rise is None):
+            raise _refusal("a rule of the gate has one of max_drop and max_rise, and only one")
+        return self
+
+
+def _task(value: Any, info: ValidationInfo) -> Any:
+    """A task of lm-eval: its name, or its file, whose path starts at the recipe."""
+    return str(_absolute(value, info)) if isinstance(value, str) and value.endswith((".yaml", ".yml")) else value
+
+
+TaskName = Annotated[str, BeforeValidator(_task), Field(min_length=1)]
+
+
 class EvaluationSettings(Settings):
     """The comparison of base and tuned model on held-out examples."""
 
@@ -490,6 +526,46 @@ class EvaluationSettings(Settings):
 
     max_new_tokens: int = Field(default=96, ge=1, le=65536)
     """Longest answer to generate, in tokens."""
+
+    json_schema: InputPath | None = None
+    """JSON Schema file that answers should fit. null: where all references are JSON, answers need only be JSON."""
+
+    every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Optimizer steps between two held-out losses while training. null: none."""
+
+    tasks: tuple[TaskName, ...] = ()
+    """Tasks of lm-eval to run on base and tuned: names of tasks whose data are here, or YAML files of your own."""
+
+    task_examples: int | None = Field(default=None, ge=1)
+    """First examples of each task. null: all of them."""
+
+    task_chat_template: bool = False
+    """Whether the tasks' prompts are put into the model's chat template."""
+
+    gate: tuple[GateRule, ...] = ()
+    """Limits such as {metric: loss, max_rise: 0.05}: a job that is past one of them fails, with its adapter kept."""
+
+    @field_validator("tasks", "gate", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _the_gate_asks_for_what_is_measured(self) -> Self:
+        tasks = {Path(task).stem for task in self.tasks}
+        for rule in self.gate:
+            task, slash, _ = rule.metric.partition("/")
+            if not slash and rule.metric not in METRICS:
+                near = get_close_matches(rule.metric, METRICS, n=1)
+                hint = f'; did you mean "{near[0]}"?' if near else ""
+                raise _refusal(
+                    f'gate: received the metric "{rule.metric}"; allowed: {", ".join(METRICS)}, or TASK/METRIC{hint}'
+                )
+            if slash and not tasks:
+                raise _refusal(f'gate: "{rule.metric}" is a metric of the task {task}, but tasks lists none')
+            if rule.metric == "schema_valid" and self.json_schema is None:
+                raise _refusal("gate: schema_valid is measured with json_schema alone; set it")
+        return self
 
 
 class OutputSettings(Settings):
@@ -514,6 +590,15 @@ class Recipe(Settings):
     """Any further option of the method's class in TRL, by its TRL name, such as {"neftune_noise_alpha": 5}."""
 
     output: OutputSettings
+
+    @model_validator(mode="after")
+    def _held_out_metrics_have_examples(self) -> Self:
+        evaluation = self.evaluation
+        asked = [f"gate ({rule.metric})" for rule in evaluation.gate if "/" not in rule.metric]
+        asked += [name for name in ("json_schema", "every_steps") if getattr(evaluation, name) is not None]
+        if asked and self.data.eval is None:
+            raise _refused_section("evaluation", f"{', '.join(asked)} needs held-out examples; set data.eval")
+        return self
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:

@@ -41,6 +41,7 @@ def problems_of(error: ValidationError, marked: CommentedMap, schema: Schema, fi
         for location, message in _messages(detail, schema):
             field = ".".join(str(step) for step in location)
             problems.append(Problem(field, line_of(marked, location), message, file))
+    problems = list(dict.fromkeys(problems))  # a union says so once for each of its options
     return sorted(problems, key=lambda problem: problem.line or 0)
 
 
@@ -66,6 +67,8 @@ def _messages(detail: ErrorDetails, schema: Schema) -> list[tuple[list[str | int
     if kind == "extra_forbidden":
         return [(location, _unknown_key(location, detail["input"], schema))]
     field = _field_schema(location, schema)
+    if field is None and (union := _field_schema(location[:-1], schema)) and "anyOf" in union:
+        location, field = location[:-1], union
     if kind == "missing":
         return [(location, f"is missing. {_first_sentence(field, schema)}")]
     if field is None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from studio.errors import StudioError
 from studio.jobs import Job, open_job
+from studio.lr_test import is_lr_test
 
 if TYPE_CHECKING:
     from studio.data import Row
@@ -53,57 +54,42 @@ def run(job: Job) -> None:
 
     Raises:
         StudioError: what the studio refuses: bad base weights, non-finite loss, … No adapter is written then.
+        GateError: the tuned model is worse than the recipe allows; the adapter and the result are written.
     """
+    from studio.data import sequences
+    from studio.gate import Verdict, check_gate, raise_failed
+    from studio.measuring import Measuring
+
     clock = _Clock(job)
     with clock.phase("loading", "load"):
         train_rows, held_out = _rows(job)
+        measuring = Measuring(job.recipe(), held_out)  # tasks that are not here are refused before the base is loaded
         model, tokenizer, placement, recipe = _load(job)
-    from studio.data import sequences, wanted_sequences
     from studio.data.curriculum import in_training_order
-    from studio.evaluation import evaluate
-    from studio.methods import METHODS
     from studio.pairs import check_pairs
-    from studio.preference import evaluate_preferences
     from studio.trainers import trainer_for
 
-    scores = METHODS[recipe.training.method].scores
     for rows in (train_rows, held_out):
         check_pairs(tokenizer, rows, recipe.data.max_length_tokens)
     train_rows = in_training_order(recipe, train_rows, job.plan().total_steps)
 
     def measure(when: str, phase: str) -> Any:
-        if not held_out:
+        if measuring.nothing:
             return None
-        found, preferred = None, None
         with clock.phase(phase, f"evaluate_{when}"):
-            if wanted_sequences(held_out) and not scores:
-                found = evaluate(
-                    model,
-                    tokenizer,
-                    held_out,
-                    max_length_tokens=recipe.data.max_length_tokens,
-                    max_new_tokens=recipe.evaluation.max_new_tokens,
-                    batch_size=recipe.training.batch_size,
-                    progress=clock.progress(phase),
-                )
-            preferred = evaluate_preferences(
-                model,
-                tokenizer,
-                held_out,
-                max_length_tokens=recipe.data.max_length_tokens,
-                batch_size=recipe.training.batch_size,
-                scores=scores,
-                progress=clock.progress(phase),
-            )
-        numbers = {"loss": found.loss, "exact_match": found.exact_match} if found else {}
-        numbers |= preferred.as_metrics() if preferred else {}
-        job.log_metrics({"kind": "eval", "when": when, **numbers})
-        return found, numbers
+            found = measuring.run(model, tokenizer, clock.progress(phase))
+        job.log_metrics({"kind": "eval", "when": when, **found.row()})
+        return found
 
+    if is_lr_test(job):
+        with clock.phase("training", "train"):
+            _test_rates(job, lambda: trainer_for(recipe.training.method)(model, tokenizer, recipe, train_rows, job))
+        return
     profile = _profiler(job, model, tokenizer, recipe, sequences(train_rows))
     with clock.phase("evaluating base", "profile"):
         profile("profile", tuned=False)
     before = measure("before", "evaluating base")
+    check_gate(recipe.evaluation.gate, before.measures if before else {})
     with clock.phase("training", "train"):
         trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_rows, job)
     after = measure("after", "evaluating tuned")
@@ -112,7 +98,9 @@ def run(job: Job) -> None:
     with clock.phase("saving", "pictures"), _not_worth_the_job():
         profile("profile_after", tuned=True)
         _picture(job, model)
-    job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
+    result = _result(job, clock, held_out, before, after, trained, saved, recipe)
+    job.write_result(result)
+    raise_failed([Verdict(**entry) for entry in result["gate"]], str(job.path / "adapter"))
     job.update(status="succeeded", phase="done", step=trained["steps"])
 
 
@@ -130,6 +118,21 @@ def _rows(job: Job) -> tuple[list[Row], list[Row]]:
         if chosen:
             write_rows(job.path / f"{name}.jsonl", chosen)
     return rows.train, rows.held_out
+
+
+def _test_rates(job: Job, train: Callable[[], Any]) -> None:
+    """A range test: the training is thrown away, and a loss that is not finite is an end like another."""
+    from studio.errors import TrainingError
+    from studio.lr_test import lr_test_report
+
+    try:
+        train()
+    except TrainingError as error:
+        print(error, file=sys.stderr)
+    job.write_result({"lr_test": lr_test_report(job)})
+    with _not_worth_the_job():
+        subprocess.run([sys.executable, "-m", "studio.hyper_pictures", "lr-test", str(job.path)], check=True)
+    job.update(status="succeeded", phase="done")
 
 
 def _load(job: Job) -> tuple[Any, Any, Any, Any]:
@@ -235,12 +238,18 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
 def _result(
     job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
 ) -> dict[str, Any]:
-    base, tuned = (measured[0] if measured else None for measured in (before, after))
-    summaries = [{**measured[1], "examples": len(held_out)} if measured else None for measured in (before, after)]
+    from studio.gate import judge
+    from studio.metrics import changes, changes_as_json
+
+    base, tuned = (before.measures, after.measures) if before and after else ({}, {})
+    verdicts = judge(recipe.evaluation.gate, base, tuned, changes(base, tuned))
+
     return {
-        "before": summaries[0],
-        "after": summaries[1],
-        "generations": _generations(base, tuned, recipe.evaluation.generations) if base and tuned else [],
+        "before": before.summary() if before else None,
+        "after": after.summary() if after else None,
+        "change": changes_as_json(base, tuned),
+        "gate": [vars(verdict) for verdict in verdicts],
+        "generations": _generations(before, after, recipe.evaluation.generations) if before and after else [],
         "memory": {
             "predicted_bytes": job.plan().memory.peak_bytes,
             "measured_bytes": peak_bytes(),

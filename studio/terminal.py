@@ -27,6 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from studio.hyper_view import lr_test_view
+from studio.metric_view import gate_lines, metric_table
 from studio.mixture_view import data_lines
 from studio.progress import ran_for, steps, warnings
 from studio.quantities import SPARKS, as_bytes, as_count, as_duration, as_percent, sparkline
@@ -73,6 +75,8 @@ def plan_view(plan: Plan) -> RenderableType:
     if plan.experts:
         parameters += f" parameters, {as_count(plan.active_parameters)} active per token"
     lines = [("Model", model), ("", parameters), *data_lines(plan), *_placement_lines(plan)]
+    if plan.learning_rate is not None:
+        lines.append(("Rate", f"{plan.learning_rate:g}, for auto; studio suggest says why"))
     head = [Text.assemble((f"{name:<8}", "bold"), words) for name, words in lines]
     said = [warning_text(words) for words in plan.warnings]
     return Group(*head, "", _class_table(plan), "", _memory_table(plan), *([""] if said else []), *said)
@@ -202,11 +206,15 @@ def shape_table(rows: Sequence[tuple[str, str, Base]]) -> RenderableType:
 
 def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
     """The finished run: before and after, generations side by side, memory, time, where the files lie, warnings."""
+    if found := result.get("lr_test"):
+        return lr_test_view(found)
     parts: list[RenderableType] = []
     if result.get("generations"):
         parts += [*_generations(result["generations"]), ""]
     if result.get("before") and result.get("after"):
-        parts += [_comparison(result["before"], result["after"]), ""]
+        parts += [metric_table(result["before"], result["after"], result.get("change") or {}), ""]
+    if lines := gate_lines(result.get("gate") or []):
+        parts += [*lines, ""]
     parts.append(_facts(job, result))
     return Group(*parts, *_warning_lines(job))
 
@@ -218,30 +226,6 @@ def _warning_lines(job: Job) -> list[Text]:
     earlier = [Text(clean(f"{hidden:,} earlier ones in {job.path / 'metrics.jsonl'}"), "dim")] if hidden > 0 else []
     lines = [*(warning_text(words) for words in found[-MOST_WARNINGS:]), *earlier]
     return [Text(), *lines] if lines else []
-
-
-def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"Held-out, {after['examples']:,} examples")
-    for name in ("base", "tuned", "change"):
-        table.add_column(name, justify="right")
-    if before.get("loss") is not None:
-        change = (after["loss"] - before["loss"]) / before["loss"] if before["loss"] else 0.0
-        table.add_row("loss", f"{before['loss']:.4f}", f"[bold]{after['loss']:.4f}", f"{round(100 * change):+d} %")
-    for name, title in (("exact_match", "exact match"), ("preference_accuracy", "preference accuracy")):
-        if before.get(name) is not None:
-            one, two = before[name], after[name]
-            table.add_row(title, as_percent(one), f"[bold]{as_percent(two)}", _points(two - one))
-    if before.get("preference_interval"):
-        ranges = [" – ".join(map(as_percent, side["preference_interval"])) for side in (before, after)]
-        table.add_row("  95 % interval", *ranges, "")
-    if after.get("reference_kl") is not None:
-        table.add_row("KL from the base, nats a token", "0", f"[bold]{after['reference_kl']:.3g}", "")
-    return table
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f} points"
 
 
 def _generations(rows: Iterable[dict[str, str]]) -> list[RenderableType]:

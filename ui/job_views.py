@@ -13,11 +13,11 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from studio import Job, JobState
-from studio.progress import PHASES, Rows, count_text, phase_counts, phases_over, ran_for
+from studio.progress import PHASES, Rows, count_text, gate_text, metric_rows, phase_counts, phases_over, ran_for
 from studio.quantities import as_bytes, as_count, as_duration, as_percent
 from ui.downloads import has_adapter
 from ui.html import Child, el, join
-from ui.views import figure, figures, meter, note
+from ui.views import figure, figures, meter, note, table
 
 Row = dict[str, Any]
 
@@ -134,7 +134,12 @@ def _trouble(job: Job, state: JobState) -> Markup | None:
         return None
     title = "This job was lost" if state.status == "lost" else "This job failed"
     message = state.error.message[:1].upper() + state.error.message[1:]
-    return note("error", title, el("p", message, cls="words"), el("p", "The last lines of its log are below."))
+    more = (
+        "Its adapter and its result are below."
+        if state.error.type == "GateError"
+        else "The last lines of its log are below."
+    )
+    return note("error", title, el("p", message, cls="words"), el("p", more))
 
 
 # -------------------------------------------------------------------- figures
@@ -161,7 +166,7 @@ def live_figures(state: JobState, rows: Rows, result: dict[str, Any] | None) -> 
 
 
 def _before_after(label: str, key: str, before: Row | None, after: Row | None) -> Markup | None:
-    if before is None or key not in before:
+    if before is None or key not in before or (key == "exact_match" and before[key] is None):
         return None
     first = _quantity(key, before.get(key))
     if after is None:
@@ -191,9 +196,6 @@ def _change(key: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     if one is None or two is None:
         return "base → tuned"
     if key in SHARES:
-        interval = after.get("preference_interval") if key == "preference_accuracy" else None
-        if interval:
-            return f"base → tuned; 95 %: {' – '.join(map(as_percent, interval))}, {after.get('pairs', 0):,} pairs"
         return f"base → tuned, {100 * (two - one):+.1f} points"
     return f"base → tuned, {100 * (two - one) / one:+.0f} %" if one else "base → tuned"
 
@@ -232,6 +234,13 @@ def loss_points(rows: Rows, most: int = MOST_POINTS) -> list[tuple[int, float]]:
     return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in stretches]
 
 
+def held_out_points(rows: Rows) -> list[tuple[int, float]]:
+    """(step, held-out loss): of the base at step 0, then as it was measured while training."""
+    during = [(r["step"], r["loss"]) for r in rows if r.get("kind") == "held_out"]
+    before = [(0, r.get("loss")) for r in rows if r.get("kind") == "eval" and r.get("when") == "before"]
+    return [(step, loss) for step, loss in before + during if loss is not None] if during else []
+
+
 def log_view(lines: Sequence[str]) -> Markup:
     """The lines in a box that stands at its end."""
     text = "\n".join(lines) or "The log is empty so far."
@@ -243,7 +252,76 @@ def log_view(lines: Sequence[str]) -> Markup:
 
 def result_view(job: Job, result: dict[str, Any]) -> Markup:
     """The adapter to take away, the answers side by side, and where the files lie."""
-    return join(_adapter(job, result), _answers(result.get("generations") or []), _files(job, result))
+    parts = (_adapter(job, result), _metrics(result), _answers(result.get("generations") or []), _files(job, result))
+    return join(_rates(job, result), *parts)
+
+
+def _rates(job: Job, result: dict[str, Any]) -> Markup | None:
+    """What a learning-rate range test found."""
+    found = result.get("lr_test")
+    if not found:
+        return None
+    return el(
+        "section",
+        el("h2", "Learning-rate range test"),
+        figures(
+            figure("Suggested rate", f"{found['suggested']:.2g}", "training.learning_rate", "hero"),
+            figure("Steepest fall at", f"{found['steepest']:.2g}", "the smoothed loss falls fastest"),
+            figure("Least loss at", f"{found['least']:.2g}", "beyond it the rate is too high"),
+        ),
+        el("p", "The picture: ", el("code", str(job.path / "lr_test.png")), cls="quiet-text"),
+        cls="card",
+        aria_label="Range test",
+    )
+
+
+def _metrics(result: dict[str, Any]) -> Markup | None:
+    """Every metric, base and tuned, with its interval; what the gate said of them."""
+    before, after = result.get("before"), result.get("after")
+    if not before or not after:
+        return None
+    rows = [
+        (
+            row.title,
+            _with_interval(row.base, row.base_interval),
+            _with_interval(row.tuned, row.tuned_interval),
+            el("span", _with_interval(row.change, row.change_interval), cls=f"change {row.verdict}"),
+        )
+        for row in metric_rows(before, after, result.get("change"))
+    ]
+    count = before.get("examples")
+    words = "In small print the interval of 95 % over the examples; the change is paired by example."
+    return el(
+        "section",
+        el("h2", "Base against tuned"),
+        el("p", f"On {count:,} held-out examples. {words}" if count else words, cls="quiet-text"),
+        table("Metrics of the base and of the tuned model", ("Metric", "Base", "Tuned", "Change"), rows),
+        _gate(result.get("gate") or []),
+        cls="card metrics",
+        aria_label="Metrics",
+    )
+
+
+def _with_interval(value: str, interval: str) -> Markup:
+    return join(value, el("small", interval) if interval else None)
+
+
+def _gate(verdicts: Sequence[dict[str, Any]]) -> Markup | None:
+    if not verdicts:
+        return None
+    items = [
+        el(
+            "li",
+            el("span", "passed" if entry["passed"] else "failed", cls=f"pill {_pill(entry)}"),
+            el("span", gate_text(entry)),
+        )
+        for entry in verdicts
+    ]
+    return join(el("h3", "Gate"), el("ul", *items, cls="gate"))
+
+
+def _pill(entry: dict[str, Any]) -> str:
+    return "succeeded" if entry["passed"] else "failed"
 
 
 def _adapter(job: Job, result: dict[str, Any]) -> Markup | None:

@@ -17,12 +17,15 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters.lora import RATE_RATIO
-from studio.data import Row
+from studio.data import Row, held_out_rows
 from studio.data.curriculum import phases_of
 from studio.data.reading import Reading
 from studio.data.streaming import endless_rows
+from studio.defaults import settled_learning_rate
 from studio.errors import TrainingError
+from studio.evaluation import held_out_loss
 from studio.jobs import Job
+from studio.lr_test import Ramp, Smoother, is_lr_test, read_ramp
 from studio.methods import METHODS
 from studio.models import compute_dtype
 from studio.plan import row_tokens
@@ -46,7 +49,7 @@ def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
         "num_train_epochs": training.epochs or 1.0,
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "learning_rate": training.learning_rate,
+        "learning_rate": settled_learning_rate(recipe),
         "lr_scheduler_type": training.lr_scheduler,
         "warmup_steps": training.warmup_fraction,
         "weight_decay": training.weight_decay,
@@ -160,7 +163,10 @@ def split_by_rate(optimizer: torch.optim.Optimizer) -> None:
 
 def callbacks(job: Job, watch: RouterWatch | None, logged: tuple[str, ...] = ()) -> list[TrainerCallback]:
     """The report to the job and, where there is one, the watch over the routing; `logged`: metrics of the method."""
-    return [Report(job, (*LOGGED, *logged)), *([watch] if watch else [])]
+    every = job.recipe().evaluation.every_steps
+    held_out = [HeldOutLoss(job, every)] if every else []
+    test = [RangeTest.of(job)] if is_lr_test(job) else []
+    return [Report(job, (*LOGGED, *logged)), *([watch] if watch else []), *held_out, *test]
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
@@ -219,3 +225,61 @@ class Report(TrainerCallback):
         if time.monotonic() - self.shown >= STEP_SECONDS:
             self.shown = time.monotonic()
             self.job.update(step=state.global_step)
+
+
+class HeldOutLoss(TrainerCallback):
+    """The loss on the held-out rows of the job's evaluation, every `every` steps: rows "held_out" in metrics.jsonl.
+
+    A sweep prunes by them.
+    """
+
+    def __init__(self, job: Job, every: int):
+        recipe = job.recipe()
+        self.job, self.every, self.recipe = job, every, recipe
+        self.rows = held_out_rows(recipe)[: recipe.evaluation.examples]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            loss = held_out_loss(
+                kwargs["model"],
+                kwargs["processing_class"],
+                self.rows,
+                max_length_tokens=self.recipe.data.max_length_tokens,
+                batch_size=self.recipe.training.batch_size,
+            )
+            self.job.log_metrics({"kind": "held_out", "step": state.global_step, "loss": loss})
+
+
+class RangeTest(TrainerCallback):
+    """Raises the learning rate along a ramp, and ends the training once the loss is far above its least."""
+
+    def __init__(self, job: Job, ramp: Ramp):
+        self.job, self.ramp = job, ramp
+        self.smooth = Smoother()
+        self.rate = ramp.start
+
+    @classmethod
+    def of(cls, job: Job) -> RangeTest:
+        return cls(job, read_ramp(job.path))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.rate = self.ramp.rate(state.global_step)
+        for group in kwargs["optimizer"].param_groups:  # a method may give groups rates of their own, by a factor
+            group["lr"] = self.rate * group.get("initial_lr", args.learning_rate) / args.learning_rate
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.job.log_metrics(
+                {"kind": "lr_test", "step": state.global_step, "rate": self.rate, "loss": logs["loss"]}
+            )
+            if self.smooth.has_diverged(float(logs["loss"])):
+                control.should_training_stop = True

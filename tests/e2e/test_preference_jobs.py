@@ -29,13 +29,13 @@ def test_a_shipped_recipe_trains_and_says_what_came_of_it(shipped: Path, tmp_pat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run = studio("run", tmp_path / "recipe.yaml")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "preference accuracy" in run.stdout
+    assert "Preference accuracy" in run.stdout
     job = open_job(tmp_path / "job")
     result, scores = json.loads((job.path / "result.json").read_text()), recipe["training"]["method"] == "reward"
     for side in (result["before"], result["after"]):
-        low, high = side["preference_interval"]
-        assert low < side["preference_accuracy"] < high and side["pairs"] == 12
-        assert ("loss" in side) != scores
+        found = side["metrics"]["preference_accuracy"]
+        assert found["low"] < found["value"] < found["high"] and found["n"] == 12
+        assert (side["loss"] is None) == scores and ("reference_kl" in side["metrics"]) != scores
     assert (job.path / "pictures" / "preference.png").read_bytes().startswith(b"\x89PNG")
     assert (job.path / "adapter" / REWARD_HEAD).exists() == scores
     if scores:
@@ -44,6 +44,7 @@ def test_a_shipped_recipe_trains_and_says_what_came_of_it(shipped: Path, tmp_pat
         assert export.returncode == 1 and "is a reward model" in " ".join(export.stderr.split())
         assert not (tmp_path / "out").exists()
     else:
-        assert abs(result["before"]["reference_kl"]) < 1e-6 < result["after"]["reference_kl"]
+        kl = {side: result[side]["metrics"]["reference_kl"]["value"] for side in ("before", "after")}
+        assert abs(kl["before"]) < 1e-6 < kl["after"]
         assert [row["kl"] for row in job.metrics() if row["kind"] == "reference"][-1] > 0
         assert len(result["generations"]) == 1

@@ -20,7 +20,7 @@ from studio.methods import METHODS
 from studio.pairs import check_pairs, pair_ids
 from studio.placing import plan_placement
 from studio.plan import recipe_base
-from studio.preference import answer_logps, batches, evaluate_preferences, reference_kl, wilson_interval
+from studio.preference import answer_logps, batches, evaluate_preferences, reference_kl
 from studio.reward_model import RewardModel, load_reward_head, save_reward_head
 from tests.e2e.conftest import build_base
 from tests.e2e.runs import Run
@@ -182,14 +182,14 @@ def test_accuracy_margin_and_kl_are_those_of_a_slow_loop(base: Path, tmp_path: P
     run = Run(base, PAIRS, tmp_path, "dpo")
     sides = {"max_length_tokens": 96, "batch_size": 3}
     start = evaluate_preferences(run.model, run.tokenizer, PAIRS, **sides)
-    assert start is not None and start.kl == pytest.approx(0, abs=1e-6)
+    assert start["reference_kl"].metric.value == pytest.approx(0, abs=1e-6)
     run.randomised()
-    found = evaluate_preferences(run.model, run.tokenizer, PAIRS, **sides)
-    assert found is not None
+    found = {n: m.metric for n, m in evaluate_preferences(run.model, run.tokenizer, PAIRS, **sides).items()}
     margins = logps(run, "chosen", True) - logps(run, "rejected", True)
-    assert found.margin == pytest.approx(margins.mean().item(), rel=1e-4)
-    assert found.accuracy == (margins > 0).double().mean().item() and found.pairs == len(PAIRS)
-    assert found.kl == pytest.approx(slow_kl(run), rel=1e-3) and found.kl > 1e-3
+    assert found["preference_margin"].value == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert found["preference_accuracy"].value == (margins > 0).double().mean().item()
+    assert found["preference_accuracy"].n == len(PAIRS)
+    assert found["reference_kl"].value == pytest.approx(slow_kl(run), rel=1e-3) and found["reference_kl"].value > 1e-3
 
 
 def slow_kl(run: Run) -> float:
@@ -205,12 +205,6 @@ def slow_kl(run: Run) -> float:
         summed += float((now[at].exp() * (now[at] - base[at])).sum())
         count += len(chosen)
     return summed / count
-
-
-def test_the_interval_is_wilsons() -> None:
-    low, high = wilson_interval(9, 10)  # Newcombe 1998, table I, method 3
-    assert (low, high) == pytest.approx((0.5958, 0.9821), abs=1e-4)
-    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(1)
 
 
 def test_sides_that_are_the_same_once_cut_are_refused(base: Path, tmp_path: Path) -> None:
@@ -241,8 +235,10 @@ def test_a_reward_model_is_read_back_beside_stock_peft(base: Path, tmp_path: Pat
         alone = [RewardModel(stock)(torch.tensor([side]), torch.ones(1, len(side))).logits[0] for side in sides]
     torch.testing.assert_close(torch.stack(alone), scores, rtol=1e-4, atol=1e-4)
     evaluated = evaluate_preferences(run.model, run.tokenizer, PAIRS, max_length_tokens=96, batch_size=2, scores=True)
-    assert evaluated is not None and evaluated.kl is None
-    assert evaluated.margin == pytest.approx(float((scores[::2] - scores[1::2]).mean()), rel=1e-4)
+    assert set(evaluated) == {"preference_accuracy", "preference_margin"}
+    assert evaluated["preference_margin"].metric.value == pytest.approx(
+        float((scores[::2] - scores[1::2]).mean()), rel=1e-4
+    )
 
 
 def test_log_probabilities_are_summed_over_the_answer(base: Path, tmp_path: Path) -> None:

@@ -103,17 +103,17 @@ class Page:
             return {
                 "head": job_views.head(job, state, rows, waits_for),
                 "figures": job_views.live_figures(state, rows, result),
-                "curve": (state.total_steps, job_views.loss_points(rows)),
+                "curve": (state.total_steps, job_views.loss_points(rows), job_views.held_out_points(rows)),
                 "warnings": warnings_view(rows),
                 "router": (state.total_steps, router_rows(rows)),
                 "preference": (state.total_steps, preference_panels(rows)),
                 "routing": (job.path, _stamps(job)),
-                "result": job_views.result_view(job, result) if result and state.status == "succeeded" else None,
+                "result": job_views.result_view(job, result) if result and state.ended else None,
                 "cancel": not state.ended,
                 "log": job_views.log_view(job.log_tail(LOG_LINES)),
                 "plan": _plan(job),
                 "recipe": self.places.text_of(Source("job", name)),
-                "log_box": state.status in ("failed", "lost"),
+                "log_box": state.status in ("failed", "lost") and not result,
                 "details": True,
             }
         except StudioError as error:
@@ -122,7 +122,7 @@ class Page:
             return {
                 "head": head,
                 **nothing,
-                "curve": (0, []),
+                "curve": (0, [], []),
                 "router": (0, []),
                 "preference": (0, ()),
                 "cancel": False,
@@ -138,8 +138,9 @@ class Page:
             if key in changed:
                 found[getattr(self, key)] = gr.update(value=changed[key] or "", visible=changed[key] is not None)
         if "curve" in changed:
-            total, pairs = changed["curve"]
-            points = pd.DataFrame(pairs, columns=["step", "loss"])
+            total, pairs, held_out = changed["curve"]
+            named = [(*pair, "training") for pair in pairs] + [(*pair, "held out") for pair in held_out]
+            points = pd.DataFrame(named, columns=["step", "loss", "of"])
             found[self.curve] = gr.update(value=points, x_lim=[0, total], visible=len(points) > 1)
         if "router" in changed:
             total, rows = changed["router"]
@@ -210,9 +211,12 @@ def _layout(places: Places) -> Page:
             curve = gr.LinePlot(
                 x="step",
                 y="loss",
+                color="of",
+                color_map={"training": "#0f766e", "held out": "#c2571a"},
                 x_title="step",
                 y_title="loss",
-                title="Training loss",
+                color_title="loss",
+                title="Loss",
                 x_axis_format="d",
                 height=260,
                 visible=False,

@@ -1,0 +1,108 @@
+"""The gate of a recipe: how much worse a metric may get from base to tuned. No torch.
+
+judge(rules, base, tuned, change) ─▶ [Verdict]      in result.json as "gate"; GateError where one has failed
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from studio.errors import GateError, TrainingError
+from studio.metrics import Measure, Metric
+from studio.recipe import GateRule
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one rule.
+
+    Attributes:
+        limit: the most that the metric may get worse, in its own unit.
+        worse: how much worse it got; negative where it got better. With `certain` the end of the interval that is
+            nearest to no change for the worse.
+    """
+
+    metric: str
+    rule: str
+    base: float
+    tuned: float
+    limit: float
+    worse: float
+    passed: bool
+
+
+def check_gate(rules: Sequence[GateRule], measured: Mapping[str, Measure]) -> None:
+    """Refuses a gate on a metric that is not measured, before anything is trained.
+
+    Raises:
+        TrainingError
+    """
+    missing = sorted({rule.metric for rule in rules if rule.metric not in measured})
+    if missing:
+        raise TrainingError(
+            f"evaluation.gate asks for {', '.join(missing)}, which this job does not measure; measured: "
+            f"{', '.join(measured) or 'nothing'}. json_valid is measured where every reference is JSON. Nothing was "
+            "trained and no adapter was written"
+        )
+
+
+def judge(
+    rules: Sequence[GateRule],
+    base: Mapping[str, Measure],
+    tuned: Mapping[str, Measure],
+    change: Mapping[str, Metric],
+) -> list[Verdict]:
+    """One verdict a rule, in their order."""
+    return [_verdict(rule, base[rule.metric].metric, tuned[rule.metric].metric, change[rule.metric]) for rule in rules]
+
+
+def raise_failed(verdicts: Sequence[Verdict], adapter: str) -> None:
+    """Raises:
+    GateError: a rule has failed.
+    """
+    if failed := [verdict for verdict in verdicts if not verdict.passed]:
+        listed = "; ".join(said(verdict) for verdict in failed)
+        raise GateError(
+            f"the gate failed: {listed}. The adapter was written all the same: {adapter}. Use it, train another way "
+            "(fewer steps, a lower learning rate, fewer experts), or change evaluation.gate"
+        )
+
+
+def said(verdict: Verdict) -> str:
+    """A verdict in words."""
+    way = "rose" if "rise" in verdict.rule else "fell"
+    change = verdict.tuned - verdict.base
+    if (change > 0) != (way == "rose"):
+        way = "rose" if change > 0 else "fell"
+    least = f", by {verdict.worse:.4g} at least," if "certain" in verdict.rule and not verdict.passed else ""
+    return (
+        f"{verdict.metric} {way} from {verdict.base:.4g} to {verdict.tuned:.4g}{least} and may {verdict.rule} "
+        f"({verdict.limit:.4g})"
+    )
+
+
+def _verdict(rule: GateRule, base: Metric, tuned: Metric, change: Metric) -> Verdict:
+    rises = rule.max_rise is not None
+    share = rule.max_rise if rule.max_rise is not None else rule.max_drop
+    assert share is not None
+    limit = share * abs(base.value) if rule.relative else share
+    end = change.low if rises else change.high  # of the interval, the one with less of the change for the worse
+    found = end if rule.certain and end is not None else change.value
+    worse = found if rises else -found
+    return Verdict(
+        metric=rule.metric,
+        rule=_words(rule, share, rises),
+        base=base.value,
+        tuned=tuned.value,
+        limit=limit,
+        worse=worse,
+        passed=math.isfinite(tuned.value) and worse <= limit + 1e-12,
+    )
+
+
+def _words(rule: GateRule, share: float, rises: bool) -> str:
+    most = f"{100 * share:g} % of the base's value" if rule.relative else f"{share:g}"
+    certain = ", judged by the certain end of the interval" if rule.certain else ""
+    return f"{'rise' if rises else 'drop'} by {most} at most{certain}"

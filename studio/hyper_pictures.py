@@ -1,0 +1,108 @@
+"""Pictures of the search for hyper-parameters, as PNG files.
+
+python -m studio.hyper_pictures lr-test JOB_DIR       JOB_DIR/lr_test.png
+python -m studio.hyper_pictures sweep SWEEP_DIR       SWEEP_DIR/sweep.png
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from studio import job_files as files
+from studio.pictures import DPI, INK, QUIET, quiet_frame, written
+
+ACCENT, BAD, PALE = "#0f766e", "#c2571a", "#b8c4cf"
+STATES = {"complete": (ACCENT, "o"), "pruned": (PALE, "X"), "failed": (BAD, "x")}
+
+
+def draw_lr_test(path: Path, report: dict[str, Any]) -> Path:
+    """Loss by rate, single and smoothed, with the suggested rate and the two that it comes from."""
+    figure = Figure(figsize=(8, 4.4), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    rates = [point["rate"] for point in report["points"]]
+    axes.plot(rates, [point["loss"] for point in report["points"]], color=PALE, linewidth=1, label="loss of a step")
+    smooth = [point["smoothed"] for point in report["points"]]
+    axes.plot(rates, smooth, color=ACCENT, linewidth=2, label="smoothed")
+    for name, style in (("steepest", ":"), ("least", "--"), ("suggested", "-")):
+        colour = INK if name == "suggested" else QUIET
+        axes.axvline(report[name], color=colour, linestyle=style, linewidth=1.2, label=f"{name} {report[name]:.2g}")
+    axes.set_xscale("log")
+    axes.set_ylim(top=max(smooth[: max(2, len(smooth) // 2)]) * 1.3)
+    _label(axes, "Learning-rate range test", "learning rate", "training loss, nats a token")
+    axes.legend(fontsize=8.5, frameon=False, loc="lower left")
+    return written(figure, path)
+
+
+def draw_sweep(path: Path, table: dict[str, Any]) -> Path:
+    """The metric by trial, and by each parameter."""
+    names, title = list(table["params"]), table["metric"]
+    panels = 1 + len(names)
+    figure = Figure(figsize=(4.2 * min(3, panels), 3.4 * -(-panels // 3)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(-(-panels // 3), min(3, panels), squeeze=False).flat
+    first, *others = list(grid)
+    _scatter(first, table["trials"], [trial["number"] for trial in table["trials"]])
+    done = [trial for trial in table["trials"] if trial["state"] == "complete"]
+    best: list[float] = []
+    choose = min if table["direction"] == "minimize" else max
+    for trial in done:
+        best.append(choose([trial["value"], *best[-1:]]))
+    first.step([trial["number"] for trial in done], best, where="post", color=ACCENT, linewidth=1, label="best so far")
+    _label(first, "By trial", "trial", title)
+    first.xaxis.get_major_locator().set_params(integer=True)
+    first.legend(fontsize=8, frameon=False)
+    for axes, name in zip(others, names, strict=False):
+        _by_parameter(axes, table, name, title)
+    for axes in others[len(names) :]:
+        axes.set_visible(False)
+    return written(figure, path)
+
+
+def _by_parameter(axes: Axes, table: dict[str, Any], name: str, title: str) -> None:
+    kind = table["params"][name]
+    trials = [trial for trial in table["trials"] if name in trial["params"]]
+    values = [trial["params"][name] for trial in trials]
+    if "choices" in kind:
+        places = [str(choice) for choice in kind["choices"]]
+        axes.set_xticks(range(len(places)), places)
+        values = [places.index(str(value)) for value in values]
+    elif kind["log"]:
+        axes.set_xscale("log")
+    _scatter(axes, trials, values)
+    _label(axes, name.rpartition(".")[2].replace("_", " "), name, title)
+
+
+def _scatter(axes: Axes, trials: Sequence[dict[str, Any]], places: Sequence[Any]) -> None:
+    for state, (colour, marker) in STATES.items():
+        found = [
+            (place, trial["value"] if trial["value"] is not None else trial["last"])
+            for trial, place in zip(trials, places, strict=True)
+            if trial["state"] == state
+        ]
+        found = [(place, value) for place, value in found if value is not None]
+        if found:
+            xs, ys = zip(*found, strict=True)
+            axes.scatter(xs, ys, color=colour, marker=marker, s=34, label=state, zorder=3)
+
+
+def _label(axes: Axes, title: str, below: str, beside: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+    axes.set_xlabel(below, fontsize=9, color=QUIET)
+    axes.set_ylabel(beside, fontsize=9, color=QUIET)
+    quiet_frame(axes)
+
+
+def main(kind: str, folder: Path) -> None:
+    if kind == "lr-test":
+        draw_lr_test(folder / "lr_test.png", files.read_json(folder / "result.json")["lr_test"])
+    else:
+        draw_sweep(folder / "sweep.png", files.read_json(folder / "results.json"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
