@@ -6,6 +6,7 @@
     │   └── DataError           a training or evaluation file with missing, empty or malformed rows
     ├── JobError                a job directory that is missing or damaged, or a job that cannot do what was asked
     ├── TrainingError           training that had to stop: non-finite loss, a process that died
+    ├── RewardError             a reward that cannot be computed: a bad option, or a completion it has no number for
     ├── LayoutError  CheckpointError  QuantizationError  TargetError  ProfileError  AdapterFileError    from the core
     ├── ExportError  VerificationError      from the core: a format that cannot be written, or did not verify
     └── OutputExistsError       an output that exists already and that nobody said to replace
@@ -45,6 +46,7 @@ __all__ = [
     "ProfileError",
     "QuantizationError",
     "RecipeError",
+    "RewardError",
     "StudioError",
     "TargetError",
     "TrainingError",
@@ -104,6 +106,10 @@ class JobError(StudioError):
 
 class TrainingError(StudioError):
     """Training stopped before its end; no adapter was written."""
+
+
+class RewardError(StudioError):
+    """A reward function failed, or was given options that cannot work. A bad completion is no error: it scores low."""
 
 
 def _as_text(problems: list[Problem], hidden_count: int) -> str:

@@ -90,7 +90,8 @@ def _field_schema(location: list[str | int], root: Schema) -> Schema | None:
     """The JSON Schema at `location`, or None where the location leaves the sections and fields."""
     schema: Schema | None = root
     for step in location:
-        schema = _properties(schema, root).get(str(step))
+        inside = _resolved(schema, root) if schema else {}
+        schema = inside.get("items") if isinstance(step, int) else inside.get("properties", {}).get(str(step))
         if schema is None:
             return None
     return schema

@@ -87,6 +87,10 @@ TITLES = {
     "evaluation.examples": "Examples to compare on",
     "evaluation.generations": "Answers to show",
     "evaluation.max_new_tokens": "Longest answer (tokens)",
+    "sampling.completions": "Completions a prompt",
+    "sampling.max_new_tokens": "Longest completion (tokens)",
+    "sampling.threshold": "Keep from this reward",
+    "sampling.keep": "Kept answers a prompt",
     "trl": "Further TRL options",
     "output.dir": "Job directory",
 }
@@ -188,7 +192,7 @@ def unread(values: Mapping[str, FormValue]) -> dict[str, str]:
 
 def let_go(before: Mapping[str, FormValue], edits: Mapping[str, FormValue]) -> dict[str, FormValue]:
     """`edits`, and the defaults of the fields that they switch off: a value that nothing reads is an error."""
-    defaults, mine = shown({}), [field for field in fields() if field.section in ("placement", "router")]
+    defaults, mine = shown({}), [field for field in fields() if field.section in ("placement", "router", "sampling")]
     off = unread({**before, **edits}).keys() - unread(before).keys() - edits.keys()
     return {**edits, **{field.path: defaults[field.path] for field in mine if field.path in off}}
 

@@ -6,7 +6,7 @@ A row is one of
     {"prompt": "…" or [messages], "chosen": "…" or [messages], "rejected": "…" or [messages]}
     {"text": "…"}
 and becomes the Row that studio/data/rows.py has for it. A row may name its data source with "source": "…", up to 60
-characters; without it, that is the file's name. A file is checked to its end: its first 20 problems are reported
+characters; without it, that is the file's name. A conversation may have "tests": ["assert …"], for the reward `code`. A file is checked to its end: its first 20 problems are reported
 together, and nothing is started.
 """
 
@@ -108,7 +108,17 @@ def _row(line: bytes, file_name: str, kinds: Sequence[RowKind]) -> Row:
     if row.kind not in kinds:
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         raise RowProblems(("", f"is {KINDS[row.kind]}; this training method reads {wanted}"))
-    return replace(row, source=_source(values.get("source"), file_name))
+    row = replace(row, source=_source(values.get("source"), file_name))
+    return replace(row, tests=_tests(values["tests"])) if isinstance(row, Example) and "tests" in values else row
+
+
+def _tests(value: Any) -> tuple[str, ...]:
+    """The row's tests; data sets use the key for other things too: what is no list is passed over."""
+    if not isinstance(value, list):
+        return ()
+    if not value or not all(isinstance(test, str) and test.strip() for test in value):
+        raise RowProblems(("tests", 'is a list of Python statements, such as ["assert f(2) == 4"]'))
+    return tuple(value)
 
 
 def _source(named: Any, file_name: str) -> str:
