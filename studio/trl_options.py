@@ -46,7 +46,6 @@ RECIPE_FIELDS = {  # TRL name -> the recipe field that owns it
     "max_completion_length": "sampling.max_new_tokens",
     "temperature": "sampling.temperature",
     "top_p": "sampling.top_p",
-    "reward_weights": "rewards",
     "output_dir": "output.dir",
     "router_aux_loss_coef": "router.load_balance_coef",
 }
@@ -67,6 +66,7 @@ REASONS = {  # TRL name, or prefix ending in "*" -> why a recipe may not set it
     "label_names": "the studio reads and prepares the data, see the section data",
     "do_*": "the studio trains once and evaluates before and after, see the section evaluation",
     "eval_*": "the studio evaluates before and after training, see the section evaluation",
+    "reward_weights": "each entry of the section rewards has its own weight",
     "num_generations_eval": "the studio evaluates before and after training, see the section evaluation",
     "use_vllm": "completions come from the model in training itself",
     "vllm_*": "completions come from the model in training itself",
