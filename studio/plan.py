@@ -20,6 +20,7 @@ from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, Row, Sequence, both_rows, sequences
+from studio.generations import online_steps
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.placing import coverage, plan_placement
@@ -183,13 +184,18 @@ def recipe_base(recipe: Recipe) -> Base:
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of the whole training; with `trl: {packing: true}` an upper bound."""
+    """Optimizer steps of the whole training; with `trl: {packing: true}` and in rejection sampling an upper bound."""
     training = recipe.training
+    rounds = recipe.sampling.rounds if training.method == "rejection" else 1
     if training.max_steps is not None:
-        return training.max_steps
+        return rounds * training.max_steps
+    if training.method in ("grpo", "rloo"):
+        return online_steps(recipe, examples)
+    if training.method == "rejection":
+        examples *= min(recipe.sampling.keep, recipe.sampling.completions)
     batches = math.ceil(examples / training.batch_size)
     per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
-    return math.ceil((training.epochs or 1.0) * per_epoch)
+    return rounds * math.ceil((training.epochs or 1.0) * per_epoch)
 
 
 def _held_as(recipe: Recipe) -> HeldAs:

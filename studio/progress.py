@@ -62,7 +62,7 @@ def loss_line(rows: Rows) -> str:
     if newest is None:
         return ""
     parts = [f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "loss not finite"]
-    for key, text in (("learning_rate", "lr {:.2g}"), ("grad_norm", "grad norm {:.2g}")):
+    for key, text in (("reward", "reward {:.3f}"), ("learning_rate", "lr {:.2g}"), ("grad_norm", "grad norm {:.2g}")):
         if newest.get(key) is not None:
             parts.append(text.format(newest[key]))
     if newest.get("tokens_per_second"):

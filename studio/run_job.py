@@ -57,10 +57,13 @@ def run(job: Job) -> None:
     from studio.data import both_rows, sequences
     from studio.encoding import check_lengths
     from studio.evaluation import evaluate
+    from studio.rewards import rewards_of
+    from studio.rewards.samples import mean_rewards
     from studio.trainers import trainer_for
 
     train_rows, held_out = both_rows(recipe)
     held_out = held_out[: recipe.evaluation.examples]
+    rewards, rewarded = rewards_of(recipe), dict[str, Any]()
 
     for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
         check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
@@ -78,7 +81,9 @@ def run(job: Job) -> None:
                 batch_size=recipe.training.batch_size,
                 progress=clock.progress(phase),
             )
-        job.log_metrics({"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match})
+        row = {"kind": "eval", "when": when, "loss": found.loss, "exact_match": found.exact_match}
+        rewarded[when] = mean_rewards(rewards, held_out, found.answers) if rewards else {}
+        job.log_metrics({**row, **rewarded[when]})
         return found
 
     profile = _profiler(job, model, tokenizer, recipe, sequences(train_rows))
@@ -93,7 +98,10 @@ def run(job: Job) -> None:
     with clock.phase("saving", "pictures"), _not_worth_the_job():
         profile("profile_after", tuned=True)
         _picture(job, model)
-    job.write_result(_result(job, clock, held_out, before, after, trained, saved, recipe))
+    result = _result(job, clock, held_out, before, after, trained, saved, recipe)
+    for when, found in rewarded.items():
+        result[when] |= found
+    job.write_result(result)
     job.update(status="succeeded", phase="done", step=trained["steps"])
 
 
@@ -207,6 +215,7 @@ def _result(
         },
         "seconds": {**clock.seconds, "total": time.monotonic() - clock.start},
         "steps": trained["steps"],
+        "trained": {name: value for name, value in trained.items() if name != "steps"},
         "adapter": saved,
         "files": {
             "job": str(job.path),

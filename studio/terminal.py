@@ -231,6 +231,11 @@ def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table.add_row("loss", f"{before['loss']:.4f}", f"[bold]{after['loss']:.4f}", f"{round(100 * change):+d} %")
     exact = [side["exact_match"] for side in (before, after)]
     table.add_row("exact match", as_percent(exact[0]), f"[bold]{as_percent(exact[1])}", _points(exact[1] - exact[0]))
+    if "reward" in before and "reward" in after:
+        names = {"reward": [side["reward"] for side in (before, after)]}
+        names |= {f"  {name}": [side["rewards"][name] for side in (before, after)] for name in after["rewards"]}
+        for name, (old, new) in names.items():
+            table.add_row(name, f"{old:.3f}", f"[bold]{new:.3f}", f"{new - old:+.3f}")
     return table
 
 

@@ -309,6 +309,13 @@ class WatchesRouter:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         with self.watch.routing() as seen:  # left before the backward pass, which may run the layers again
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        # with the items of the whole batch given, nobody divides by the accumulation steps: as TRL does for its own
-        parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1  # type: ignore[attr-defined]
-        return loss + self.watch.take(seen, inputs.get("attention_mask")) / parts
+        # where the loss is divided by the accumulation steps already, Trainer does not divide it: as TRL does for its own
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = num_items_in_batch is not None
+        parts = self.current_gradient_accumulation_steps if scaled else 1  # type: ignore[attr-defined]
+        return loss + self.watch.take(seen, self.routed_tokens(inputs)) / parts
+
+    def routed_tokens(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(rows, length) mask of the tokens that the model saw in this loss, 0 for padding; None: there is none."""
+        return inputs.get("attention_mask")
