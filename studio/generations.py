@@ -8,10 +8,14 @@ trl/trainer/utils.py). By default a generation batch is what one optimizer step 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from studio.data.rows import Example, Row
 from studio.errors import DataError, Problem
+from studio.memory import Drawn
+from studio.methods import METHODS
 
 if TYPE_CHECKING:
     from studio.recipe import Recipe
@@ -39,11 +43,7 @@ def generations(recipe: Recipe, examples: int) -> Generations:
         DataError: fewer examples than a generation batch has prompts: nothing would be trained.
     """
     training, trl = recipe.training, recipe.trl
-    per_pass = training.batch_size
-    size = trl.get("generation_batch_size") or per_pass * int(
-        trl.get("steps_per_generation") or training.gradient_accumulation_steps  # type: ignore[arg-type]  # checked by TRL
-    )
-    completions = int(size)  # type: ignore[call-overload]
+    completions = completions_together(recipe)
     prompts = completions // recipe.sampling.completions
     batches = examples // max(1, prompts)  # what does not fill a batch is left out of this pass over the data
     if not batches:
@@ -59,8 +59,41 @@ def generations(recipe: Recipe, examples: int) -> Generations:
                 )
             ]
         )
-    passes = (completions // per_pass) * int(trl.get("num_iterations") or 1)  # type: ignore[arg-type]
+    iterations: Any = trl.get("num_iterations") or 1
+    passes = completions // training.batch_size * int(iterations)
     return Generations(completions, prompts, passes, math.ceil(batches * passes / training.gradient_accumulation_steps))
+
+
+def is_online(recipe: Recipe) -> bool:
+    """Whether the recipe samples in every step, as GRPO and RLOO do."""
+    return recipe.training.method in ("grpo", "rloo")
+
+
+def asked(recipe: Recipe, rows: Sequence[Row]) -> list[Row]:
+    """The rows without their completions where the model writes its own; else as they are."""
+    if not METHODS[recipe.training.method].samples:
+        return list(rows)
+    return [replace(row, completion=()) if isinstance(row, Example) else row for row in rows]
+
+
+def drawn_together(recipe: Recipe, longest_tokens: int) -> Drawn | None:
+    """What is sampled together, for the plan; `longest_tokens` of a prompt with its completion. None: nothing is."""
+    sampling = recipe.sampling
+    if not METHODS[recipe.training.method].samples:
+        return None
+    rows = max(sampling.completions, 4 * recipe.training.batch_size)
+    if is_online(recipe):
+        rows = completions_together(recipe)
+    return Drawn(rows, longest_tokens, longest_tokens - sampling.max_new_tokens, sampling.top_p < 1)
+
+
+def completions_together(recipe: Recipe) -> int:
+    """Completions of a generation batch of GRPO or RLOO."""
+    training, trl = recipe.training, recipe.trl
+    if size := trl.get("generation_batch_size"):
+        return int(size)  # type: ignore[call-overload]  # a number: checked against TRL's annotation
+    passes: Any = trl.get("steps_per_generation") or training.gradient_accumulation_steps
+    return training.batch_size * int(passes)
 
 
 def online_steps(recipe: Recipe, examples: int) -> int:

@@ -20,12 +20,15 @@ from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
 from studio.data import Example, Row, Sequence, both_rows, sequences
-from studio.generations import online_steps
+from studio.generations import asked, drawn_together, is_online, online_steps
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
+from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
+from studio.rewards import check_rewards
+from studio.rewards.code import missing_protections
 from studio.shapes import published_shape
 from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, tensor_classes
 
@@ -117,13 +120,17 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
     """
     base = published_shape(shape).base() if shape else recipe_base(recipe)
     train, held_out = both_rows(recipe)
+    for rows, file in ((train, recipe.data.train), (held_out, recipe.data.eval)):
+        check_rewards(recipe, rows, str(file))
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
         from studio.profile import find_profile
 
         profile = find_profile(recipe)
     placement = plan_placement(recipe, base, profile)
     classes = tensor_classes(base, _held_as(recipe), placement)
-    lengths = _lengths_tokens(_tokenizer_of(recipe, base), train)
+    lengths = _lengths_tokens(_tokenizer_of(recipe, base), asked(recipe, train))
+    if METHODS[recipe.training.method].samples:
+        lengths = [length + recipe.sampling.max_new_tokens for length in lengths]
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
     weights_bytes = sum(entry.bytes for entry in classes)
@@ -147,7 +154,7 @@ def make_plan(recipe: Recipe, shape: str | None = None, profile: RouterProfile |
         train_examples=len(train),
         eval_examples=min(len(held_out), recipe.evaluation.examples or len(held_out)),
         longest_tokens=max(lengths),
-        truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
+        truncated_examples=0 if is_online(recipe) else sum(n > recipe.data.max_length_tokens for n in lengths),
         total_steps=total_steps(recipe, len(train)),
         warnings=_warnings(recipe, base, memory, at_hand),
         placement=_placement_plan(recipe.placement.rule, base, placement, profile) if base.moe else None,
@@ -189,7 +196,7 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     rounds = recipe.sampling.rounds if training.method == "rejection" else 1
     if training.max_steps is not None:
         return rounds * training.max_steps
-    if training.method in ("grpo", "rloo"):
+    if is_online(recipe):
         return online_steps(recipe, examples)
     if training.method == "rejection":
         examples *= min(recipe.sampling.keep, recipe.sampling.completions)
@@ -218,7 +225,8 @@ def _choose_path(
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=training.gradient_checkpointing,
     )
-    limit = recipe.data.max_length_tokens
+    limit = longest_tokens if is_online(recipe) else recipe.data.max_length_tokens
+    drawn = drawn_together(recipe, longest_tokens)
     run = Pass(
         batch_size=training.batch_size,
         length_tokens=limit if recipe.trl.get("packing") else min(limit, longest_tokens),
@@ -230,10 +238,10 @@ def _choose_path(
         routed_experts_rank=placement.routed_rank,
         keep_gate_up=training.expert_path != "lean",
     )
-    at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)
+    at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run, drawn)
     if training.expert_path != "auto" or fits(memory.peak_bytes, at_hand):
         return "fast" if run.keep_gate_up else "lean", memory, at_hand
-    return "lean", predict_memory(base, held, replace(run, keep_gate_up=False)), at_hand
+    return "lean", predict_memory(base, held, replace(run, keep_gate_up=False), drawn), at_hand
 
 
 def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | None) -> tuple[str, ...]:
@@ -242,6 +250,8 @@ def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | Non
         options = "; ".join(_options(recipe, base, memory, at_hand))
         peak = f"the predicted peak of {as_bytes(memory.peak_bytes)} plus 10 %"
         found.append(f"{peak} does not fit into the {as_bytes(at_hand)} at hand. What would help: {options}")
+    if any(reward.function == "code" for reward in recipe.rewards) and (missing := missing_protections()):
+        found.append(missing)
     if base.directory is None:
         found.append(f"{base.name} is a published shape: its weights and its tokenizer were not looked for")
     return tuple(found)

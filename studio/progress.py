@@ -19,6 +19,9 @@ EXPORT_STAGES = (
 )
 MERGED_INTO = {"original": "the base's own weights", "quantized": "the base as training held it, quantised"}
 PHASES = ("loading", "evaluating base", "training", "evaluating tuned", "saving")
+SAMPLING = "sampling"
+"""What rejection sampling does before it trains, in each round."""
+
 Rows = Sequence[dict[str, Any]]
 Counts = tuple[int, int]
 """(done, total); total is 0 where it is not known."""
@@ -28,7 +31,7 @@ def phase_counts(state: JobState, rows: Rows) -> dict[str, Counts]:
     """(done, total) of each phase that has begun; total 0 where it is not known."""
     counts: dict[str, Counts] = dict.fromkeys(phases_over(state), (0, 0))
     for row in rows:
-        if row.get("kind") == "progress" and row.get("phase") in PHASES:
+        if row.get("kind") == "progress" and row.get("phase") in (*PHASES, SAMPLING):
             counts[row["phase"]] = (int(row.get("done") or 0), int(row.get("total") or 0))
     if state.step or state.phase == "training":
         counts["training"] = (state.step, state.total_steps)
@@ -41,7 +44,8 @@ def phases_over(state: JobState) -> tuple[str, ...]:
     """The phases that lie behind the job."""
     if state.status == "succeeded":
         return PHASES
-    return PHASES[: PHASES.index(state.phase)] if state.phase in PHASES else ()
+    phase = "training" if state.phase == SAMPLING else state.phase
+    return PHASES[: PHASES.index(phase)] if phase in PHASES else ()
 
 
 def count_text(phase: str, done: int, total: int) -> str:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from studio.errors import DataError, Problem, RewardError
+from studio.data.rows import Example
+from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 from studio.rewards.code import code
 from studio.rewards.model import check_reward_model, reward_model
 from studio.rewards.schemas import json_schema
 from studio.rewards.scoring import Attempt, Reward, Score, Scored, answer_of, score_all
-from studio.rewards.texts import NOT_JSON, exact_match, json_fields, length, parsed, regex, thinking
+from studio.rewards.texts import exact_match, json_fields, length, parsed, regex, thinking
 
 if TYPE_CHECKING:
     from studio.data.rows import Row
@@ -34,6 +35,7 @@ __all__ = [
     "check_rewards",
     "rewards_of",
     "score_all",
+    "unknown_option",
 ]
 
 
@@ -87,8 +89,8 @@ def rewards_of(recipe: Recipe) -> list[Reward]:
     return found
 
 
-def check_rewards(recipe: Recipe, rows: Iterable[Row]) -> None:
-    """Refuses, before any work, rewards that cannot be computed on these rows; loads no model.
+def check_rewards(recipe: Recipe, rows: Sequence[Row], file: str) -> None:
+    """Refuses, before any work, rewards that cannot be computed on these rows of `file`; loads no model.
 
     Raises:
         RewardError: an option that cannot work: a schema that is none, a file or job that is not there.
@@ -100,34 +102,32 @@ def check_rewards(recipe: Recipe, rows: Iterable[Row]) -> None:
         else:
             REWARDS[settings.function].build(settings)
     functions = {settings.function for settings in recipe.rewards}
-    problems = []
-    for number, row in enumerate(rows, 1):
-        if row.kind != "example":
-            continue
-        if "json_fields" in functions and not isinstance(_reference(row), dict):
-            problems.append(Problem("", None, f"example {number}: {_NO_FIELDS}", str(recipe.data.train)))
-    if "code" in functions:
-        problems += _half_tested(recipe, rows)
+    problems: list[Problem] = []
+    for function, find in ROW_PROBLEMS.items():
+        if function in functions:
+            problems += [Problem("", None, message, file) for message in find(rows)]
     if problems:
-        raise DataError(problems[:20], max(0, len(problems) - 20))
+        raise DataError(problems[:SHOWN_PROBLEMS], max(0, len(problems) - SHOWN_PROBLEMS))
 
 
-_NO_FIELDS = "its completion is no JSON object, which the reward json_fields compares with"
+def _no_fields(rows: Sequence[Row]) -> list[str]:
+    said = "its completion is no JSON object, which the reward json_fields compares with"
+    return [
+        f"example {number}: {said}"
+        for number, row in enumerate(rows, 1)
+        if isinstance(row, Example) and not isinstance(parsed(Attempt("", row).reference), dict)
+    ]
 
 
-def _reference(row: Row) -> object:
-    found = parsed(Attempt("", row).reference)  # type: ignore[arg-type]  # an example
-    return None if found is NOT_JSON else found
-
-
-def _half_tested(recipe: Recipe, rows: Iterable[Row]) -> list[Problem]:
+def _half_tested(rows: Sequence[Row]) -> list[str]:
     """Rows without tests, where others have some: their reward would mean another thing."""
-    examples = [(number, row) for number, row in enumerate(rows, 1) if row.kind == "example"]
-    without = [number for number, row in examples if not row.tests]  # type: ignore[union-attr]
-    if len(without) in (0, len(examples)):
-        return []
-    said = "has no tests, while other rows have; give tests to every row or to none"
-    return [Problem("tests", None, f"example {number} {said}", str(recipe.data.train)) for number in without]
+    without = [number for number, row in enumerate(rows, 1) if isinstance(row, Example) and not row.tests]
+    said = 'has no "tests", while other rows have; give tests to every row or to none'
+    return [] if len(without) == len(rows) else [f"example {number} {said}" for number in without]
+
+
+ROW_PROBLEMS: dict[str, Callable[[Sequence[Row]], list[str]]] = {"json_fields": _no_fields, "code": _half_tested}
+"""What is wrong with the rows for a reward, in words."""
 
 
 def unknown_option(settings: RewardSettings) -> str | None:
@@ -141,6 +141,3 @@ def unknown_option(settings: RewardSettings) -> str | None:
             readers = ", ".join(other for other, entry in REWARDS.items() if name in entry.options)
             return f"{name} is given, but the function is {settings.function}; {name} is read by {readers}"
     return None
-
-
-__all__ += ["RewardError", "unknown_option"]
