@@ -28,7 +28,7 @@ from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
 from studio.rewards import check_rewards
-from studio.rewards.code import missing_protections
+from studio.rewards.programs import missing_protections
 from studio.shapes import published_shape
 from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, tensor_classes
 
