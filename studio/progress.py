@@ -132,6 +132,11 @@ def router_rows(rows: Rows) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("kind") == "router" and row.get("layers")]
 
 
+def reward_rows(rows: Rows) -> list[dict[str, Any]]:
+    """The training rows of a method that samples in every step, in order."""
+    return [row for row in rows if row.get("kind") == "train" and row.get("reward") is not None]
+
+
 def warnings(rows: Rows) -> list[str]:
     """What the rules of the recipe warned of so far, each message once."""
     return list(dict.fromkeys(str(row["message"]) for row in rows if row.get("kind") == "warning" and "message" in row))

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -50,6 +51,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def no_copy_of_the_adapter(model: PeftModel) -> Iterator[None]:
+    """Inside, the constructors of TRL's trainers copy the adapter onto nothing, and take the adapters off instead."""
+
+    def nowhere(name: str) -> Tensor:
+        found = PeftModel.get_parameter(model, name.replace(".ref.", ".default."))
+        return torch.empty_like(found, device="meta") if ".ref." in name else found
+
+    with patch.object(model, "add_adapter", lambda *_: None), patch.object(model, "get_parameter", nowhere):
+        yield
 
 
 class OnlineTrainer(StudioTrainer):
@@ -133,16 +146,15 @@ def train_online(
     repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
     rewards = rewards_of(recipe)
     args = config_class(**_options(recipe, job, rewards))
-    beta, args.beta = args.beta, 0.0  # with a beta at this point TRL would add the adapter "ref"
-    trainer = trainer_class(
-        model=model,
-        reward_funcs=[_as_trl(reward, rows) for reward in rewards],
-        args=args,
-        train_dataset=Dataset.from_list([{"prompt": row.prompt[-1].content, "row": i} for i, row in enumerate(rows)]),
-        processing_class=tokenizer,
-        callbacks=callbacks(job, watch, (*LOGGED, *(f"rewards/{reward.name}/mean" for reward in rewards))),
-    )
-    trainer.beta = args.beta = beta
+    with no_copy_of_the_adapter(model):
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=[_as_trl(reward, rows) for reward in rewards],
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": row.prompt[-1].content, "row": i} for i, row in enumerate(rows)]),
+            processing_class=tokenizer,
+            callbacks=callbacks(job, watch, (*LOGGED, *(f"rewards/{reward.name}/mean" for reward in rewards))),
+        )
     trainer.watch, trainer.examples, trainer.rewards, trainer.job = watch, rows, rewards, job
     trainer.first, trainer.last = [], []
     return {**finish(trainer), "samples": {"first": trainer.first, "last": trainer.last}}
