@@ -53,8 +53,8 @@ def generations(recipe: Recipe, examples: int) -> Generations:
                     "",
                     None,
                     f"has {examples} examples, and one generation takes {prompts} prompts "
-                    f"({completions} completions, {recipe.sampling.completions} each); allowed: at least as many examples "
-                    "as prompts; lower training.batch_size or gradient_accumulation_steps, or add examples",
+                    f"({completions} completions, {recipe.sampling.completions} each); allowed: at least as many "
+                    "examples as prompts; lower training.batch_size or gradient_accumulation_steps, or add examples",
                     str(recipe.data.train),
                 )
             ]
@@ -90,8 +90,9 @@ def drawn_together(recipe: Recipe, longest_tokens: int) -> Drawn | None:
 def completions_together(recipe: Recipe) -> int:
     """Completions of a generation batch of GRPO or RLOO."""
     training, trl = recipe.training, recipe.trl
-    if size := trl.get("generation_batch_size"):
-        return int(size)  # type: ignore[call-overload]  # a number: checked against TRL's annotation
+    size: Any = trl.get("generation_batch_size")  # a number: checked against TRL's annotation
+    if size:
+        return int(size)
     passes: Any = trl.get("steps_per_generation") or training.gradient_accumulation_steps
     return training.batch_size * int(passes)
 

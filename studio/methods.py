@@ -30,5 +30,7 @@ METHODS: dict[str, Method] = {
     "sft": Method(("example", "text"), "studio.trainers.sft", ("trainer/sft_config.py", "SFTConfig")),
     "grpo": Method(("example",), "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True),
     "rloo": Method(("example",), "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True),
-    "rejection": Method(("example",), "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True),
+    "rejection": Method(
+        ("example",), "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True
+    ),
 }

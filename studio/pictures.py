@@ -1,6 +1,7 @@
 """Pictures of the routing as PNG files, for the job directory and for reports. matplotlib's Agg alone, no window.
 
-    write_job_pictures(job_dir)    pictures/use.png, rank.png, change.png, delta.png, coverage.png, router.png, rewards.png
+    write_job_pictures(job_dir)    pictures/use.png, rank.png, change.png, delta.png, coverage.png, router.png,
+                                   rewards.png
 
 Dimension legend: L MoE layers, E experts.
 """

@@ -389,8 +389,9 @@ class RewardSettings(Settings):
     function: Literal[
         "exact_match", "json_fields", "json_schema", "regex", "code", "length", "thinking", "reward_model"
     ]
-    """exact_match, json_fields: against the reference. json_schema, regex: the answer's form. code: the answer's program
-    runs, or passes the row's tests. length: not too long. thinking: thinks, then answers. reward_model: a trained one."""
+    """exact_match, json_fields: against the reference. json_schema, regex: the answer's form. code: the answer's
+    program runs, or passes the row's tests. length: not too long. thinking: first thinks, then answers. reward_model:
+    a trained one."""
 
     weight: float = Field(default=1.0, ge=-1000, le=1000)
     """The total reward is the sum of the rewards times their weights. Negative: a penalty."""

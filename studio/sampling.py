@@ -68,7 +68,7 @@ def draw(
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of every token that ends an answer: the tokenizer's, and those that the model's files name."""
-    named: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    named: Any = cast(Any, model.generation_config).eos_token_id
     ids = [named] if isinstance(named, int) else list(named or [])
     own = tokenizer.eos_token_id
     return ids if own is None or own in ids else [int(own), *ids]

@@ -6,8 +6,8 @@ A row is one of
     {"prompt": "…" or [messages], "chosen": "…" or [messages], "rejected": "…" or [messages]}
     {"text": "…"}
 and becomes the Row that studio/data/rows.py has for it. A row may name its data source with "source": "…", up to 60
-characters; without it, that is the file's name. A conversation may have "tests": ["assert …"], for the reward `code`. A file is checked to its end: its first 20 problems are reported
-together, and nothing is started.
+characters; without it, that is the file's name. A conversation may have "tests": ["assert …"], for the reward `code`.
+A file is checked to its end: its first 20 problems are reported together, and nothing is started.
 """
 
 from __future__ import annotations

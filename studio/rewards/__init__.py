@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from studio.data.rows import Example
 from studio.errors import SHOWN_PROBLEMS, DataError, Problem
-from studio.rewards.programs import code
 from studio.rewards.model import check_reward_model, reward_model
+from studio.rewards.programs import code
 from studio.rewards.schemas import json_schema
 from studio.rewards.scoring import Attempt, Reward, Score, Scored, answer_of, score_all
 from studio.rewards.texts import exact_match, json_fields, length, parsed, regex, thinking

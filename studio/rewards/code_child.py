@@ -149,9 +149,8 @@ def _kill_left_behind(alone: bool) -> None:
 
 
 def _children() -> list[int]:
-    with suppress(OSError):
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(word) for word in file.read().split()]
+    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(word) for word in file.read().split()]
     return []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from studio.data.rows import Example
+from studio.data.rows import Example, Row
 from studio.rewards.scoring import Attempt, Reward, Scored, score_all
 
 SAMPLES = "samples.jsonl"
@@ -26,13 +26,14 @@ def as_sample(scored: Scored) -> dict[str, Any]:
     }
 
 
-def mean_rewards(rewards: Sequence[Reward], rows: Sequence[Example], completions: Sequence[str]) -> dict[str, Any]:
+def mean_rewards(rewards: Sequence[Reward], rows: Sequence[Row], completions: Sequence[str]) -> dict[str, Any]:
     """{"reward": mean total, "rewards": {function: mean}} of one completion for each row.
 
     Raises:
         RewardError
     """
-    attempts = [Attempt(text, row) for text, row in zip(completions, rows, strict=True)]
+    examples = [row for row in rows if isinstance(row, Example)]
+    attempts = [Attempt(text, row) for text, row in zip(completions, examples, strict=True)]
     scored = score_all(rewards, attempts)
     count = max(1, len(scored))
     return {

@@ -151,7 +151,9 @@ def train_online(
             model=model,
             reward_funcs=[_as_trl(reward, rows) for reward in rewards],
             args=args,
-            train_dataset=Dataset.from_list([{"prompt": row.prompt[-1].content, "row": i} for i, row in enumerate(rows)]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": row.prompt[-1].content, "row": i} for i, row in enumerate(rows)]
+            ),
             processing_class=tokenizer,
             callbacks=callbacks(job, watch, (*LOGGED, *(f"rewards/{reward.name}/mean" for reward in rewards))),
         )

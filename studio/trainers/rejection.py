@@ -117,9 +117,9 @@ def _report(judged: Sequence[Judged], recipe: Recipe, job: Job, number: int) -> 
     if not fates["kept"]:
         said = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
         raise TrainingError(
-            f"round {number}: none of the {len(judged)} sampled completions was accepted ({said}; the best total reward "
-            f"was {best:g}, sampling.threshold is {recipe.sampling.threshold:g}). Nothing was trained in this round and "
-            f"no adapter was written. Look at {job.path / SAMPLES}; a lower threshold, more completions, a gentler "
+            f"round {number}: none of the {len(judged)} sampled completions was accepted ({said}; the best total "
+            f"reward was {best:g}, sampling.threshold is {recipe.sampling.threshold:g}). Nothing was trained in this "
+            f"round and no adapter was written. Look at {job.path / SAMPLES}; a lower threshold, more completions, a gentler "
             "reward beside the strict one, or a base that can do some of the task already would help"
         )
     return row

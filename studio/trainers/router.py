@@ -309,7 +309,7 @@ class WatchesRouter:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         with self.watch.routing() as seen:  # left before the backward pass, which may run the layers again
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        # where the loss is divided by the accumulation steps already, Trainer does not divide it: as TRL does for its own
+        # what is divided by the accumulation steps already is not divided by Trainer: as TRL does for its own loss
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = num_items_in_batch is not None

@@ -75,13 +75,16 @@ def recipe_for(base: Path | str, folder: Path, **sections: Any) -> Recipe:
 class Run:
     """One training in this process."""
 
-    def __init__(self, base: Path, folder: Path, examples: list[Example] = EXAMPLES, path: str = "fast", **sections: Any):
+    def __init__(
+        self, base: Path, folder: Path, examples: list[Example] = EXAMPLES, path: str = "fast", **sections: Any
+    ):
         folder.mkdir(exist_ok=True)
         self.recipe, self.examples, self.job = recipe_for(base, folder, **sections), examples, Recorder(folder)
         quantize = self.recipe.model.quantization
         torch.manual_seed(0)
         self.model = attach(
-            load_base(base, quantize=quantize, dtype=torch.float32), plan_placement(self.recipe, recipe_base(self.recipe))
+            load_base(base, quantize=quantize, dtype=torch.float32),
+            plan_placement(self.recipe, recipe_base(self.recipe)),
         )
         set_expert_path(self.model, cast(Any, path))
         self.tokenizer = AutoTokenizer.from_pretrained(base)
@@ -125,7 +128,9 @@ def trainers_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def slow_logps(model: nn.Module, output: dict[str, Any]) -> Tensor:
     """(rows, completion tokens) log-probabilities of the completions, a row at a time, by the full softmax."""
     found = torch.zeros(output["completion_ids"].shape)
-    rows = zip(output["prompt_ids"], output["prompt_mask"], output["completion_ids"], output["completion_mask"], strict=True)
+    rows = zip(
+        output["prompt_ids"], output["prompt_mask"], output["completion_ids"], output["completion_mask"], strict=True
+    )
     lines = []
     for prompt, prompt_mask, completion, mask in rows:
         prompt, completion = prompt[prompt_mask.bool()], completion[mask.bool()]
@@ -249,7 +254,7 @@ def test_an_adapter_that_became_nan_stops_before_the_next_generation(
 
     original = online.callbacks
     monkeypatch.setattr(online, "callbacks", lambda *given: [*original(*given), Poison()])
-    with pytest.raises(TrainingError, match="NaN or infinity after step 1.*no adapter was written"):
+    with pytest.raises(TrainingError, match=r"NaN or infinity after step 1.*no adapter was written"):
         Run(qwen, tmp_path).train()
 
 
@@ -260,7 +265,9 @@ def test_a_failing_reward_ends_the_training_with_the_row(
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(online, "rewards_of", lambda recipe: [Reward("mine", 1.0, 0, 1, each(broken))])
-    with pytest.raises(RewardError, match=r"the reward mine failed: ZeroDivisionError.*source tickets-eval.*completion"):
+    with pytest.raises(
+        RewardError, match=r"the reward mine failed: ZeroDivisionError.*source tickets-eval.*completion"
+    ):
         Run(qwen, tmp_path).train()
 
 
@@ -336,7 +343,10 @@ def test_rejection_trains_on_what_was_accepted_and_keeps_the_rest_to_look_at(bas
     for number, logged in enumerate(run.job.of("rejection"), 1):
         own = [row for row in rows if row["round"] == number]
         assert len(own) == 8 * 4 == logged["sampled"]
-        assert logged["acceptance"] == sum(row["reward"] >= 1 and row["fate"] not in ("clipped", "empty") for row in own) / 32
+        assert (
+            logged["acceptance"]
+            == sum(row["reward"] >= 1 and row["fate"] not in ("clipped", "empty") for row in own) / 32
+        )
         kept = [row for row in own if row["fate"] == "kept"]
         assert logged["kept"] == len(kept) > 0 and all(row["reward"] >= 1 for row in kept)
         assert len({(row["prompt"], row["completion"]) for row in kept}) == len(kept)

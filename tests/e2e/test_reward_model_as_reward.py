@@ -57,7 +57,9 @@ def test_scores_equal_those_of_stock_peft_and_the_head(family: str, tmp_path: Pa
     attempts = [Attempt(f"{row.completion[0].content} {'and ' * n}", row) for n, row in enumerate(EXAMPLES)]
     found = REWARDS["reward_model"].build(settings)(attempts)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), job.path / "adapter")
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), job.path / "adapter"
+    )
     weight = load_file(job.path / "adapter" / HEAD)["weight"][0]
     for value, attempt in zip(found, attempts, strict=True):
         turns = [{"role": "user", "content": attempt.prompt}, {"role": "assistant", "content": attempt.completion}]
@@ -73,9 +75,8 @@ def test_what_is_no_reward_model_is_refused_before_any_work(tmp_path: Path) -> N
     base = build_base("qwen3_moe", tmp_path / "qwen3_moe")
     job = reward_job(base, tmp_path)
     (job.path / "adapter" / HEAD).unlink()
-    with pytest.raises(RewardError, match="holds no reward_head.safetensors"):
+    with pytest.raises(RewardError, match=r"holds no reward_head\.safetensors"):
         check_reward_model(RewardSettings(function="reward_model", job=job.path))
     with pytest.raises(RewardError, match="reward_model"):
         check_reward_model(RewardSettings(function="reward_model", job=tmp_path / "none"))
     assert reward_model.HEAD == HEAD
-

@@ -43,7 +43,13 @@ def test_llama4_still_needs_it_in_online_training(trainer: Any, config: Any, tmp
         if repaired:
             repair_for_trl(model)
         rows = Dataset.from_list([{"prompt": "a"}] * 2)
-        options = {"router_aux_loss_coef": 0.0, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False}
+        options = {
+            "router_aux_loss_coef": 0.0,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+        }
         sizes = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 2, "beta": 0.0}
         args = config(output_dir=str(tmp_path / "out"), max_steps=1, disable_tqdm=True, **sizes, **options)
         tokenizer = AutoTokenizer.from_pretrained(base)

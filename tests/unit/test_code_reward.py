@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -66,19 +65,19 @@ FORBIDDEN = {
     "memory": f"x = bytearray({MEMORY})",
     "a large file": f"open('x', 'wb').write(bytes({17 * 2**20}))",
     "many open files": "files = [open(f'x{i}', 'w') for i in range(100)]",
-    "many processes": "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        time.sleep(5)\n        os._exit(0)",
+    "many processes": "import os, time\nfor _ in range(200):\n    if not os.fork():\n        time.sleep(9)\n        os._exit(0)",
     "killing its runner": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "raising its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "its standard input": "assert input() is not None",
 }  # fmt: skip
 WHERE_THE_KERNEL_ALLOWS = {
-    "network": ("network", "off", "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 9))"),
+    "network": ("network", "off", "import socket\nsocket.socket(2, 2).sendto(b'x', ('192.0.2.1', 9))"),
     "its own machine": ("network", "off", "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=1)"),
     "reading the account list": ("files", "landlock", "open('/etc/passwd').read()"),
     "reading this repository": ("files", "landlock", f"open({str(CHILD)!r}).read()"),
     "writing beside it": ("files", "landlock", "open('/tmp/studio-code-escape', 'w')"),
-    "seeing other processes": ("processes", "namespace", "import os\nos.kill(PARENT, 0)"),
-    "many small files": ("disk", "16777216 bytes in all", "for i in range(40):\n    open(str(i), 'wb').write(bytes(2**20))"),
+    "seeing other processes": ("processes", "namespace", "import os\nassert os.getpid() > 1000"),
+    "many small files": ("disk", "16777216 bytes in all", "for i in range(40): open(str(i), 'wb').write(bytes(2**20))"),
 }  # fmt: skip
 
 
@@ -95,7 +94,7 @@ def test_what_the_kernel_shuts_off_fails(what: str) -> None:
     if protections()[part] != state:
         pytest.skip(f"this kernel does not give {part}: {state}")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        program = program.replace("PORT", str(server.getsockname()[1])).replace("PARENT", str(os.getpid()))
+        program = program.replace("PORT", str(server.getsockname()[1]))
         assert passed(program) == [False]
     assert not Path("/tmp/studio-code-escape").exists()
 
@@ -108,7 +107,8 @@ def test_a_program_that_never_ends_is_killed_with_its_children_and_its_folder(tm
         "    if os.fork() == 0:\n"
         "        os.setsid()\n"
         "        if os.fork() == 0:\n"
-        f"            os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import time; time.sleep(60)', '{mark}'])\n"
+        "            sleep = 'import time; time.sleep(60)'\n"
+        f"            os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', sleep, '{mark}'])\n"
         "        os._exit(0)\n"
         "open('file', 'w').write('x')\n"
         "time.sleep(60)\n"
@@ -184,7 +184,9 @@ def test_a_user_who_is_not_root_gets_the_same(monkeypatch: pytest.MonkeyPatch) -
         return real([SYSTEM_PYTHON, *command[1:-1], str(child)], **nobody, **options)
 
     monkeypatch.setattr(code_reward.subprocess, "Popen", start)
-    found = run_tests("def f(): return 1", ["assert f() == 1", "assert f() == 2", "open('x', 'w').write('x')"], 5, MEMORY)
+    found = run_tests(
+        "def f(): return 1", ["assert f() == 1", "assert f() == 2", "open('x', 'w').write('x')"], 5, MEMORY
+    )
     assert found["passed"] == [True, False, True]
     assert found["protections"]["user"] == "own"
     if found["protections"]["network"] == "off":

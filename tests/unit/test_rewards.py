@@ -126,12 +126,14 @@ def test_regex_length_and_thinking() -> None:
     assert one("regex", "<think>42</think>none", pattern="42") == 0
     assert one("regex", "<think>42</think>none", pattern="42", part="completion") == 1
     assert [one("length", "x" * n, longest_characters=10) for n in (10, 15, 20, 99)] == [1, 0.5, 0, 0]
-    assert [one("thinking", text) for text in ("<think>a</think>b", "a</think>b", "b", "<think>a</think>")] == [1, 1, 0, 0]  # fmt: skip
+    thought = {"<think>a</think>b": 1, "a</think>b": 1, "b": 0, "<think>a</think>": 0}
+    assert {text: one("thinking", text) for text in thought} == thought
     assert one("thinking", "b<think>a</think>b") == one("thinking", "<think>a</think>b</think>c") == 0
 
 
 def test_the_total_is_the_weighted_sum_and_each_function_keeps_its_own_value() -> None:
-    rewards = rewards_of(recipe_with("[{function: exact_match, weight: 2}, {function: length, weight: -0.5, longest_characters: 9}]"))  # fmt: skip
+    penalty = "{function: length, weight: -0.5, longest_characters: 9}"
+    rewards = rewards_of(recipe_with(f"[{{function: exact_match, weight: 2}}, {penalty}]"))
     (scored,) = score_all(rewards, [Attempt("yes", row())])
     assert scored.each == {"exact_match": 1.0, "length": 1.0} and scored.total == 1.5
     assert mean_rewards(rewards, [row(), row()], ["yes", "no"]) == {
@@ -152,11 +154,11 @@ def test_a_reward_that_fails_is_an_error_with_the_row_and_never_a_zero() -> None
     with pytest.raises(RewardError, match=r"the reward mine failed: KeyError.*prompt 'ask'.*completion 'said'"):
         Reward("mine", 1.0, 0, 1, each(broken))([Attempt("said", row())])
     for value in (math.nan, math.inf, 2.0, -0.1):
-        with pytest.raises(RewardError, match="allowed: 0 to 1.*prompt 'ask'"):
+        with pytest.raises(RewardError, match=r"allowed: 0 to 1.*prompt 'ask'"):
             Reward("mine", 1.0, 0, 1, each(lambda _, value=value: value))([Attempt("said", row())])
     with pytest.raises(RewardError, match="0 values for 1"):
         Reward("mine", 1.0, 0, 1, lambda _: [])([Attempt("said", row())])
-    with pytest.raises(RewardError, match="json_fields failed.*no JSON object"):
+    with pytest.raises(RewardError, match=r"json_fields failed.*no JSON object"):
         one("json_fields", "{}", "not json")
 
 
