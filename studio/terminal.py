@@ -209,6 +209,7 @@ def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
         parts += [*_generations(result["generations"]), ""]
     if result.get("before") and result.get("after"):
         parts += [_comparison(result["before"], result["after"]), ""]
+    parts += [Text(line) for line in _rounds(result.get("trained", {}).get("rounds", []))]
     parts.append(_facts(job, result))
     return Group(*parts, *_warning_lines(job))
 
@@ -237,6 +238,15 @@ def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
         for name, (old, new) in names.items():
             table.add_row(name, f"{old:.3f}", f"[bold]{new:.3f}", f"{new - old:+.3f}")
     return table
+
+
+def _rounds(rounds: Iterable[dict[str, Any]]) -> list[str]:
+    """What rejection sampling kept, a line a round."""
+    return [
+        f"Round {row['round']}: {row['sampled']:,} completions sampled, {as_percent(row['acceptance'])} accepted, "
+        f"{row['kept']:,} kept from {row['prompts_with_kept']:,} prompts"
+        for row in rounds
+    ]
 
 
 def _points(difference: float) -> str:

@@ -119,8 +119,8 @@ def _report(judged: Sequence[Judged], recipe: Recipe, job: Job, number: int) -> 
         raise TrainingError(
             f"round {number}: none of the {len(judged)} sampled completions was accepted ({said}; the best total "
             f"reward was {best:g}, sampling.threshold is {recipe.sampling.threshold:g}). Nothing was trained in this "
-            f"round and no adapter was written. Look at {job.path / SAMPLES}; a lower threshold, more completions, a gentler "
-            "reward beside the strict one, or a base that can do some of the task already would help"
+            f"round and no adapter was written. Look at {job.path / SAMPLES}; a lower threshold, more completions, a "
+            "gentler reward beside the strict one, or a base that can do some of the task already would help"
         )
     return row
 

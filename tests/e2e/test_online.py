@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
@@ -236,6 +237,8 @@ def test_paths_and_checkpointing_train_the_same_adapter(qwen: Path, tmp_path: Pa
         run = Run(qwen, tmp_path / name, **options)
         run.train()
         found[name] = run.adapter(), files.read_json_lines(tmp_path / name / "samples.jsonl")
+    for sample in found["fast"][1]:
+        assert sample["reward"] == bool(re.search(EVEN, sample["completion"])), "a reward went to another completion"
     for name in ("lean", "checkpointing"):
         assert found[name][1] == found["fast"][1]
         for parameter, value in found["fast"][0].items():

@@ -65,7 +65,7 @@ FORBIDDEN = {
     "memory": f"x = bytearray({MEMORY})",
     "a large file": f"open('x', 'wb').write(bytes({17 * 2**20}))",
     "many open files": "files = [open(f'x{i}', 'w') for i in range(100)]",
-    "many processes": "import os, time\nfor _ in range(200):\n    if not os.fork():\n        time.sleep(9)\n        os._exit(0)",
+    "many processes": "import os, time\nfor _ in range(200):\n if not os.fork():\n  time.sleep(9)\n  os._exit(0)",
     "killing its runner": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "raising its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "its standard input": "assert input() is not None",
