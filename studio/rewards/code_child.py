@@ -26,11 +26,12 @@ from contextlib import suppress
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 )  # fmt: skip
-MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 0x20, 0x1000, 0x4000, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 NOBODY = 65534
 
 DISK_BYTES = 16 * 2**20
+LIBRARY = ".python"
 OPEN_FILES, PROCESSES = 64, 32
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,14 +68,17 @@ def isolate(folder: str) -> dict[str, str]:
         _map_user(user, group)
     network = together or libc.unshare(CLONE_NEWNET) == 0
     mounted = together and _mount(folder)
+    library = True
     if user == 0:
         os.chmod(folder, 0o777)
+        library = _for_everybody(sys.base_prefix) or (mounted and _bind_library(folder))
     return {
         "network": "off" if network else "no",
         "processes": "namespace" if together else "session",
         "disk": f"{DISK_BYTES} bytes in all" if mounted else f"{DISK_BYTES} bytes a file",
         "files": "landlock" if _landlock_version() > 0 else "permissions",
         "user": "nobody" if user == 0 else "own",
+        "library": "reachable" if library else "no",
     }
 
 
@@ -88,6 +92,26 @@ def _mount(folder: str) -> bool:
     libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
     options = f"size={DISK_BYTES},mode=0777,nr_inodes=4096".encode()
     return bool(libc.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options) == 0)
+
+
+def _for_everybody(path: str) -> bool:
+    """Whether a user without rights can read the folder: not where it lies in root's home."""
+    parts = os.path.abspath(path).split("/")
+    parents = ["/".join(parts[:end]) or "/" for end in range(1, len(parts) + 1)]
+    return all(os.stat(parent).st_mode & 0o001 for parent in parents)
+
+
+def _bind_library(folder: str) -> bool:
+    """Shows the interpreter's library, read-only, in a place that the program's user can reach."""
+    place = f"{folder}/{LIBRARY}".encode()
+    os.mkdir(place)
+    if libc.mount(sys.base_prefix.encode(), place, None, MS_BIND | MS_REC, None):
+        return False
+    libc.mount(None, place, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID, None)
+    loaded = [module.__path__ for module in list(sys.modules.values()) if hasattr(module, "__path__")]
+    for paths in (sys.path, *loaded):
+        paths[:] = [entry.replace(sys.base_prefix, os.fsdecode(place), 1) for entry in paths]
+    return True
 
 
 # -------------------------------------------------------------------- the runner

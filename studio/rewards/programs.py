@@ -130,6 +130,8 @@ def missing_protections() -> str | None:
         missing.append("it sees the other processes of its user")
     if found["files"] != "landlock":
         missing.append(f"it can read and write what its user ({found['user']}) can")
+    if found["library"] != "reachable":
+        missing.append("it cannot import the standard library, which lies where its user cannot read")
     if not missing:
         return None
     return f"code that the model writes is run with limits, but on this machine {', '.join(missing)}"
