@@ -328,7 +328,9 @@ def _flow(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, _Float) else value
 
 
 def _section_of(document: CommentedMap, field: Field) -> CommentedMap:
