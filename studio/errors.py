@@ -7,6 +7,7 @@
     ├── JobError                a job directory that is missing or damaged, or a job that cannot do what was asked
     ├── TrainingError           training that had to stop: non-finite loss, a process that died
     ├── GateError               a tuned model that is worse than its recipe's gate allows; its adapter was written
+    ├── RewardError             a reward that cannot be computed: a bad option, or a completion it has no number for
     ├── LayoutError  CheckpointError  QuantizationError  TargetError  ProfileError  AdapterFileError    from the core
     ├── ExportError  VerificationError      from the core: a format that cannot be written, or did not verify
     └── OutputExistsError       an output that exists already and that nobody said to replace
@@ -47,6 +48,7 @@ __all__ = [
     "ProfileError",
     "QuantizationError",
     "RecipeError",
+    "RewardError",
     "StudioError",
     "TargetError",
     "TrainingError",
@@ -117,6 +119,10 @@ class TrainingError(StudioError):
 
 class GateError(StudioError):
     """The tuned model is worse than the base by more than the recipe's gate allows. The adapter was written."""
+
+
+class RewardError(StudioError):
+    """A reward function failed, or was given options that cannot work. A bad completion is no error: it scores low."""
 
 
 def _as_text(problems: list[Problem], hidden_count: int) -> str:

@@ -14,6 +14,8 @@ from studio.json_answers import read_schema
 from studio.methods import METHODS
 from studio.preference import evaluate_preferences
 from studio.recipe import Recipe
+from studio.rewards import rewards_of
+from studio.rewards.samples import reward_measures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +38,7 @@ class Measuring:
         schema = recipe.evaluation.json_schema
         self.fits_schema = read_schema(schema) if schema else None
         self.tasks = _tasks(recipe.evaluation.tasks)
+        self.rewards = rewards_of(recipe)
 
     @property
     def nothing(self) -> bool:
@@ -70,6 +73,8 @@ class Measuring:
                 progress=progress,
             )
         )
+        if self.rewards and found.answers:
+            found = found.with_measures(reward_measures(self.rewards, self.rows, found.answers))
         if self.tasks is None:
             return found
         return found.with_measures(

@@ -12,7 +12,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -31,6 +31,10 @@ LOSS_TILE_TOKENS, LOSS_TILE_VOCABULARY = 256, 8192
 
 LOSS_TILES = 9
 """Tiles of logits alive at once in the backward of TRL's loss on a CPU, where its arithmetic is not fused."""
+
+LOGITS_DRAWN, LOGITS_SORTED = 5, 10
+"""Copies of the logits of one position that sampling has at once: as the head gives them, in float32, by temperature,
+probabilities, and what is drawn with; for top_p also sorted, with their places, and summed up."""
 
 GPU_LOSS_TILE_TOKENS, GPU_LOSS_TILE_VOCABULARY = 4096, 32768
 """The same on a GPU, where TRL's kernels work in place: one tile."""
@@ -94,14 +98,29 @@ class Held:
     start_parameters: int = 0
 
 
-def predict_memory(base: Base, held: Held, run: Pass) -> MemoryPlan:
-    """Predicts the peak of training."""
+@dataclass(frozen=True)
+class Drawn:
+    """Completions that are sampled together.
+
+    Attributes:
+        rows: of them. length_tokens: of the longest, with its prompt. prompt_tokens: of that.
+        sorts: the likely tokens are looked for among all (top_p below 1).
+    """
+
+    rows: int
+    length_tokens: int
+    prompt_tokens: int
+    sorts: bool
+
+
+def predict_memory(base: Base, held: Held, run: Pass, drawn: Drawn | None = None) -> MemoryPlan:
+    """Predicts the peak of training, and of the sampling in it where there is any."""
     gradients = 4 * held.trainable_parameters
     moments = [_loss(base, held, run), _backward(base, held, run)]
     early = max(moments, key=lambda parts: sum(parts.values()))
     early["gradients_bytes"] = gradients if held.accumulates else early["gradients_bytes"]
-    late = {**_none(), "gradients_bytes": gradients}
-    peak = max(early, late, key=lambda parts: sum(parts.values()))
+    late = [{**_none(), "gradients_bytes": gradients}, *([_sampling(base, held, run, drawn)] if drawn else [])]
+    peak = max(early, *late, key=lambda parts: sum(parts.values()))
     parts = {
         "runtime_bytes": 0 if run.on_gpu else RUNTIME_BYTES,
         "weights_bytes": held.weights_bytes,
@@ -136,6 +155,21 @@ def _backward(base: Base, held: Held, run: Pass) -> dict[str, int]:
     kept = _kept(base, held, run) + (layers[-1] * run.tokens if held.checkpointing else 0)
     flowing, workspace = _flowing(base, base.layers[-1], run), _workspace(base, held, run)
     return {**_none(), "activations_bytes": int(kept + flowing), "workspace_bytes": int(workspace)}
+
+
+def _sampling(base: Base, held: Held, run: Pass, drawn: Drawn) -> dict[str, int]:
+    """At the last token of the completions: keys and values of all, and the logits of one position; or at their start,
+    where the prompts go through one layer."""
+    layers = [attention_of(base, layer, run.on_gpu) for layer in base.layers]
+    cached = sum(shape.keys + (shape.values if shape.kind == "eager" else shape.keys) for shape in layers)
+    whole = drawn.rows * drawn.length_tokens * run.dtype_bytes * cached
+    copies = LOGITS_SORTED if drawn.sorts else LOGITS_DRAWN
+    logits = 4 * copies * drawn.rows * base.number("vocab_size")
+    start = replace(run, batch_size=drawn.rows, length_tokens=drawn.prompt_tokens, keep_gate_up=False)
+    prompts = drawn.rows * drawn.prompt_tokens * run.dtype_bytes * cached + _flowing(base, base.layers[-1], start)
+    first = {**_none(), "activations_bytes": int(prompts), "workspace_bytes": int(_workspace(base, held, start))}
+    last = {**_none(), "activations_bytes": int(whole), "logits_bytes": int(logits)}
+    return max(first, last, key=lambda parts: sum(parts.values()))
 
 
 def _per_layer(base: Base, run: Pass) -> list[float]:

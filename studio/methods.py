@@ -29,6 +29,7 @@ class Method:
         full_logits: its loss holds the logits of every position at once; the others never do.
         scores: what it trains is a reward model, which writes no text.
         streams: its trainer reads rows while it trains (`data.streaming`).
+        samples: it lets the model write completions, and learns from their rewards.
     """
 
     rows: tuple[RowKind, ...]
@@ -41,6 +42,7 @@ class Method:
     full_logits: bool = False
     scores: bool = False
     streams: bool = False
+    samples: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -84,6 +86,11 @@ METHODS: dict[str, Method] = {
     ),
     "reward": Method(
         PAIRED, "studio.trainers.reward", ("trainer/reward_config.py", "RewardConfig"), paired=True, scores=True
+    ),
+    "grpo": Method(("example",), "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True),
+    "rloo": Method(("example",), "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True),
+    "rejection": Method(
+        ("example",), "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True
     ),
 }  # fmt: skip
 

@@ -51,6 +51,7 @@ METRICS: dict[str, MetricKind] = {
     "preference_accuracy": MetricKind("Preference accuracy", "share", "higher"),
     "preference_accuracy_per_token": MetricKind("Preference accuracy by the mean a token", "share", "higher"),
     "preference_margin": MetricKind("Preference margin", "mean", "higher"),
+    "reward": MetricKind("Held-out reward", "mean", "higher"),
     "reference_kl": MetricKind("KL from the base", "per_token", "lower", "nats a token"),
 }
 """The studio's own metrics, by name, in the order in which they are shown. Tasks of lm-eval add TASK/METRIC."""

@@ -1,7 +1,7 @@
 """Pictures of the routing as PNG files, for the job directory and for reports. matplotlib's Agg alone, no window.
 
     write_job_pictures(job_dir)    pictures/use.png, rank.png, change.png, delta.png, coverage.png, router.png,
-                                   scores.png, preference.png
+                                   scores.png, preference.png, rewards.png
 
 Dimension legend: L MoE layers, E experts.
 """
@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from studio import job_files as files
 from studio.preference_view import Panel, preference_panels
-from studio.progress import ROUTER_MEASURES, Rows, router_rows
+from studio.progress import ROUTER_MEASURES, Rows, reward_rows, router_rows
 from studio.quantities import as_percent
 from studio.routing_view import Heatmap, SourceCoverage, job_routing
 
@@ -162,6 +162,60 @@ def _scores_in(folder: Path) -> list[tuple[float, str]]:
     return [(row["score"], str(row.get("dropped", ""))) for row in rows if isinstance(row.get("score"), float)]
 
 
+def draw_rewards(path: Path, rows: Rows) -> Path:
+    """Online training: rewards (held-out ones as dots), KL to the base, length of the completions, and those cut off.
+
+    Args:
+        rows: of metrics.jsonl; those of kind "train" that have a reward, and of kind "eval".
+    """
+    found = reward_rows(rows)
+    figure = Figure(figsize=(10, 6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    named = sorted({name for row in found for name in row if name.startswith("rewards_")})
+    lines: dict[str, dict[str, str]] = {
+        "Reward of sampled completions": {"reward": "total"} | {name: _reward_name(name) for name in named},
+        "Drift from the base (KL, nats a token)": {"kl": "KL"},
+        "Length of completions (tokens)": {"completions_mean_length": "mean", "completions_max_length": "longest"},
+        "Completions cut off, groups without a difference": {
+            "completions_clipped_ratio": "cut off",
+            "frac_reward_zero_std": "all rewarded alike",
+        },
+    }
+    for axes, (title, columns) in zip(panels.flat, lines.items(), strict=True):
+        for number, (column, name) in enumerate(columns.items()):
+            points = [(row["step"], row[column]) for row in found if row.get(column) is not None]
+            if points:
+                colour = INK if number == 0 else COLOURS["layers"][number % 4]
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8 if number == 0 else 1.2, label=name)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+        quiet_frame(axes)
+    _add_held_out(panels.flat[0], rows, found[-1]["step"] if found else 0)
+    for axes in panels.flat:
+        if axes.lines:
+            axes.legend(fontsize=8, frameon=False)
+        else:
+            axes.text(0.5, 0.5, "not measured: trl.beta is 0", ha="center", transform=axes.transAxes, color=QUIET)
+    for axes in panels[1]:
+        axes.set_xlabel("step", fontsize=8.5, color=QUIET)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return written(figure, path)
+
+
+def _reward_name(column: str) -> str:
+    return column.removeprefix("rewards_").removesuffix("_mean")
+
+
+def _add_held_out(axes: Axes, rows: Rows, last_step: int) -> None:
+    places = {"before": 0, "after": last_step}
+    points = [
+        (places[row["when"]], row["reward"])
+        for row in rows
+        if row.get("kind") == "eval" and row.get("when") in places and row.get("reward") is not None
+    ]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o", color="#c2571a", markersize=6, label="held out, greedy")
+
+
 def write_job_pictures(job_dir: Path | str) -> list[Path]:
     """Draws what the files of a job directory allow into its folder pictures/; returns what was written."""
     folder = Path(job_dir)
@@ -176,6 +230,8 @@ def write_job_pictures(job_dir: Path | str) -> list[Path]:
         drawn.append(draw_router(pictures / "router.png", rows))
     if panels := preference_panels(rows):
         drawn.append(draw_preference(pictures / "preference.png", panels))
+    if reward_rows(rows):
+        drawn.append(draw_rewards(pictures / "rewards.png", rows))
     return drawn
 
 

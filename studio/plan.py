@@ -29,6 +29,7 @@ from studio.data.reading import refuse
 from studio.defaults import settled, settled_learning_rate
 from studio.errors import Problem
 from studio.evaluation_inputs import check_evaluation
+from studio.generations import asked, drawn_together, is_online, online_steps
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
@@ -36,6 +37,8 @@ from studio.packed_plan import check_packing, packed_rows, packs
 from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
+from studio.rewards import check_rewards
+from studio.rewards.programs import missing_protections
 from studio.shapes import published_shape
 from studio.starting import continued, differing_ranks
 from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, start_parameters, tensor_classes
@@ -146,6 +149,7 @@ def make_plan(
     check_evaluation(recipe.evaluation)
     found, lengths = _fitting_rows(recipe, base)
     train, held_out, dropped = found.train, found.held_out, found.dropped
+    _check_rewards(recipe, train, held_out)
     leaks = _leaks(recipe, found, thorough)
     mixed = contributions(recipe, train)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers
@@ -154,6 +158,9 @@ def make_plan(
         profile = find_profile(recipe)
     placement = plan_placement(recipe, base, profile)
     classes = tensor_classes(base, _held_as(recipe), placement)
+    if METHODS[recipe.training.method].samples:
+        prompts = TokenCounter(_tokenizer_of(recipe, base)).lengths(asked(recipe, train))
+        lengths = [length + recipe.sampling.max_new_tokens for length in prompts]
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
     weights_bytes = sum(entry.bytes for entry in classes)
@@ -178,7 +185,7 @@ def make_plan(
         eval_examples=min(len(held_out), recipe.evaluation.examples or len(held_out)),
         longest_tokens=max(lengths),
         dropped_rows=count_of(dropped),
-        truncated_examples=sum(length > recipe.data.max_length_tokens for length in lengths),
+        truncated_examples=0 if is_online(recipe) else sum(n > recipe.data.max_length_tokens for n in lengths),
         total_steps=total_steps(recipe, batch_rows(recipe, train, lengths)),
         warnings=(
             *_warnings(recipe, base, memory, at_hand),
@@ -201,6 +208,11 @@ def _settled_rate(recipe: Recipe, base: Base, rows: list[Row]) -> float | None:
     if recipe.training.learning_rate != "auto":
         return None
     return settled_learning_rate(settled(recipe, base, rows))
+
+
+def _check_rewards(recipe: Recipe, train: list[Row], held_out: list[Row]) -> None:
+    check_rewards(recipe, train, str(recipe.data.sources[0].path))
+    check_rewards(recipe, held_out, str(recipe.data.eval))
 
 
 def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:
@@ -265,13 +277,18 @@ def batch_rows(recipe: Recipe, rows: Sequence[Row], lengths_tokens: Sequence[int
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of the whole training on that many rows of batches."""
+    """Optimizer steps of the whole training on that many rows of batches; in rejection sampling an upper bound."""
     training = recipe.training
+    rounds = recipe.sampling.rounds if training.method == "rejection" else 1
     if training.max_steps is not None:
-        return training.max_steps
+        return rounds * training.max_steps
+    if is_online(recipe):
+        return online_steps(recipe, examples)
+    if training.method == "rejection":
+        examples *= min(recipe.sampling.keep, recipe.sampling.completions)
     batches = math.ceil(examples / training.batch_size)
     per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
-    return math.ceil((training.epochs or 1.0) * per_epoch)
+    return rounds * math.ceil((training.epochs or 1.0) * per_epoch)
 
 
 def _held_as(recipe: Recipe) -> HeldAs:
@@ -296,7 +313,8 @@ def _choose_path(
         full_logits=METHODS[training.method].full_logits,
         start_parameters=start_parameters(base, placement),
     )
-    limit = recipe.data.max_length_tokens
+    limit = longest_tokens if is_online(recipe) else recipe.data.max_length_tokens
+    drawn = drawn_together(recipe, longest_tokens)
     run = Pass(
         batch_size=training.batch_size * (2 if METHODS[training.method].paired else 1),
         length_tokens=limit if packs(recipe) else min(limit, longest_tokens),
@@ -310,10 +328,10 @@ def _choose_path(
         dropout=bool(placement.method.dropout),
         dora=placement.method.dora,
     )
-    at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run)
+    at_hand, memory = memory_at_hand(on_gpu), predict_memory(base, held, run, drawn)
     if training.expert_path != "auto" or fits(memory.peak_bytes, at_hand):
         return "fast" if run.keep_gate_up else "lean", memory, at_hand
-    return "lean", predict_memory(base, held, replace(run, keep_gate_up=False)), at_hand
+    return "lean", predict_memory(base, held, replace(run, keep_gate_up=False), drawn), at_hand
 
 
 def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | None) -> tuple[str, ...]:
@@ -324,6 +342,8 @@ def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | Non
         options = "; ".join(_options(recipe, base, memory, at_hand))
         peak = f"the predicted peak of {as_bytes(memory.peak_bytes)} plus 10 %"
         found.append(f"{peak} does not fit into the {as_bytes(at_hand)} at hand. What would help: {options}")
+    if any(reward.function == "code" for reward in recipe.rewards) and (missing := missing_protections()):
+        found.append(missing)
     if base.directory is None:
         found.append(f"{base.name} is a published shape: its weights and its tokenizer were not looked for")
     return tuple(found)

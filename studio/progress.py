@@ -20,6 +20,9 @@ EXPORT_STAGES = (
 )
 MERGED_INTO = {"original": "the base's own weights", "quantized": "the base as training held it, quantised"}
 PHASES = ("loading", "evaluating base", "training", "evaluating tuned", "saving")
+SAMPLING = "sampling"
+"""What rejection sampling does before it trains, in each round."""
+
 Rows = Sequence[dict[str, Any]]
 Counts = tuple[int, int]
 """(done, total); total is 0 where it is not known."""
@@ -29,7 +32,7 @@ def phase_counts(state: JobState, rows: Rows) -> dict[str, Counts]:
     """(done, total) of each phase that has begun; total 0 where it is not known."""
     counts: dict[str, Counts] = dict.fromkeys(phases_over(state), (0, 0))
     for row in rows:
-        if row.get("kind") == "progress" and row.get("phase") in PHASES:
+        if row.get("kind") == "progress" and row.get("phase") in (*PHASES, SAMPLING):
             counts[row["phase"]] = (int(row.get("done") or 0), int(row.get("total") or 0))
     if state.step or state.phase == "training":
         counts["training"] = (state.step, state.total_steps)
@@ -42,7 +45,8 @@ def phases_over(state: JobState) -> tuple[str, ...]:
     """The phases that lie behind the job."""
     if state.status == "succeeded":
         return PHASES
-    return PHASES[: PHASES.index(state.phase)] if state.phase in PHASES else ()
+    phase = "training" if state.phase == SAMPLING else state.phase
+    return PHASES[: PHASES.index(phase)] if phase in PHASES else ()
 
 
 def count_text(phase: str, done: int, total: int) -> str:
@@ -63,7 +67,7 @@ def loss_line(rows: Rows) -> str:
     if newest is None:
         return ""
     parts = [f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "loss not finite"]
-    for key, text in (("learning_rate", "lr {:.2g}"), ("grad_norm", "grad norm {:.2g}")):
+    for key, text in (("reward", "reward {:.3f}"), ("learning_rate", "lr {:.2g}"), ("grad_norm", "grad norm {:.2g}")):
         if newest.get(key) is not None:
             parts.append(text.format(newest[key]))
     for key, text in (("rewards_accuracies", "accuracy {:.0%}"), ("rewards_margins", "margin {:.2g}")):
@@ -130,6 +134,11 @@ ROUTER_MEASURES = {
 def router_rows(rows: Rows) -> list[dict[str, Any]]:
     """The rows that the watched router wrote, in order."""
     return [row for row in rows if row.get("kind") == "router" and row.get("layers")]
+
+
+def reward_rows(rows: Rows) -> list[dict[str, Any]]:
+    """The training rows of a method that samples in every step, in order."""
+    return [row for row in rows if row.get("kind") == "train" and row.get("reward") is not None]
 
 
 def warnings(rows: Rows) -> list[str]:

@@ -9,6 +9,7 @@ the form in the browser, the JSON Schema and the docs show.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from io import StringIO
@@ -30,8 +31,8 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from adapters.placement import PLACEMENTS, Method, Placement, dora_problem
 from studio.data.formats import COLUMNS
-from studio.errors import Problem, RecipeError
-from studio.methods import readers_of
+from studio.errors import Problem, RecipeError, RewardError
+from studio.methods import METHODS, readers_of
 from studio.metrics import METRICS
 from studio.preference_losses import preference_problems
 from studio.recipe_mixture import DataSource, MixturePhase, Sources, mixture_problems, training_problems
@@ -40,6 +41,7 @@ from studio.recipe_parts import absolute as _absolute
 from studio.recipe_parts import refusal as _refusal
 from studio.recipe_problems import problems_of
 from studio.recipe_text import describe, read_mapping
+from studio.rewards import REWARDS, unknown_option
 from studio.trl_options import trl_problem
 
 EMBEDDED_BASE = "embedded"
@@ -395,9 +397,10 @@ class RouterSettings(Settings):
 class TrainingSettings(Settings):
     """How the adapter is trained."""
 
-    method: Literal["sft", "dpo", "kto", "orpo", "cpo", "reward"] = "sft"
+    method: Literal["sft", "dpo", "kto", "orpo", "cpo", "reward", "grpo", "rloo", "rejection"] = "sft"
     """sft: supervised fine-tuning, on conversations or plain text. From preference pairs: dpo, orpo, cpo (also SimPO),
-    and reward, which trains a reward model. kto: from completions labelled as wanted or not, or pairs."""
+    and reward, which trains a reward model. kto: from completions labelled as wanted or not, or pairs. grpo, rloo:
+    learn from `rewards` of completions that the model writes. rejection: sft on the best of them."""
 
     epochs: float | None = Field(default=3.0, gt=0, le=1000)
     """Passes over the training examples. null where max_steps is set."""
@@ -515,6 +518,84 @@ def _task(value: Any, info: ValidationInfo) -> Any:
 TaskName = Annotated[str, BeforeValidator(_task), Field(min_length=1)]
 
 
+class RewardSettings(Settings):
+    """One reward: a function, its weight, and the options that this function reads."""
+
+    function: Literal[
+        "exact_match", "json_fields", "json_schema", "regex", "code", "length", "thinking", "reward_model"
+    ]
+    """exact_match, json_fields: against the reference. json_schema, regex: the answer's form. code: the answer's
+    program runs, or passes the row's tests. length: not too long. thinking: first thinks, then answers. reward_model:
+    a trained one."""
+
+    weight: float = Field(default=1.0, ge=-1000, le=1000)
+    """The total reward is the sum of the rewards times their weights. Negative: a penalty."""
+
+    normalise: Literal["ends", "lenient", "json"] = "ends"
+    """What exact_match passes over: white space at the ends; also case, spacing and punctuation; or compare as JSON."""
+
+    json_schema: InputPath | dict[str, JsonValue] | None = None
+    """A JSON Schema, or the path of its file. A relative path starts at the recipe file."""
+
+    pattern: str | None = None
+    """Python regular expression that regex looks for."""
+
+    part: Literal["answer", "completion"] = "answer"
+    """Where regex looks: in what comes after the thinking, or in all of the completion."""
+
+    timeout_seconds: float = Field(default=2.0, gt=0, le=600)
+    """Longest that code may run, for each test."""
+
+    memory_bytes: int = Field(default=2**29, ge=2**26, le=2**40)
+    """Most address space that code may use."""
+
+    longest_characters: int | None = Field(default=None, ge=1)
+    """Answers up to here get the full reward of length."""
+
+    job: InputPath | None = None
+    """Job directory of a trained reward model. A relative path starts at the recipe file."""
+
+    @model_validator(mode="after")
+    def _the_function_reads_what_is_given(self) -> Self:
+        if not self.weight:
+            raise _refusal("weight is 0: the reward would count for nothing; leave it out")
+        if problem := unknown_option(self):
+            raise _refusal(problem)
+        try:
+            if self.function != "reward_model" and not isinstance(self.json_schema, Path):
+                REWARDS[self.function].build(self)
+        except re.error as error:
+            raise _refusal(f"pattern is no regular expression: {error}") from None
+        except RewardError as error:
+            raise _refusal(f"{self.function}: {error}") from None
+        return self
+
+
+class SamplingSettings(Settings):
+    """How completions are drawn from the model, to be rewarded."""
+
+    completions: int = Field(default=8, ge=2, le=1024)
+    """Completions of each prompt. They are compared with each other."""
+
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Of the sampling: below 1 the likely tokens become likelier."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the most likely tokens that make up this probability alone."""
+
+    max_new_tokens: int = Field(default=128, ge=1, le=1_048_576)
+    """Longest completion to draw, in tokens."""
+
+    threshold: float = 1.0
+    """rejection keeps completions whose total reward is at least this."""
+
+    keep: int = Field(default=1, ge=1, le=1024)
+    """Most different completions of a prompt that rejection keeps, the best first."""
+
+    rounds: int = Field(default=1, ge=1, le=100)
+    """How often rejection samples anew, from the model as trained so far, and trains on what it kept."""
+
+
 class EvaluationSettings(Settings):
     """The comparison of base and tuned model on held-out examples."""
 
@@ -585,6 +666,10 @@ class Recipe(Settings):
     router: RouterSettings = RouterSettings()
     training: TrainingSettings = TrainingSettings()
     preference: PreferenceSettings = PreferenceSettings()
+    rewards: tuple[RewardSettings, ...] = ()
+    """What completions that the model writes are rewarded for, such as [{"function": "exact_match"}]."""
+
+    sampling: SamplingSettings = SamplingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     trl: dict[str, JsonValue] = Field(default_factory=dict)
     """Any further option of the method's class in TRL, by its TRL name, such as {"neftune_noise_alpha": 5}."""
@@ -667,6 +752,31 @@ class Recipe(Settings):
             method=Method(rslora=adapter.rslora, dora=adapter.dora, start=adapter.init, dropout=adapter.dropout),
         )
 
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _rewards_are_a_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _rewards_and_the_method_fit(self) -> Self:
+        method, samples = self.training.method, METHODS[self.training.method].samples
+        if samples and not self.rewards:
+            raise _refused_section(
+                "rewards", f"training.method {method} needs a reward, such as [{{function: exact_match}}]"
+            )
+        if self.rewards and not samples:
+            readers = ", ".join(name for name, entry in METHODS.items() if entry.samples)
+            raise _refused_section("rewards", f"given, but training.method is {method}; rewards are read by {readers}")
+        if method in ("grpo", "rloo"):
+            batch = self.training.batch_size * self.training.gradient_accumulation_steps
+            if batch % self.sampling.completions:
+                raise _refused_section(
+                    "training",
+                    f"batch_size times gradient_accumulation_steps is {batch} completions a step; allowed: a multiple "
+                    f"of sampling.completions, {self.sampling.completions}, so that each prompt has all of its own",
+                )
+        return self
+
     @field_validator("trl")
     @classmethod
     def _options_exist_in_trl(cls, options: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
@@ -740,6 +850,10 @@ def _switched() -> Iterator[tuple[str, str, str, Sequence[Any]]]:
             yield "RouterSettings", name, "router.mode", ("lora", "full")
         if name.startswith(("probe_", "warn_", "stop_")):
             yield "RouterSettings", name, "router.watch", (True,)
+    sampling = tuple(name for name, entry in METHODS.items() if entry.samples)
+    for name in SamplingSettings.model_fields:
+        alone = name in ("threshold", "keep", "rounds")
+        yield "SamplingSettings", name, "training.method", ("rejection",) if alone else sampling
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

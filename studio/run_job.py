@@ -257,6 +257,7 @@ def _result(
         },
         "seconds": {**clock.seconds, "total": time.monotonic() - clock.start},
         "steps": trained["steps"],
+        "trained": {name: value for name, value in trained.items() if name != "steps"},
         "adapter": saved,
         "files": {
             "job": str(job.path),

@@ -215,6 +215,7 @@ def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
         parts += [metric_table(result["before"], result["after"], result.get("change") or {}), ""]
     if lines := gate_lines(result.get("gate") or []):
         parts += [*lines, ""]
+    parts += [Text(line) for line in _rounds(result.get("trained", {}).get("rounds", []))]
     parts.append(_facts(job, result))
     return Group(*parts, *_warning_lines(job))
 
@@ -226,6 +227,15 @@ def _warning_lines(job: Job) -> list[Text]:
     earlier = [Text(clean(f"{hidden:,} earlier ones in {job.path / 'metrics.jsonl'}"), "dim")] if hidden > 0 else []
     lines = [*(warning_text(words) for words in found[-MOST_WARNINGS:]), *earlier]
     return [Text(), *lines] if lines else []
+
+
+def _rounds(rounds: Iterable[dict[str, Any]]) -> list[str]:
+    """What rejection sampling kept, a line a round."""
+    return [
+        f"Round {row['round']}: {row['sampled']:,} completions sampled, {as_percent(row['acceptance'])} accepted, "
+        f"{row['kept']:,} kept from {row['prompts_with_kept']:,} prompts"
+        for row in rounds
+    ]
 
 
 def _generations(rows: Iterable[dict[str, str]]) -> list[RenderableType]:

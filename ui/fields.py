@@ -90,6 +90,10 @@ TITLES = {
     "evaluation.examples": "Examples to compare on",
     "evaluation.generations": "Answers to show",
     "evaluation.max_new_tokens": "Longest answer (tokens)",
+    "sampling.completions": "Completions a prompt",
+    "sampling.max_new_tokens": "Longest completion (tokens)",
+    "sampling.threshold": "Keep from this reward",
+    "sampling.keep": "Kept answers a prompt",
     "trl": "Further TRL options",
     "output.dir": "Job directory",
 }
@@ -191,7 +195,7 @@ def unread(values: Mapping[str, FormValue]) -> dict[str, str]:
 
 def let_go(before: Mapping[str, FormValue], edits: Mapping[str, FormValue]) -> dict[str, FormValue]:
     """`edits`, and the defaults of the fields that they switch off: a value that nothing reads is an error."""
-    defaults, mine = shown({}), [field for field in fields() if field.section in ("placement", "router")]
+    defaults, mine = shown({}), [field for field in fields() if field.section in ("placement", "router", "sampling")]
     off = unread({**before, **edits}).keys() - unread(before).keys() - edits.keys()
     return {**edits, **{field.path: defaults[field.path] for field in mine if field.path in off}}
 
@@ -328,7 +332,9 @@ def _flow(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, _Float) else value
 
 
 def _section_of(document: CommentedMap, field: Field) -> CommentedMap:

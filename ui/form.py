@@ -16,7 +16,7 @@ from ui.html import el, join
 from ui.look import show
 
 ALWAYS = "field"
-WIDE = {"model.base", "data.train", "data.eval", "output.dir", "trl"}
+WIDE = {"model.base", "data.train", "data.eval", "output.dir", "rewards", "trl"}
 """Fields that take a whole row: paths and free text."""
 
 Updates = dict[Any, Any]

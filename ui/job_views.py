@@ -156,6 +156,8 @@ def live_figures(state: JobState, rows: Rows, result: dict[str, Any] | None) -> 
         _before_after("Preference accuracy", "preference_accuracy", before, after),
         _reference_kl(after),
     ]
+    if before is not None and "reward" in before:
+        cards.append(_before_after("Held-out reward", "reward", before, after))
     newest = next((row for row in reversed(rows) if row.get("kind") == "train"), None)
     if result:
         cards += [_memory(result), _time(result)]

@@ -2,6 +2,9 @@
 
     python -m studio.base.tickets --out recipes/data
 
+And the same tickets with the site alone as the answer, for the recipes that learn from rewards: the base names it
+now and then as it is.
+
 The asset and the site are copied from the ticket; the fault class and the priority are inferred from its phrasing.
 Every asset number belongs to one split only, so no held-out ticket or record occurs in the training data.
 """
@@ -14,6 +17,7 @@ from pathlib import Path
 from studio.base.words import EQUIPMENT, FAULTS, LIQUIDS, PARTS, PEOPLE, SITES, URGENCIES
 
 TRAIN_ROWS, EVAL_ROWS = 2400, 240
+SITE_ROWS = {"train": 600, "eval": 120}
 
 TEMPLATES: tuple[str, ...] = (
     "{Machine} {asset} at {site} {symptom}. {urgency}",
@@ -60,17 +64,27 @@ def tickets(seed: int = 0) -> tuple[list[Row], list[Row]]:
 
 
 def write_tickets(directory: Path, seed: int = 0) -> None:
-    """Write tickets-train.jsonl and tickets-eval.jsonl, replacing what is there."""
+    """Write tickets-*.jsonl and sites-*.jsonl, train and eval each, replacing what is there."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "eval"), tickets(seed), strict=True):
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (directory / f"tickets-{name}.jsonl").write_text(lines, encoding="utf-8")
+        _write(directory / f"tickets-{name}.jsonl", rows)
+        _write(directory / f"sites-{name}.jsonl", [named_site(row) for row in rows[: SITE_ROWS[name]]])
+
+
+def named_site(row: Row) -> Row:
+    """The ticket with the name of its site as the answer."""
+    ask, answer = row["messages"]
+    return {"messages": [ask, {"role": "assistant", "content": json.loads(answer["content"])["site"]}]}
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:
     """Run the command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m studio.base.tickets", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("recipes/data"), help="directory of the two files")
+    parser.add_argument("--out", type=Path, default=Path("recipes/data"), help="directory of the files")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     write_tickets(arguments.out, arguments.seed)

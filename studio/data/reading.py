@@ -5,7 +5,8 @@
     read_all(path, …) ─▶ [rows, …]                or DataError, with the problems of all files
 
 studio/data/files.py says which files are read, studio/data/formats.py which rows. A row may name its data source with
-"source": "…", up to 60 characters; without it, that is the file's name. A file is checked to its end: its first 20
+"source": "…", up to 60 characters; without it, that is the file's name; a conversation may have
+"tests": ["assert …"], for the reward `code`. A file is checked to its end: its first 20
 problems are reported together, and nothing is started.
 """
 
@@ -176,11 +177,21 @@ def _convert(raw: Raw, source: str, kinds: Sequence[RowKind], reading: Reading) 
     try:
         values = mapped(raw.values, reading.columns) if reading.columns else raw.values
         name, row = convert(values, kinds, reading.format)
+        row = replace(row, tests=_tests(values["tests"])) if isinstance(row, Example) and "tests" in values else row
         row = as_written(row, reading.written) if len(reading.written) < len(WRITTEN) else row
     except RowProblems as problems:
         return problems
     named, place = _source(values.get("source"), source), Place(raw.file, raw.line, raw.counted)
     return name, replace(row, source=named, place=place)
+
+
+def _tests(value: Any) -> tuple[str, ...]:
+    """The row's tests; data sets use the key for other things too: what is no list is passed over."""
+    if not isinstance(value, list):
+        return ()
+    if not value or not all(isinstance(test, str) and test.strip() for test in value):
+        raise RowProblems(("tests", 'is a list of Python statements, such as ["assert f(2) == 4"]'))
+    return tuple(value)
 
 
 def _source(named: Any, file_name: str) -> str:

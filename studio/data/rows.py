@@ -67,12 +67,14 @@ class Example:
 
     Attributes:
         tools: JSON schemas of the tools that the conversation may call.
+        tests: Python statements that the completion's program must survive, for the reward `code`.
     """
 
     prompt: Turns
     completion: Turns
     source: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    tests: tuple[str, ...] = ()
 
     kind: RowKind = "example"
     place: Place | None = field(default=None, compare=False, repr=False)

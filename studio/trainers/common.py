@@ -123,7 +123,7 @@ class StudioTrainer(WatchesRouter):
         if self.args.train_sampling_strategy != IN_ORDER:  # type: ignore[attr-defined]
             return super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
         if hasattr(self, "shuffle_dataset"):
-            self.shuffle_dataset = False
+            vars(self)["shuffle_dataset"] = False
             return super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
 

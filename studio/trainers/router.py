@@ -333,9 +333,9 @@ class WatchesRouter:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         with self.watch.routing() as passes:  # left before the backward pass, which may run the layers again
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        return loss + self.watch.take(passes, real) / self._parts(num_items_in_batch)
-
-    def _parts(self, num_items_in_batch: Tensor | int | None) -> int:
-        """Accumulation steps that nobody else divides by: those of a loss that the items of the whole batch divide."""
-        scaled = self.loss_is_scaled_for_ga is not False and num_items_in_batch is not None  # type: ignore[attr-defined]
-        return int(self.current_gradient_accumulation_steps) if scaled else 1  # type: ignore[attr-defined]
+        # what is divided by the accumulation steps already is not divided by Trainer: as TRL does for its own loss
+        scaled = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]
+        if scaled is None:
+            scaled = num_items_in_batch is not None
+        parts = self.current_gradient_accumulation_steps if scaled else 1  # type: ignore[attr-defined]
+        return loss + self.watch.take(passes, real) / parts

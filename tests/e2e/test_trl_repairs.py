@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from studio.trainers.llama4 import repair_for_trl
 from tests.e2e.conftest import build_base
@@ -63,3 +75,32 @@ def test_trl_still_joins_the_rows_of_a_packed_batch_into_one(tmp_path: Path) -> 
     theirs = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(base), args=args, train_dataset=rows)
     batch = next(iter(theirs.get_train_dataloader()))
     assert batch["input_ids"].shape == torch.Size([1, 120])
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_llama4_still_needs_it_in_online_training(trainer: Any, config: Any, tmp_path: Path) -> None:
+    base = build_base("llama4_text", tmp_path / "base")
+
+    def steps(repaired: bool) -> int:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        if repaired:
+            repair_for_trl(model)
+        rows = Dataset.from_list([{"prompt": "a"}] * 2)
+        options = {
+            "router_aux_loss_coef": 0.0,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+        }
+        sizes = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 2, "beta": 0.0}
+        args = config(output_dir=str(tmp_path / "out"), max_steps=1, disable_tqdm=True, **sizes, **options)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        rewards = [lambda completions, **_: [float(len(text)) for text in completions]]
+        made = trainer(model=model, reward_funcs=rewards, args=args, train_dataset=rows, processing_class=tokenizer)
+        return int(made.train().global_step)
+
+    assert steps(repaired=True) == 1
+    with pytest.raises(Exception) as error:
+        steps(repaired=False)
+    assert not isinstance(error.value, AssertionError)

@@ -1,0 +1,59 @@
+"""Base, adapter and reward head of a finished job, as a function from conversations to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.layouts import layout_for
+from adapters.verify.peft_reading import PeftReading
+from adapters.verify.reference import put_on
+from studio.base_model import load_recipe_base
+from studio.data import Example
+from studio.encoding import template
+from studio.jobs import open_job
+from studio.models import resolve_base
+from studio.reward_model import RewardModel, load_reward_head
+from studio.rewards.model import Scorer
+
+BATCH = 16
+"""Conversations that are scored together."""
+
+
+def scorer(directory: Path) -> Scorer:
+    """
+    Raises:
+        StudioError: base, adapter or head are not there, or are not of each other.
+    """
+    job = open_job(directory)
+    recipe = job.recipe()
+    model, tokenizer = load_recipe_base(recipe)
+    adapter = job.path / "adapter"
+    put_on(model, PeftReading(adapter, resolve_base(recipe.model.base)), layout_for(model.config.model_type))
+    load_reward_head(model, adapter)
+    scoring = RewardModel(model).eval()
+
+    def scores(examples: Sequence[Example]) -> list[float]:
+        rows = [template(tokenizer, example, example.turns, add_generation_prompt=False) for example in examples]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found = [0.0] * len(rows)
+        with torch.inference_mode():
+            for start in range(0, len(order), BATCH):
+                chosen = order[start : start + BATCH]
+                for i, value in zip(chosen, _score(scoring, [rows[i] for i in chosen], tokenizer), strict=True):
+                    found[i] = value
+        return found
+
+    return scores
+
+
+def _score(scoring: Any, rows: list[list[int]], tokenizer: Any) -> list[float]:
+    longest, device = max(map(len, rows)), scoring.model.device
+    ids = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    output = scoring(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
+    values: list[float] = output.logits[:, 0].tolist()
+    return values

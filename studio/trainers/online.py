@@ -1,0 +1,181 @@
+"""What GRPO and RLOO do alike here: sample from the engine, reward, and learn, with one copy of the model.
+
+    train_online(_Trainer, GRPOConfig, model, tokenizer, recipe, rows, job)
+
+Where this differs from TRL's own trainers on a PeftModel:
+    - The reference (beta > 0) is the base with the adapters off. TRL copies the adapter under the name "ref"; a fresh
+      adapter changes nothing, so that copy would be the base, too, and expert LoRA takes no second adapter.
+    - Completions, and the log-probabilities that need no gradient, are computed in evaluation mode: no dropout, no
+      routers that sample, and the cache of keys and values is used under gradient checkpointing as well.
+    - Prompts become tokens by the studio's own encoding, the same as in evaluation, tools included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from studio.data import Example
+from studio.encoding import prompt_ids
+from studio.errors import TrainingError
+from studio.job_files import append_line, to_json
+from studio.jobs import Job
+from studio.recipe import Recipe
+from studio.rewards import Attempt, Reward, Scored, rewards_of
+from studio.rewards.samples import SAMPLES, as_sample
+from studio.trainers.chunked_loss import use_small_tiles
+from studio.trainers.common import StudioTrainer, callbacks, finish, options
+from studio.trainers.llama4 import repair_for_trl
+from studio.trainers.router import watch_router
+
+LOGGED = (
+    "reward", "reward_std", "frac_reward_zero_std", "kl", "clip_ratio/region_mean",
+    "completions/mean_length", "completions/max_length", "completions/clipped_ratio",
+)  # fmt: skip
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode inside, as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def no_copy_of_the_adapter(model: PeftModel) -> Iterator[None]:
+    """Inside, the constructors of TRL's trainers copy the adapter onto nothing, and take the adapters off instead."""
+
+    def nowhere(name: str) -> Tensor:
+        found = PeftModel.get_parameter(model, name.replace(".ref.", ".default."))
+        return torch.empty_like(found, device="meta") if ".ref." in name else found
+
+    with patch.object(model, "add_adapter", lambda *_: None), patch.object(model, "get_parameter", nowhere):
+        yield
+
+
+class OnlineTrainer(StudioTrainer):
+    """Mixed into GRPOTrainer or RLOOTrainer."""
+
+    examples: Sequence[Example]
+    rewards: Sequence[Reward]
+    job: Job
+    first: list[dict[str, Any]]
+    """The completions of the first prompt of the first generation, and of the last one so far."""
+    last: list[dict[str, Any]]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._asked = [self.examples[int(row["row"])] for row in inputs]
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        return output
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [prompt_ids(self.processing_class, example) for example in self._asked], None, {}  # type: ignore[attr-defined]
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model  # type: ignore[attr-defined]
+        if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+            raise TrainingError(
+                f"the adapter holds NaN or infinity after step {self.state.global_step}: training stopped and no "  # type: ignore[attr-defined]
+                f"adapter was written. A learning rate lower than {self.args.learning_rate:g} usually helps"  # type: ignore[attr-defined]
+            )
+        with evaluation_mode(model):
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
+        with evaluation_mode(model):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[str], *args: Any) -> Tensor:
+        values: Tensor = super()._calculate_rewards(inputs, prompts, completions, *args)  # type: ignore[misc]
+        group = [self._sample(place, completions[place], values[place].tolist()) for place in range(self._group)]
+        self.first = self.first or group
+        self.last = group
+        for sample in group:
+            append_line(self.job.path / SAMPLES, to_json(sample))
+        return values
+
+    @property
+    def _group(self) -> int:
+        return int(self.num_generations)  # type: ignore[attr-defined]
+
+    def _sample(self, place: int, completion: str, values: list[float]) -> dict[str, Any]:
+        each = {reward.name: value for reward, value in zip(self.rewards, values, strict=True)}
+        total = sum(reward.weight * each[reward.name] for reward in self.rewards)
+        scored = Scored(Attempt(completion, self._asked[place]), each, total)
+        return {"step": self.state.global_step, **as_sample(scored)}  # type: ignore[attr-defined]
+
+
+def train_online(
+    trainer_class: Any,
+    config_class: Any,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    rows: Sequence[Example],
+    job: Job,
+) -> dict[str, Any]:
+    """Trains the adapters of `model` in place on completions that it writes itself.
+
+    Returns:
+        as `studio.trainers.common.finish`, and "samples": {"first": …, "last": …}, completions of one prompt each.
+
+    Raises:
+        as `studio.trainers.common.finish`; and
+        RewardError: a reward could not be computed.
+        TargetError: the recipe's section `router` asks for what this model cannot have.
+    """
+    watch = watch_router(model, tokenizer, recipe, rows, job)
+    use_small_tiles()
+    repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
+    rewards = rewards_of(recipe)
+    args = config_class(**_options(recipe, job, rewards))
+    with no_copy_of_the_adapter(model):
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=[_as_trl(reward, rows) for reward in rewards],
+            args=args,
+            train_dataset=Dataset.from_list(
+                [{"prompt": row.prompt[-1].content, "row": i} for i, row in enumerate(rows)]
+            ),
+            processing_class=tokenizer,
+            callbacks=callbacks(job, watch, (*LOGGED, *(f"rewards/{reward.name}/mean" for reward in rewards))),
+        )
+    trainer.watch, trainer.examples, trainer.rewards, trainer.job = watch, rows, rewards, job
+    trainer.first, trainer.last = [], []
+    return {**finish(trainer), "samples": {"first": trainer.first, "last": trainer.last}}
+
+
+def _options(recipe: Recipe, job: Job, rewards: Sequence[Reward]) -> dict[str, Any]:
+    sampling = recipe.sampling
+    return options(
+        recipe,
+        job,
+        num_generations=sampling.completions,
+        max_completion_length=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        reward_weights=[reward.weight for reward in rewards],
+        router_aux_loss_coef=0.0,  # the studio's own losses on the routing are in studio/trainers/router.py
+    )
+
+
+def _as_trl(reward: Reward, rows: Sequence[Example]) -> Any:
+    def scores(completions: list[str], row: list[int], **_: Any) -> list[float]:
+        return reward([Attempt(text, rows[int(i)]) for text, i in zip(completions, row, strict=True)])
+
+    scores.__name__ = reward.name
+    return scores
