@@ -51,14 +51,14 @@ WRITERS = {
     "rows.jsonl": lambda path: path.write_bytes(LINES),
     "rows.ndjson": lambda path: path.write_bytes(LINES),
     "without_suffix": lambda path: path.write_bytes(LINES),
-    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES, mtime=0)),
     "rows.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(LINES[:99]) + zstandard.compress(LINES[99:])),
-    "named_wrongly.jsonl": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "named_wrongly.jsonl": lambda path: path.write_bytes(gzip.compress(LINES, mtime=0)),
     "lines.json": lambda path: path.write_bytes(LINES),
     "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
     "list.jsonl": lambda path: path.write_text(json.dumps(ROWS)),
     "object.json": lambda path: path.write_text(json.dumps({"version": 1.5, "rows": ROWS, "more": {"a": 1}})),
-    "rows.json.gz": lambda path: path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())),
+    "rows.json.gz": lambda path: path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(ROWS).encode(), mtime=0)),
     "rows.csv": table,
     "semicolons.csv": lambda path: table(path, ";"),
     "rows.tsv": lambda path: table(path, "\t"),
@@ -84,7 +84,7 @@ def test_a_folder_holds_files_of_one_kind_or_text(tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     (texts / "inner").mkdir(parents=True)
     (texts / "b.txt").write_text("zwei")
-    (texts / "a.md.gz").write_bytes(gzip.compress(b"# eins"))
+    (texts / "a.md.gz").write_bytes(gzip.compress(b"# eins", mtime=0))
     (texts / "inner" / "c.txt").write_text("drei\r\n")
     (texts / ".hidden.txt").write_text("no")
     (texts / "picture.png").write_bytes(b"no")
@@ -168,7 +168,7 @@ def problems_of(path: Path, content: bytes) -> list[Problem]:
         ("a.csv", b"prompt,completion\n\xe4,b\na,b", 2, "(byte 1 of the line is 0xE4)"),
         ("a.txt", b"one\ntw\xf6", 2, "(byte 7 of the file is 0xF6)"),
         ("a.parquet", b"no parquet", None, "cannot be read as Parquet"),
-        ("a.jsonl", gzip.compress(GOOD * 99)[:-20], None, "its compressed data are damaged or end early"),
+        ("a.jsonl", gzip.compress(GOOD * 99, mtime=0)[:-20], None, "its compressed data are damaged or end early"),
         ("a.jsonl", zstandard.compress(GOOD * 99)[:-9] + b"x" * 9, None, "its compressed data are damaged"),
     ],
 )  # fmt: skip
