@@ -158,11 +158,13 @@ def _backward(base: Base, held: Held, run: Pass) -> dict[str, int]:
 
 
 def _sampling(base: Base, held: Held, run: Pass, drawn: Drawn) -> dict[str, int]:
-    """At the last token of the completions: keys and values of all, and the logits of one position; or at their start,
-    where the prompts go through one layer."""
+    """At the last token of the completions: keys and values of all, one layer's once more (the cache grows by copying,
+    and attention takes a copy in its own layout), and the logits of one position; or at their start, where the prompts
+    go through one layer."""
     layers = [attention_of(base, layer, run.on_gpu) for layer in base.layers]
     cached = sum(shape.keys + (shape.values if shape.kind == "eager" else shape.keys) for shape in layers)
-    whole = drawn.rows * drawn.length_tokens * run.dtype_bytes * cached
+    copied = max(shape.keys + shape.queries + shape.values for shape in layers)
+    whole = drawn.rows * drawn.length_tokens * run.dtype_bytes * (cached + copied)
     copies = LOGITS_SORTED if drawn.sorts else LOGITS_DRAWN
     logits = 4 * copies * drawn.rows * base.number("vocab_size")
     start = replace(run, batch_size=drawn.rows, length_tokens=drawn.prompt_tokens, keep_gate_up=False)

@@ -39,6 +39,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 def main() -> int:
     question = json.load(sys.stdin)
     protections = isolate(question["folder"])
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a cancelled job leaves nothing; isolating resets it
     reading, writing = os.pipe()
     runner = os.fork()
     if not runner:

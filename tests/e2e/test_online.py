@@ -33,6 +33,7 @@ from studio.rewards import Attempt, Reward, rewards_of
 from studio.rewards.scoring import each
 from studio.sampling import draw
 from studio.trainers import online, trainer_for
+from studio.trainers.router import RouterWatch
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
 
 EXAMPLES = read_examples(TICKETS / "tickets-eval.jsonl")[:8]
@@ -224,6 +225,22 @@ def test_samples_are_drawn_in_evaluation_mode_from_the_cache_and_the_router_coun
     assert len(single) >= 2 * 2, "every token after the first of a completion is one position: the cache is used"
     for row, output in zip(run.job.of("router"), made[0].outputs, strict=True):
         assert row["tokens"] == int(output["prompt_mask"].sum() + output["completion_mask"].sum())
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_loss_on_the_routing_counts_once_a_step_however_many_passes_it_has(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """GRPO divides its loss by the accumulation steps itself, of RLOO's it is Trainer that does."""
+    training = {"method": method, "max_steps": 1, "batch_size": 4, "gradient_accumulation_steps": 2}
+    router = {"mode": "lora", "rank": 2, "z_loss_coef": 1e-3}
+    losses = []
+    for extra in (0.0, 8.0):
+        monkeypatch.setattr(RouterWatch, "take", lambda self, *_, extra=extra: extra)
+        run = Run(qwen, tmp_path / str(extra), training=training, router=router)
+        run.train()
+        losses.append(run.job.of("train")[0]["loss"])
+    assert losses[1] - losses[0] == pytest.approx(8.0, abs=1e-4)
 
 
 def test_paths_and_checkpointing_train_the_same_adapter(qwen: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,26 @@ def test_a_program_that_never_ends_is_killed_with_its_children_and_its_folder(tm
     assert time.monotonic() - begun < 15
     assert mark not in _process_names()
     assert set(Path("/tmp").glob("studio-code-*")) <= before
+
+
+def test_nothing_is_left_where_the_job_itself_is_killed() -> None:
+    mark = f"kill{os.getpid()}"
+    program = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{mark}'); time.sleep(60)"
+    script = f"from studio.rewards.programs import run_tests; run_tests({program!r}, (), 60.0, 2**28)"
+    job = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        wait_until(lambda: mark in _process_names())
+    finally:
+        job.kill()
+        job.wait()
+    wait_until(lambda: mark not in _process_names())
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.02)
 
 
 def _process_names() -> set[str]:

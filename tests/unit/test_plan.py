@@ -23,6 +23,7 @@ from studio.base import EMBEDDED_DIR
 from studio.memory import _available_to_process
 from studio.packed_plan import packed_rows
 from studio.plan import total_steps
+from studio.recipe import parse_recipe
 from studio.weights import four_bit_bytes, int8_bytes
 
 TICKETS = Path(__file__).parents[2] / "recipes" / "data" / "tickets-train.jsonl"
@@ -351,3 +352,25 @@ def test_steps_of_packed_rows_are_an_estimate_and_said_to_be() -> None:
     plan = make_plan(recipe(training={"epochs": 1, "batch_size": 4}, trl={"packing": True}))
     assert plan.total_steps < plan.train_examples / 8
     assert any("estimate" in warning for warning in plan.warnings)
+
+
+def test_sampling_is_the_peak_where_many_completions_are_drawn_together(tmp_path: Path) -> None:
+    """Keys and values of the embedded base: 4 layers, 256 wide each, float32."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "2 + 2 =", "completion": "4"}\n' * 64)
+
+    def planned(accumulation: int) -> Any:
+        return make_plan(
+            parse_recipe(
+                f"data: {{train: '{rows}'}}\noutput: {{dir: '{tmp_path}/job'}}\nrewards: [{{function: exact_match}}]\n"
+                f"training: {{method: grpo, batch_size: 4, gradient_accumulation_steps: {accumulation}}}\n"
+                "sampling: {completions: 4, max_new_tokens: 512}\n"
+            )
+        )
+
+    few, many = planned(1), planned(64)
+    assert many.longest_tokens > 512 and many.truncated_examples == 0
+    cache = 256 * many.longest_tokens * 4 * 2 * 256 * 4
+    assert cache <= many.memory.activations_bytes <= 1.5 * cache
+    assert many.memory.peak_bytes > few.memory.peak_bytes
+    assert (few.total_steps, many.total_steps) == (3 * 64, 3)

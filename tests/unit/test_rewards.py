@@ -121,6 +121,14 @@ def test_json_schema_accepts_what_the_schema_does(completion: str, value: float,
     assert one("json_schema", completion, json_schema=file) == value
 
 
+def test_the_shipped_schema_accepts_the_shipped_records() -> None:
+    folder = Path(__file__).parents[2] / "recipes" / "data"
+    rows = read_examples(folder / "tickets-eval.jsonl")
+    score = reward("json_schema", json_schema=folder / "ticket.schema.json")
+    assert set(score([Attempt(row.completion[0].content, row) for row in rows])) == {1.0}
+    assert set(score([Attempt(row.completion[0].content.replace("priority", "prio"), row) for row in rows])) == {0.0}
+
+
 def test_regex_length_and_thinking() -> None:
     assert one("regex", "the answer is 42", pattern=r"\b\d+$") == 1
     assert one("regex", "<think>42</think>none", pattern="42") == 0
