@@ -71,7 +71,7 @@ TEXTS = st.sampled_from(
     ["hi", "héllo", " ", "", "a\0b", "\ud800", "<think>x</think>y", "<think>open", "[1]", '[{"role": "user"}]', None, 3]
 )
 TURNS = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "tool", "human", "User", 1]), "content": TEXTS},
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "human", "User", 1, None, ["user"]]), "content": TEXTS},
     optional={"name": st.just("x"), "reasoning_content": TEXTS},
 )
 GOOD_TURNS = st.fixed_dictionaries(
