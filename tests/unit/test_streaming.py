@@ -70,8 +70,12 @@ def file_of(row: dict[str, Any]) -> str:
 TEXTS = st.sampled_from(
     ["hi", "héllo", " ", "", "a\0b", "\ud800", "<think>x</think>y", "<think>open", "[1]", '[{"role": "user"}]', None, 3]
 )
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "human", "User", 1, None, ["user"]])
 TURNS = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "tool", "human", "User", 1, None, ["user"]]), "content": TEXTS},
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "tool", "human", "User", 1, None, ["user"]]),
+        "content": TEXTS,
+    },
     optional={"name": st.just("x"), "reasoning_content": TEXTS},
 )
 GOOD_TURNS = st.fixed_dictionaries(
