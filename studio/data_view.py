@@ -105,11 +105,15 @@ def _lengths(report: DataReport) -> RenderableType:
     ]
     table.add_row("of a row", *cells, as_count(report.tokens["total"]))
     share = report.truncated_rows / max(1, report.good_rows)
-    rows = f"{report.truncated_rows:,} rows ({as_percent(share)})"
-    cut = f"{rows} are longer than {report.max_length_tokens:,} tokens: their ends are cut off"
+    rows = f"{report.truncated_rows:,} of {report.good_rows:,} rows ({as_percent(share)})"
+    cut = f"{rows} have more than {report.max_length_tokens:,} tokens: their ends are cut off"
     line = Text(cut if report.truncated_rows else f"None is longer than {report.max_length_tokens:,} tokens")
     if report.long_prompts:
-        line.append(f"; of {report.long_prompts:,} the prompt alone fills that, which training refuses", "bold red")
+        counted = report.long_prompt_problems[0]["counted"]
+        places = ", ".join(f"{problem['line']}" for problem in report.long_prompt_problems[:SHOWN_PAIRS])
+        more = ", …" if report.long_prompts > SHOWN_PAIRS else ""
+        said = f"Of {report.long_prompts:,} the prompt alone fills that, which training refuses: "
+        line.append(f"\n{said}{counted} {places}{more}", "bold red")
     return Group(table, line)
 
 

@@ -9,7 +9,7 @@ import gradio as gr
 from markupsafe import Markup
 
 STYLE = Path(__file__).parent / "style"
-CSS = [STYLE / f"{name}.css" for name in ("page", "views", "pictures", "finetune", "jobs", "export")]
+CSS = [STYLE / f"{name}.css" for name in ("page", "views", "pictures", "finetune", "data", "jobs", "export")]
 SCRIPT = STYLE / "page.js"
 
 

@@ -440,9 +440,9 @@ def mapped(values: Values, columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with its columns under our names, as `data.columns` maps them ({ours: theirs}).
 
     Raises:
-        RowProblems: a column that is mapped and must be there is not.
+        RowProblems: a column that is mapped and must be there is not, nor one under our name (as in a held-out file).
     """
-    missing = [theirs for ours, theirs in columns.items() if theirs not in values and ours not in OPTIONAL]
+    missing = [t for ours, t in columns.items() if t not in values and ours not in values and ours not in OPTIONAL]
     if missing:
         found = ", ".join(list(values)[:8]) or "nothing"
         raise RowProblems(*((name, f"is mapped in data.columns and missing; received {found}") for name in missing))

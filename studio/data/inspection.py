@@ -103,7 +103,8 @@ class DataReport(_Model):
         traits: rows that have system prompts, several turns, tool calls, tools, reasoning.
         roles: turns by role. sources: rows by data source, the largest 20.
         tokens: of a row, by the base's tokenizer, with 8 a turn for the chat template: quantile → tokens; "total".
-        truncated_rows: rows longer than max_length_tokens. long_prompts: those of which the prompt alone fills it.
+        truncated_rows: rows longer than max_length_tokens. long_prompts: those of which the prompt alone fills it,
+            which training refuses; the first 20 as long_prompt_problems.
         duplicate_rows: rows that equal an earlier one; near_duplicate_rows: among the first `near_rows`, those that
             are like an earlier one. Each with the places of the first 20.
         scripts: share of the letters by script, of the first 2,000 characters of each row.
@@ -132,6 +133,7 @@ class DataReport(_Model):
     max_length_tokens: int
     truncated_rows: int
     long_prompts: int
+    long_prompt_problems: tuple[dict[str, Any], ...]
     duplicate_rows: int
     duplicates: tuple[Pair, ...]
     near_duplicate_rows: int
@@ -216,6 +218,7 @@ class _Seen:
         self.counter, self.max_length_tokens = counter, max_length_tokens
         self.rows = self.bad_rows = self.problem_count = self.long_prompts = 0
         self.problems: list[Problem] = []
+        self.long: list[Problem] = []
         self.lengths = array("I")
         self.formats: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
@@ -272,7 +275,9 @@ class _Seen:
     def flush(self) -> None:
         lengths = self.counter.lengths(self.pending)
         self.lengths.extend(lengths)
-        self.long_prompts += len(self.counter.long_prompts(self.pending, lengths, self.max_length_tokens))
+        long = self.counter.long_prompts(self.pending, lengths, self.max_length_tokens)
+        self.long_prompts += len(long)
+        self.long += [problem for _, problem in long][: SHOWN - len(self.long)]
         self.pending, self.pending_characters = [], 0
 
     def facts(self) -> dict[str, Any]:
@@ -289,6 +294,7 @@ class _Seen:
             "tokens": _quantiles(self.lengths),
             "truncated_rows": sum(length > self.max_length_tokens for length in self.lengths),
             "long_prompts": self.long_prompts,
+            "long_prompt_problems": tuple(map(vars, self.long)),
             "duplicate_rows": duplicate_rows,
             "duplicates": self._pairs(duplicates),
             "near_duplicate_rows": self.near.count,

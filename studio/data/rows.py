@@ -84,7 +84,7 @@ class Example:
     def as_row(self) -> dict[str, Any]:
         """The example as TRL's conversational prompt-completion row."""
         row: dict[str, Any] = {"prompt": as_turns(self.prompt), "completion": as_turns(self.completion)}
-        return {**row, "tools": [dict(tool) for tool in self.tools]} if self.tools else row
+        return row | _tools_of(self)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Preference:
 
     def as_row(self) -> dict[str, Any]:
         """The pair as TRL's conversational preference row with an explicit prompt."""
-        return {name: as_turns(getattr(self, name)) for name in ("prompt", "chosen", "rejected")}
+        return {name: as_turns(getattr(self, name)) for name in ("prompt", "chosen", "rejected")} | _tools_of(self)
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,15 @@ class Labelled:
 
     def as_row(self) -> dict[str, Any]:
         """The row as TRL's unpaired preference form."""
-        return {"prompt": as_turns(self.prompt), "completion": as_turns(self.completion), "label": self.label}
+        row: dict[str, Any] = {"prompt": as_turns(self.prompt), "completion": as_turns(self.completion)}
+        return {**row, "label": self.label} | _tools_of(self)
 
 
 Row = Example | PlainText | Preference | Labelled
+
+
+def _tools_of(row: Example | Preference | Labelled) -> dict[str, Any]:
+    return {"tools": [dict(tool) for tool in row.tools]} if row.tools else {}
 
 
 def as_turns(messages: Turns) -> list[dict[str, Any]]:

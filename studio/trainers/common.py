@@ -104,8 +104,14 @@ def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, A
 
 
 def dataset_of(rows: Sequence[Row]) -> Dataset:
-    """The rows as TRL reads them. Arrow alone would give every tool call the arguments of all others, as null."""
-    return Dataset.from_list([row.as_row() for row in rows], on_mixed_types="use_json")
+    """The rows as TRL reads them.
+
+    `Dataset.from_list` alone would keep the columns of the first row only, so that all tools are lost where it has
+    none, and Arrow would give every tool call the arguments of all others, as null.
+    """
+    found = [row.as_row() for row in rows]
+    columns = dict.fromkeys(name for row in found for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in found], on_mixed_types="use_json")
 
 
 class StudioTrainer(WatchesRouter):

@@ -42,7 +42,15 @@ COMMANDS = (
     ["ui"],
     ["jobs"],
 )
-COMMANDS += (["data", "score"], ["export"], ["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"])
+COMMANDS += (
+    ["export"],
+    ["jobs", "list"],
+    ["jobs", "show"],
+    ["jobs", "cancel"],
+    ["data", "inspect"],
+    ["data", "formats"],
+    ["data", "score"],
+)
 RESULT: dict[str, Any] = {
     "before": {"loss": 4.0, "exact_match": 0.0, "examples": 200},
     "after": {"loss": 0.5, "exact_match": 0.715, "examples": 200},

@@ -160,6 +160,24 @@ def test_reasoning_is_told_from_the_answer_and_back(tmp_path: Path, turn: dict[s
     assert isinstance(row, Example) and row.completion == (Message("assistant", "<think>\nhm\n</think>\n\nho"),)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": BOTH},
+        {"prompt": "p", "completion": "c"},
+        {"prompt": "p", "chosen": "c", "rejected": "d"},
+        {"chosen": BOTH, "rejected": [BOTH[0], said("assistant", "x")]},
+        {"prompt": "p", "completion": "c", "label": True},
+    ],
+)
+def test_rows_of_every_kind_hand_their_tools_on(values: dict[str, Any]) -> None:
+    _, row = convert({**values, "tools": [{"name": "add"}]}, ALL)
+    assert not isinstance(row, PlainText)
+    assert row.as_row()["tools"] == [{"type": "function", "function": {"name": "add"}}]
+    plain = convert(values, ALL)[1]
+    assert not isinstance(plain, PlainText) and "tools" not in plain.as_row()
+
+
 def test_a_template_that_writes_no_tools_is_not_given_any(tmp_path: Path) -> None:
     turns = [said("user"), said("assistant", "", tool_calls=[CALL]), said("tool", "2"), BOTH[1]]
     rows = [{"messages": turns}, {"messages": BOTH, "tools": [{"name": "add"}]}, {"messages": BOTH}]
@@ -258,9 +276,9 @@ def test_labelled_rows_are_never_taken_for_answers_to_learn() -> None:
 
 def test_columns_are_mapped_and_a_format_can_be_said(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"ask": "hi", "reply": "ho", "prompt": 3}\n{"ask": "hi"}\n')
-    (row,), (problem,) = check_rows(path, reading=Reading(columns={"prompt": "ask", "completion": "reply"}))
-    assert row == Example((USER,), CHAT.completion, "a")
+    path.write_text('{"ask": "hi", "reply": "ho", "prompt": 3}\n{"ask": "hi"}\n{"prompt": "hi", "completion": "ho"}')
+    rows, (problem,) = check_rows(path, reading=Reading(columns={"prompt": "ask", "completion": "reply"}))
+    assert rows == [Example((USER,), CHAT.completion, "a")] * 2
     assert str(problem) == "line 2, reply: is mapped in data.columns and missing; received ask"
     path.write_text('{"text": "hi", "prompt": "a", "completion": "b"}\n')
     (row,), _ = check_rows(path, ALL, Reading(format="text"))

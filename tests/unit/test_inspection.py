@@ -18,28 +18,8 @@ from studio.data.scripts import Scripts, script_of
 from studio.data_view import report_view
 from studio.errors import DataError
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "eleven",
-    "other",
-    "animals",
-    "watch",
-    "it",
-    "from",
-    "a",
-    "hill",
-    "far",
-    "away",
-]
+SENTENCE = "the quick brown fox jumps over the lazy dog while eleven other animals watch it from a hill far away"
+WORDS = SENTENCE.split()
 
 
 def chat(*contents: str, system: str = "") -> dict[str, Any]:
@@ -62,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> DataReport:
         chat("hi", "ho"),
         chat("Привет", "да", "ещё", "нет"),
         chat("hi", "ho"),
-        '{"prompt": 3}',
+        '{"prompt": 3, "completion": "a"}',
         chat(" ".join(WORDS), "yes", system="be brief"),
         {"prompt": " ".join(near), "completion": "yes", "system": "be brief"},
         chat("hi", "<think>hm</think>ho"),
@@ -95,6 +75,8 @@ def test_bad_rows_have_their_lines(report: DataReport) -> None:
 
 def test_lengths_are_the_plans_and_the_long_rows_are_counted(report: DataReport) -> None:
     assert report.truncated_rows == 2 and report.long_prompts == 1
+    (long,) = report.long_prompt_problems
+    assert long["line"] == 8 and "allowed: fewer than data.max_length_tokens, 256" in long["message"]
     quantiles = [count for name, count in report.tokens.items() if name != "total"]
     assert quantiles == sorted(quantiles) and len(quantiles) == 8
     assert quantiles[-1] > 256 >= report.tokens["50 %"]
@@ -172,8 +154,8 @@ def test_the_terminal_shows_all_of_it_and_no_control_characters(report: DataRepo
         "11, 3 of them bad: 8 conversations",
         "system prompt 2",
         "1 row as an earlier one, 12.5 %; lines 3 = 1",
-        "2 rows (25.0 %) are longer than 256 tokens",
-        "of 1 the prompt alone fills that",
+        "2 of 8 rows (25.0 %) have more than 256 tokens",
+        "Of 1 the prompt alone fills that, which training refuses: line 8",
         "line 4",
         "⟦ho<|eot|>⟧",
     ):

@@ -1,5 +1,5 @@
 """The pages, one file each: TITLE, PATH and build(places). The first is the one at /."""
 
-from ui.pages import export, finetune, jobs
+from ui.pages import data, export, finetune, jobs
 
-PAGES = (finetune, jobs, export)
+PAGES = (finetune, data, jobs, export)
