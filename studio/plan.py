@@ -9,7 +9,7 @@ Read from config.json, safetensors headers and the data files alone: no weights,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -434,5 +434,14 @@ def row_tokens(recipe: Recipe, rows: Sequence[Row]) -> list[int]:
     Raises:
         StudioError: the base is not here, or has no tokenizer.
     """
-    lengths = TokenCounter(resolve_base(recipe.model.base)).lengths(rows)
-    return [min(length, recipe.data.max_length_tokens) for length in lengths]
+    return row_counter(recipe)(rows)
+
+
+def row_counter(recipe: Recipe) -> Callable[[Sequence[Row]], list[int]]:
+    """`row_tokens` for rows that come one after the other: the tokenizer is loaded once.
+
+    Raises:
+        StudioError: the base is not here, or has no tokenizer.
+    """
+    counter, limit = TokenCounter(resolve_base(recipe.model.base)), recipe.data.max_length_tokens
+    return lambda rows: [min(length, limit) for length in counter.lengths(rows)]

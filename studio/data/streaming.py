@@ -91,10 +91,13 @@ def plain_conversation(values: Any) -> TrlRow | None:
         return None
     if type(messages) is not list or len(messages) < 2:
         return None
+    roles = []
     for turn in messages:
-        if type(turn) is not dict or len(turn) != 2 or not _is_plain(turn.get("role"), turn.get("content")):
+        if type(turn) is not dict or len(turn) != 2 or not _is_plain(turn.get("content")):
             return None
-    roles = [turn["role"] for turn in messages]
+        roles.append(role := turn.get("role"))
+        if role not in _ROLES:
+            return None
     if roles[-1] != "assistant" or roles[-2] != "user" or "system" in roles[1:]:
         return None
     return {"prompt": messages[:-1], "completion": messages[-1:]}
@@ -109,13 +112,16 @@ def _looks_like_list(*texts: str) -> bool:
     return any(text.lstrip().startswith("[") for text in texts)
 
 
-def _is_plain(role: Any, content: Any) -> bool:
-    """Whether a turn is text that needs no look at its reasoning, and none of what makes a text unfit."""
-    if role not in _ROLES or type(content) is not str or not content or content.isspace():
-        return False
-    if "\0" in content or "<think>" in content:
-        return False
-    return content.isascii() or _SURROGATE.search(content) is None
+def _is_plain(content: Any) -> bool:
+    """Whether a turn's text needs no look at its reasoning, and has nothing of what makes a text unfit."""
+    return (
+        type(content) is str
+        and content != ""
+        and not content.isspace()
+        and "\0" not in content
+        and "<think>" not in content
+        and (content.isascii() or _SURROGATE.search(content) is None)
+    )
 
 
 def first_rows(path: Path, count: int, kinds: Sequence[RowKind], reading: Reading | None = None) -> list[Row]:
@@ -147,26 +153,36 @@ def shuffled(
     most_rows: int = BUFFER_ROWS,
     most_characters: int = BUFFER_CHARACTERS,
 ) -> Iterator[T]:
-    """All `rows` in another order: each is put into a buffer, and a random one of the full buffer comes out.
+    """All `rows` in another order: each takes the place of a random one in the full buffer, which comes out.
 
     Args:
         size_of: characters of a row. A row larger than `most_characters` is handed on alone.
     """
-    buffer: list[tuple[T, int]] = []
+    buffer: list[T] = []
+    sizes: list[int] = []
     held, draw = 0, rng.random
     for row in rows:
         size = size_of(row)
-        buffer.append((row, size))
-        held += size
-        while len(buffer) > most_rows or held > most_characters:
+        if len(buffer) < most_rows:
+            buffer.append(row)
+            sizes.append(size)
+            held += size
+        else:
+            place = int(draw() * most_rows)
+            chosen, buffer[place] = buffer[place], row
+            held += size - sizes[place]
+            sizes[place] = size
+            yield chosen
+        while held > most_characters:
             place = int(draw() * len(buffer))
-            chosen, last = buffer[place], buffer.pop()
-            if place < len(buffer):
-                buffer[place] = last
-            held -= chosen[1]
-            yield chosen[0]
+            chosen, buffer[place] = buffer[place], buffer[-1]
+            held -= sizes[place]
+            sizes[place] = sizes[-1]
+            buffer.pop()
+            sizes.pop()
+            yield chosen
     rng.shuffle(buffer)
-    yield from (row for row, _ in buffer)
+    yield from buffer
 
 
 def trl_characters(row: TrlRow) -> int:

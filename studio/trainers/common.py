@@ -28,7 +28,7 @@ from studio.jobs import Job
 from studio.lr_test import Ramp, Smoother, is_lr_test, read_ramp
 from studio.methods import METHODS
 from studio.models import compute_dtype
-from studio.plan import row_tokens
+from studio.plan import row_counter
 from studio.recipe import Recipe
 from studio.trainers.router import RouterWatch, WatchesRouter
 
@@ -92,9 +92,8 @@ def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, A
     Raises:
         DataError: at a bad row.
     """
-    tokens_of = None
-    if any(phase.until_tokens for phase in recipe.data.phases):
-        tokens_of = lambda row: row_tokens(recipe, [row])[0]  # noqa: E731
+    count = row_counter(recipe) if any(phase.until_tokens for phase in recipe.data.phases) else None
+    tokens_of = (lambda row: count([row])[0]) if count else None
     data, kinds = recipe.data, METHODS[recipe.training.method].rows
     phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
     return endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,10 +29,10 @@ from studio.data.curriculum import in_training_order
 from studio.errors import DataError
 from studio.jobs import Job
 from studio.placing import plan_placement
-from studio.plan import Plan, recipe_base
+from studio.plan import Plan, recipe_base, row_tokens
 from studio.recipe import Recipe, load_recipe
 from studio.trainers import sft
-from studio.trainers.common import StudioTrainer
+from studio.trainers.common import StudioTrainer, streamed_rows
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
 
 
@@ -124,6 +125,16 @@ def test_a_stream_reaches_trl_in_its_shares(base: Path, tmp_path: Path, monkeypa
     assert len(seen) == 72 and len(set(seen)) > 30
     assert {name_of(question) for question in seen[:24]} == {"red"}
     assert all(Counter(map(name_of, seen[n : n + 4])) == {"red": 1, "blue": 3} for n in range(24, 72, 4))
+
+
+def test_a_streams_phases_end_by_the_tokens_that_the_plan_counts(base: Path, tmp_path: Path) -> None:
+    phases = [{"until_tokens": 400, "weights": {"red": 1}}, {"weights": {"blue": 1}}]
+    recipe = recipe_of(base, tmp_path, {"train": sources(tmp_path), "phases": phases, "streaming": True})
+    names = [name_of(row["prompt"][0]["content"]) for row in islice(streamed_rows(recipe, []), 60)]
+    reds = names.count("red")
+    assert names == ["red"] * reds + ["blue"] * (60 - reds) and reds > 5
+    tokens = row_tokens(recipe, training_rows(recipe)[:40])  # the 40 rows of red
+    assert min(tokens) * (reds - 1) < 400 <= max(tokens) * reds
 
 
 @pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer, RewardTrainer])
