@@ -46,6 +46,9 @@ SECONDS = 20.0
 START_SECONDS = 120.0
 """For the child to start: half a second on an idle machine."""
 
+BROKEN = ("TemplateSyntaxError", "SecurityError")
+"""Errors of a template that no conversation is to blame for."""
+
 SAMPLED_ROWS = 64
 """Rows that a plan renders."""
 
@@ -105,7 +108,7 @@ class _RefusedError(CheckpointError):
     """The template refuses one conversation; the child lives on."""
 
     def __init__(self, base: Path, said: str):
-        self.said = said
+        self.said = said.removeprefix("TemplateError: ")  # raise_exception's own class says nothing more
         super().__init__(base, [f"its chat template refuses a conversation: {said}"])
 
 
@@ -147,7 +150,10 @@ class TemplateRenderer:
         self._send({"turns": turns, "tools": list(tools) or None, "answer": answer})
         said = json.loads(self._line(self.seconds))
         if "error" in said:
-            raise _RefusedError(self.base, str(said["error"]))
+            said = str(said["error"])
+            if said.startswith(BROKEN):
+                raise CheckpointError(self.base, [f"its chat template refuses a conversation: {said}"])
+            raise _RefusedError(self.base, said)
         return str(said["text"])
 
     def _send(self, value: dict[str, Any]) -> None:
@@ -269,7 +275,14 @@ def template_warnings(base: Path, rows: Sequence[Encodable]) -> tuple[str, ...]:
             "the base has no chat template: the default of its family is used, written beside the adapter as "
             "chat_template.jinja; whoever runs the model needs it"
         )
-    unended = [text for text in _wholes(base, template.text, asked) if not text.rstrip().endswith(tuple(stops))]
+    wholes, refused_rows = _wholes(base, template.text, asked)
+    if refused_rows:
+        found.append(
+            f"the chat template refuses {len(refused_rows)} of the first {len(sample)} conversations: "
+            f"{refused_rows[0]}. The job names each by its line before it loads the base, and refuses or drops it as "
+            "data.bad_rows says"
+        )
+    unended = [text for text in wholes if not text.rstrip().endswith(tuple(stops))]
     if unended:
         ends, last = ", ".join(map(repr, stops)) or "none is named", unended[0].rstrip()[-16:]
         found.append(
@@ -281,11 +294,17 @@ def template_warnings(base: Path, rows: Sequence[Encodable]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=16)
-def _wholes(base: Path, template: str, rows: str) -> tuple[str, ...]:
-    """The rows as text; kept, because the browser plans with every change of a form."""
+def _wholes(base: Path, template: str, rows: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The rows as text, and why others are refused; kept, because the browser plans with every change of a form."""
+    wholes: list[str] = []
+    refused_rows: list[str] = []
     with TemplateRenderer(base) as renderer:
-        read = [(row["prompt"], row["completion"], row.get("tools", ())) for row in json.loads(rows)]
-        return tuple(_rendered(renderer, *row).whole for row in read)
+        for row in json.loads(rows):
+            try:
+                wholes.append(_rendered(renderer, row["prompt"], row["completion"], row.get("tools", ())).whole)
+            except _RefusedError as error:
+                refused_rows.append(error.said)
+    return tuple(wholes), tuple(refused_rows)
 
 
 def stop_tokens(base: Path) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from studio.quantities import as_count, as_percent
 from studio.terminal import clean, warning_text
 
 if TYPE_CHECKING:
-    from studio.data.inspection import DataReport, Pair, Rendered
+    from studio.data.inspection import DataReport, Pair
+    from studio.data.rendered import Rendered
 
 MOST_CHARACTERS = 1500
 """Of an example's segment that are shown: its start and its end."""

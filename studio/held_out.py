@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adapters.verify.run import BUILT_IN, Prompt
 from studio.data import Example, Row, held_out_rows, read_rows, wanted_sequences
+from studio.data.files import COMPRESSED, JSON, TABLES
 from studio.data.reading import KINDS
 from studio.data.rows import as_turns
 from studio.errors import DataError, ExportError, JobError, ProfileError
@@ -28,11 +29,11 @@ def held_out_prompts(*, job: Path | None = None, file: Path | None = None) -> Pr
     """The first prompts of `file`; else of the job's held-out data; else a few built-in texts.
 
     Args:
-        file: JSON Lines as a recipe's data, or any text with one prompt a line.
+        file: rows in a file as a recipe's data may be in; or a .txt or .md with one prompt a line.
 
     Raises:
         ExportError: `file` holds no prompts.
-        DataError: `file` ends in .jsonl and has rows that cannot be read.
+        DataError: `file` has rows that cannot be read.
     """
     if file is not None:
         return _from_file(file)
@@ -53,7 +54,7 @@ def _held_out(job: Path) -> tuple[str, list[Row]]:
 
 
 def _from_file(file: Path) -> Prompts:
-    if file.suffix == ".jsonl":
+    if file.suffix in (*JSON, *TABLES, *COMPRESSED):
         found = prompts_of(read_rows(file, tuple(KINDS)))
         return Prompts(found, f"the first {len(found)} examples of {file.name}")
     try:
@@ -61,7 +62,9 @@ def _from_file(file: Path) -> Prompts:
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{file}: the prompts cannot be read: {error}") from None
     if not lines:
-        raise ExportError(f"{file} holds no prompts; expected one a line, or JSON Lines in a file named *.jsonl")
+        raise ExportError(
+            f"{file} holds no prompts; expected one a line, or rows in a file named *.jsonl or as another data file"
+        )
     return Prompts(tuple(lines[:MOST]), f"the first {min(MOST, len(lines))} lines of {file.name}")
 
 

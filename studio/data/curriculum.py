@@ -61,8 +61,12 @@ class Mixed(BaseModel):
 
 
 def rows_per_step(recipe: Recipe) -> int:
-    """Rows that one optimizer step reads."""
-    return recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    """Rows that one optimizer step reads; of GRPO and RLOO prompts, each of which stands for all its completions."""
+    rows = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    if recipe.training.method not in ("grpo", "rloo"):
+        return rows
+    iterations: Any = recipe.trl.get("num_iterations") or 1
+    return max(1, rows // (recipe.sampling.completions * int(iterations)))
 
 
 def phases_of(recipe: Recipe, sizes: Sequence[int]) -> tuple[Phase, ...]:

@@ -86,6 +86,7 @@ class NearDuplicates:
         self.pairs: list[tuple[int, int]] = []
         self.signatures: dict[int, Any] = {}
         self.index: Any = None
+        self.empty: Any = None
 
     def add(self, text: str, row: int) -> None:
         """Counts a row that equals no earlier one."""
@@ -93,7 +94,8 @@ class NearDuplicates:
 
         if self.index is None:
             self.index = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
-        signature = MinHash(num_perm=PERMUTATIONS, hashfunc=_hash)
+            self.empty = MinHash(num_perm=PERMUTATIONS, hashfunc=_hash)
+        signature = self.empty.copy()  # drawing the permutations anew would take as long as all the rest
         signature.update_batch([piece.encode("utf-8", errors="replace") for piece in pieces(text)])
         like = [other for other in self.index.query(signature) if signature.jaccard(self.signatures[other]) >= NEAR]
         if like:

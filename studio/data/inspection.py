@@ -9,11 +9,8 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel, ConfigDict
 
 from studio.data.duplicates import NEAR_ROWS, Duplicates, NearDuplicates, Places
 from studio.data.files import Progress, kind_of
@@ -22,7 +19,8 @@ from studio.data.json_text import RowProblems
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import written_by_template
 from studio.data.reading import Reading, converted
-from studio.data.rows import Message, Place, PlainText, Preference, Row, sequences
+from studio.data.rendered import Rendered, ReportPart, rendered_rows
+from studio.data.rows import Message, Place, PlainText, Preference, Row
 from studio.data.scripts import Scripts
 from studio.errors import DataError, Problem
 from studio.methods import METHODS
@@ -42,11 +40,7 @@ MAX_LENGTH_TOKENS = 256
 """Where there is no recipe: as a recipe's default."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FormatShare(_Model):
+class FormatShare(ReportPart):
     """A format and how many rows were read as it."""
 
     name: str
@@ -54,15 +48,7 @@ class FormatShare(_Model):
     rows: int
 
 
-class Segment(_Model):
-    """Text of neighbouring tokens that are all learned, or all not."""
-
-    text: str
-    tokens: int
-    trained: bool
-
-
-class Pair(_Model):
+class Pair(ReportPart):
     """Where a row stands, and the earlier one that it equals or is like."""
 
     file: str
@@ -71,25 +57,7 @@ class Pair(_Model):
     earlier_line: int
 
 
-class Rendered(_Model):
-    """A row as the model reads it.
-
-    Attributes:
-        title: which side of a pair, or whether a labelled row is wanted; "" for other rows.
-        cut: whether it was cut to the longest length.
-    """
-
-    file: str
-    line: int
-    counted: str
-    title: str
-    segments: tuple[Segment, ...]
-    tokens: int
-    trained_tokens: int
-    cut: bool
-
-
-class DataReport(_Model):
+class DataReport(ReportPart):
     """What `inspect_data` found.
 
     Attributes:
@@ -190,7 +158,7 @@ def inspect_data(
     looked_at = min(seen.rows, DETECTED_ROWS)
     form = max(detected, key=lambda name: (alone[name], detected[name]), default="")
     loss_on = recipe.training.loss_on if recipe else "completion"
-    examples, notes = _rendered(directory, seen.chosen_examples(), limit, loss_on)
+    examples, notes = rendered_rows(directory, seen.chosen_examples(), limit, loss_on)
     return DataReport(
         file=str(file),
         kind=kind_of(Path(file)),
@@ -351,60 +319,3 @@ def _notes(seen: _Seen, reading: Reading, looked_at: int, detected: Counter[str]
         if doubtful > 0 and len(several) > 1:
             notes.append(f"some rows fit several formats ({', '.join(several)}); data.format says which is meant")
     return notes
-
-
-# -------------------------------------------------------------------- examples
-
-
-def _rendered(
-    directory: Path, rows: Sequence[Row], max_length_tokens: int, loss_on: Any
-) -> tuple[tuple[Rendered, ...], list[str]]:
-    """The rows through the encoding that trains them, and a note where the chat template cannot write one."""
-    if not rows:
-        return (), []
-    from studio.base_model import load_tokenizer
-
-    tokenizer = load_tokenizer(directory)
-    shown: list[Rendered] = []
-    notes: list[str] = []
-    for row in rows:
-        sides = sequences([row])
-        for title, sequence in zip(_titles(row), sides, strict=True):
-            try:
-                shown.append(_render(tokenizer, row, title, sequence, max_length_tokens, loss_on))
-            except Exception as error:  # a chat template is code of the checkpoint, and raises what it likes
-                place = f"{row.place.counted} {row.place.line}: " if row.place else ""
-                notes.append(f"{place}the chat template cannot write this row: {error}")
-    return tuple(shown), notes
-
-
-def _titles(row: Row) -> tuple[str, ...]:
-    if isinstance(row, Preference):
-        return "chosen", "rejected"
-    return ("",) if row.kind != "labelled" else ("wanted" if getattr(row, "label", False) else "not wanted",)
-
-
-def _render(tokenizer: Any, row: Row, title: str, sequence: Any, max_length_tokens: int, loss_on: Any) -> Rendered:
-    from studio.encoding import IGNORED, encode
-
-    ids, labels = encode(tokenizer, sequence, max_length_tokens + 1, loss_on)
-    cut = len(ids) > max_length_tokens
-    ids, labels = ids[:max_length_tokens], labels[:max_length_tokens]
-    trained = [label != IGNORED for label in labels]
-    edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-    segments = tuple(
-        Segment(text=tokenizer.decode(ids[a:b], skip_special_tokens=False), tokens=b - a, trained=trained[a])
-        for a, b in pairwise(edges)
-        if b > a
-    )
-    place = row.place
-    return Rendered(
-        file=place.file if place else "",
-        line=place.line if place else 0,
-        counted=place.counted if place else "line",
-        title=title,
-        segments=segments,
-        tokens=len(ids),
-        trained_tokens=sum(trained),
-        cut=cut,
-    )

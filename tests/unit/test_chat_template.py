@@ -108,6 +108,10 @@ def test_rows_whose_prompt_fills_the_length_or_that_the_template_refuses_are_tol
     good, (problem,) = check_rendered(base, [EXAMPLE, long], 9999)
     assert good == [EXAMPLE]
     assert str(problem) == "line 7: the chat template refuses the conversation: too much talk"
+    (said,) = template_warnings(base, [EXAMPLE, LONG])
+    assert said.startswith(
+        "the chat template refuses 1 of the first 2 conversations: too much talk. The job names each"
+    )
 
 
 def test_answers_that_do_not_end_where_the_model_stops_are_told(base: Path) -> None:

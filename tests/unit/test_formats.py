@@ -335,7 +335,7 @@ COLUMN_NAMES = sorted(
 rows_of_any_kind = st.dictionaries(st.sampled_from(COLUMN_NAMES), texts | conversation | anything, max_size=5)
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(rows_of_any_kind, min_size=1, max_size=4),
     form=st.sampled_from(["auto", "auto", *FORMATS]),
