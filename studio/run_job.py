@@ -68,7 +68,8 @@ def run(job: Job) -> None:
     held_out = held_out[: recipe.evaluation.examples]
 
     for rows, file in ((train_rows, recipe.data.train), (held_out, recipe.data.eval)):
-        check_lengths(tokenizer, sequences(rows), recipe.data.max_length_tokens, str(file))
+        prompts = [sequences([row])[0] for row in rows]  # both sides of a pair have the same
+        check_lengths(tokenizer, prompts, recipe.data.max_length_tokens, str(file))
         check_pairs(tokenizer, rows, recipe.data.max_length_tokens, str(file))
 
     def measure(when: str, phase: str) -> Any:
