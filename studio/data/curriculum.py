@@ -8,7 +8,7 @@ in_training_order(recipe, rows) ─▶ rows  what a trainer reads, front to back
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 

@@ -1,6 +1,7 @@
 """The shipped base and the quickstart's tickets: what is promised about the files, checked without loading a model."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from studio.base import EMBEDDED_DIR
 from studio.base.domains import DOMAINS, Document, documents
+from studio.base.ticket_pairs import FLAWS, ticket_pairs, write_ticket_pairs
 from studio.base.tickets import EVAL_ROWS, TRAIN_ROWS, Row, tickets, write_tickets
 from studio.base.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, chat_messages, render
 from studio.base.words import FAULTS, SITES, URGENCIES
@@ -220,3 +222,21 @@ def test_another_seed_gives_other_tickets() -> None:
 
 def test_tickets_are_short(tokenizer: PreTrainedTokenizerFast) -> None:
     assert max(len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in _all_rows()) <= 160
+
+
+def test_the_shipped_pairs_are_those_that_the_script_makes(tmp_path: Path) -> None:
+    write_ticket_pairs(tmp_path)
+    for name in ("ticket-pairs-train.jsonl", "ticket-pairs-eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_a_pair_has_one_flaw_and_no_asset_is_in_both_splits() -> None:
+    train, held_out = ticket_pairs()
+    assert Counter(row["source"] for row in held_out) == dict.fromkeys(FLAWS, len(held_out) // len(FLAWS))
+    assets = [{json.loads(row["chosen"])["asset"].split("-")[1] for row in rows} for rows in (train, held_out)]
+    assert not assets[0] & assets[1]
+    for row in held_out:
+        chosen, changed = json.loads(row["chosen"]), row["source"].removeprefix("wrong ")
+        if changed in chosen:
+            rejected = json.loads(row["rejected"])
+            assert {name for name in chosen if chosen[name] != rejected[name]} == {changed}
