@@ -25,6 +25,7 @@ LIGHT = (
     "studio.worker",
     "studio.plan",
     "studio.placing",
+    "studio.starting",
     "studio.models",
     "studio.merging",
     "studio.merge_choice",
