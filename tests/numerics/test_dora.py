@@ -91,6 +91,10 @@ def test_begins_as_the_base_and_files_and_merges_give_what_training_had(
         again(ids)  # a norm is remembered, and must not be used for other factors
         load_adapter(again, SHARED, adapter)
         assert torch.equal(again(ids).logits, trained)
+        for each in (model, again):
+            for _, module in lora_linears(each, "default"):
+                module.lora_B["default"].weight.mul_(2)
+        torch.testing.assert_close(again(ids).logits, model.train()(ids).logits, rtol=0, atol=1e-6)
     assert placement_of(adapter, tiny.layout) == SHARED
 
 

@@ -183,7 +183,7 @@ def test_files_and_merges_give_what_training_had(
 
 
 def test_untrained_loftq_is_nearer_to_the_original_than_its_quantised_base(tmp_path: Path, ids: Tensor) -> None:
-    """An untrained LoftQ adapter is nearer to the 16-bit model than nf4 is, and its file changes nothing there."""
+    """An untrained LoftQ adapter stands nearer to the 16-bit model than nf4 does; its file changes nothing there."""
     tiny = FAMILIES[1]
     base, want = save(tiny, tmp_path), placed(tiny, "loftq")
     routed = tuple((16,) * EXPERTS for _ in want.routed)

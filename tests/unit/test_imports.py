@@ -53,6 +53,7 @@ LIGHT = (
     "studio.preference_losses",
     "studio.preference_view",
     "studio.placing",
+    "studio.starting",
     "studio.models",
     "studio.merging",
     "studio.merge_choice",
