@@ -87,6 +87,11 @@ TITLES = {
     "evaluation.examples": "Examples to compare on",
     "evaluation.generations": "Answers to show",
     "evaluation.max_new_tokens": "Longest answer (tokens)",
+    "evaluation.json_schema": "JSON Schema of answers",
+    "evaluation.every_steps": "Steps between held-out losses",
+    "evaluation.tasks": "Tasks of lm-eval",
+    "evaluation.task_examples": "Examples of each task",
+    "evaluation.task_chat_template": "Tasks in the chat template",
     "trl": "Further TRL options",
     "output.dir": "Job directory",
 }
