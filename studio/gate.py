@@ -72,10 +72,8 @@ def raise_failed(verdicts: Sequence[Verdict], adapter: str) -> None:
 
 def said(verdict: Verdict) -> str:
     """A verdict in words."""
-    way = "rose" if "rise" in verdict.rule else "fell"
     change = verdict.tuned - verdict.base
-    if (change > 0) != (way == "rose"):
-        way = "rose" if change > 0 else "fell"
+    way = "rose" if change > 0 else "fell" if change < 0 else "went"
     least = f", by {verdict.worse:.4g} at least," if "certain" in verdict.rule and not verdict.passed else ""
     return (
         f"{verdict.metric} {way} from {verdict.base:.4g} to {verdict.tuned:.4g}{least} and may {verdict.rule} "

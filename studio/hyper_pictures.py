@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from studio import job_files as files
 from studio.pictures import DPI, INK, QUIET, quiet_frame, written
@@ -58,9 +59,22 @@ def draw_sweep(path: Path, table: dict[str, Any]) -> Path:
     first.legend(fontsize=8, frameon=False)
     for axes, name in zip(others, names, strict=False):
         _by_parameter(axes, table, name, title)
+    for axes in (first, *others[: len(names)]):
+        _spread(axes, [trial["value"] or trial["last"] for trial in table["trials"]])
     for axes in others[len(names) :]:
         axes.set_visible(False)
     return written(figure, path)
+
+
+def _spread(axes: Axes, values: Sequence[float | None]) -> None:
+    """By the logarithm where the values differ by more than a factor of five; lines at them in any case."""
+    found = [value for value in values if value is not None]
+    if found and min(found) > 0 and max(found) > 5 * min(found):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="both", color="#e5e9ee", linewidth=0.8)
 
 
 def _by_parameter(axes: Axes, table: dict[str, Any], name: str, title: str) -> None:
@@ -73,6 +87,9 @@ def _by_parameter(axes: Axes, table: dict[str, Any], name: str, title: str) -> N
         values = [places.index(str(value)) for value in values]
     elif kind["log"]:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     _scatter(axes, trials, values)
     _label(axes, name.rpartition(".")[2].replace("_", " "), name, title)
 

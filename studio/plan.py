@@ -227,7 +227,8 @@ def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:
 def _data_warnings(recipe: Recipe, leaks: LeakPlan | None) -> list[str]:
     found = []
     if leaks is not None and leaks.found:
-        found.append(f"{leaks_text(leaks)}: {'; '.join(leaks.shown[:3])}{' …' if leaks.found > 3 else ''}")
+        more = f"; and {leaks.found - 3:,} more" if leaks.found > 3 else ""
+        found.append(f"{leaks_text(leaks)}: {'; '.join(leaks.shown[:3])}{more}")
     if recipe.data.streaming:
         found.append(
             f"the data is streamed: examples, lengths and held-out rows in the training data are those of the first "

@@ -681,8 +681,11 @@ class Recipe(Settings):
         evaluation = self.evaluation
         asked = [f"gate ({rule.metric})" for rule in evaluation.gate if "/" not in rule.metric]
         asked += [name for name in ("json_schema", "every_steps") if getattr(evaluation, name) is not None]
-        if asked and self.data.eval is None:
-            raise _refused_section("evaluation", f"{', '.join(asked)} needs held-out examples; set data.eval")
+        if asked and self.data.eval is None and self.data.eval_fraction is None:
+            needed = "needs held-out examples; set data.eval or data.eval_fraction"
+            raise _refused_section("evaluation", f"{', '.join(asked)} {needed}")
+        if evaluation.every_steps and METHODS[self.training.method].scores:
+            raise _refused_section("evaluation", "every_steps measures a loss of text, and a reward model writes none")
         return self
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,21 +102,26 @@ def _study(plan: SweepPlan) -> optuna.Study:
         storage=storage, study_name="sweep", direction=plan.direction, load_if_exists=True, pruner=pruner
     )
     study.sampler = _sampler(plan, len(study.trials))
-    if not study.trials and settings.sampler != "grid":  # the recipe as it is comes first
-        own = {field: value_of(plan.recipe, field) for field in plan.space}
-        if all(plan.space[field].holds(value) for field, value in own.items()):
-            study.enqueue_trial(own)
+    if not study.trials:
+        for values in _first(plan):
+            study.enqueue_trial(values)
     return study
+
+
+def _first(plan: SweepPlan) -> list[dict[str, Any]]:
+    """What is tried before the sampler is asked: every combination of a grid; else the recipe as it is."""
+    if plan.settings.sampler == "grid":  # Optuna's own GridSampler cannot be asked trial by trial: it stops the study
+        every = product(*(entry.ends() for entry in plan.space.values()))
+        return [dict(zip(plan.space, values, strict=True)) for values in every]
+    own = {field: value_of(plan.recipe, field) for field in plan.space}
+    return [own] if all(plan.space[field].holds(value) for field, value in own.items()) else []
 
 
 def _sampler(plan: SweepPlan, trials: int) -> optuna.samplers.BaseSampler:
     import optuna
 
     seed = plan.settings.seed + trials  # else a sweep that goes on would propose its first values again
-    if plan.settings.sampler == "grid":
-        grid = {field: list(entry.ends()) for field, entry in plan.space.items()}
-        return optuna.samplers.GridSampler(grid, seed=plan.settings.seed)
-    if plan.settings.sampler == "random":
+    if plan.settings.sampler in ("random", "grid"):
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, plan.settings.trials // 3)))
 

@@ -283,7 +283,10 @@ def _csv_rows(file: BinaryIO, name: str, kind: str) -> Iterator[Raw]:
     feed = _CsvLines(file)
     first = next(feed, "")
     delimiter = "\t" if kind == "tsv" else ";" if ";" in first and "," not in first else ","
-    (names,) = csv.reader([first], delimiter=delimiter)
+    try:
+        (names,) = csv.reader([first], delimiter=delimiter)
+    except csv.Error as error:
+        raise Broken(f"its first line names the columns; it is not valid {kind.upper()}: {error}", 1) from None
     if first and (len(set(names)) < len(names) or not all(cell.strip() for cell in names)):
         raise Broken(f"its first line names the columns; received {', '.join(map(repr, names[:8]))}", 1)
     reader = csv.reader(feed, delimiter=delimiter, strict=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from studio.data.rows import Example, Message
 from studio.errors import JobError, RewardError
 from studio.jobs import open_job
+from studio.methods import REWARD_HEAD
 from studio.rewards.scoring import Attempt, Score
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 Scorer = Callable[[Sequence[Example]], list[float]]
 """One score for each conversation: higher is better, in units of the reward model's own."""
-
-HEAD = "reward_head.safetensors"
 
 
 def reward_model(settings: RewardSettings) -> Score:
@@ -64,7 +63,7 @@ def check_reward_model(settings: RewardSettings) -> None:
         job = open_job(settings.job)
     except JobError as error:
         raise RewardError(f"reward_model: {error}") from None
-    if not (job.path / "adapter" / HEAD).is_file():
+    if not (job.path / "adapter" / REWARD_HEAD).is_file():
         raise RewardError(
-            f"reward_model: {job.path / 'adapter'} holds no {HEAD}; expected the finished job of a reward model"
+            f"reward_model: {job.path / 'adapter'} holds no {REWARD_HEAD}; expected the finished job of a reward model"
         )

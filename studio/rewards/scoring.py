@@ -74,7 +74,8 @@ def each(score: Callable[[Attempt], float]) -> Score:
 
 def failed(what: str, attempt: Attempt) -> RewardError:
     """The error of a reward that has no number for this attempt."""
-    row = f"source {attempt.row.source}, " if attempt.row.source else ""
+    place = attempt.row.place
+    row = f"{place.file} {place.counted} {place.line}, " if place else ""
     return RewardError(
         f"{what}. Row: {row}prompt {_shown(attempt.prompt)}, reference {_shown(attempt.reference)}; "
         f"completion {_shown(attempt.completion)}"

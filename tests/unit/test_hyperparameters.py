@@ -18,7 +18,7 @@ from studio.methods import METHODS
 from studio.plan import recipe_base
 from studio.recipe import Recipe, load_recipe, parse_recipe
 from studio.sweep import plan_sweep
-from studio.sweep_run import parts_of
+from studio.sweep_run import _next, _study, _suggested, parts_of
 from studio.sweep_space import Choices, Range, check_space, read_params, split_param, value_of, with_values
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -198,3 +198,25 @@ def test_a_recipe_says_the_same_after_a_sweep_has_kept_it(tmp_path: Path) -> Non
 
     recipe: Recipe = load_recipe(QUICKSTART)
     assert from_values(json.loads(json.dumps(as_values(recipe)))) == recipe
+
+
+def test_a_grid_is_every_combination_once_and_then_ends_also_after_a_kill(tmp_path: Path) -> None:
+    params = {"training.seed": "0,1,2", "adapter.attention_rank": "4,8"}
+    plan = plan_sweep(QUICKSTART, params, out=tmp_path / "s", sampler="grid", trials=20)
+    seen = []
+    for trial_of_each_process in range(6):
+        study = _study(plan)  # as a new process would
+        trial = _next(plan, study)
+        assert trial is not None and trial.number == trial_of_each_process
+        seen.append(tuple(_suggested(plan, trial).values()))
+        study.tell(trial, float(trial.number))
+    assert sorted(seen) == [(seed, rank) for seed in (0, 1, 2) for rank in (4, 8)]
+    assert _next(plan, _study(plan)) is None
+
+
+def test_a_sweep_begins_with_the_recipe_as_it_is_where_that_lies_in_the_ranges(tmp_path: Path) -> None:
+    for name, ends, own in (("in", "1e-4..1e-2:log", True), ("out", "1e-4..1e-3:log", False)):
+        plan = plan_sweep(QUICKSTART, {"training.learning_rate": ends}, out=tmp_path / name)
+        trial = _next(plan, _study(plan))
+        assert trial is not None
+        assert (_suggested(plan, trial)["training.learning_rate"] == 2e-3) is own

@@ -41,6 +41,8 @@ LIGHT = (
     "studio.gate",
     "studio.json_answers",
     "studio.evaluation_inputs",
+    "studio.evaluating",
+    "studio.metric_view",
     "studio.defaults",
     "studio.lr_test",
     "studio.sweep",

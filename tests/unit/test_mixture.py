@@ -244,7 +244,6 @@ TWO = "train: [{path: a.jsonl}, {path: b.jsonl}]"
             "data.phases",
             "trl.packing",
         ),
-        (TWO, "trl: {train_sampling_strategy: random}", "data.train", "leave trl.train_sampling_strategy out"),
         ("train: a.jsonl, streaming: true", "", "data.streaming", "set training.max_steps"),
         (f"{TWO}, streaming: true", "training: {max_steps: 5}", "data.streaming", "give each source a weight"),
         ("train: a.jsonl, streaming: true, eval_fraction: 0.1", "", "data.eval_fraction", "all rows at once"),
