@@ -96,7 +96,7 @@ def test_every_command_has_help_with_an_example(command: list[str]) -> None:
 
 
 def test_help_and_validate_take_little_work(recipe_file: Path) -> None:
-    """Seconds of processor time, which a busy machine does not change as it does the clock's; torch alone takes more."""
+    """Seconds of processor time, which a busy machine hardly changes; torch alone takes more."""
     for arguments, most in ((["--help"], 0.8), (["validate", str(recipe_file)], 1.8)):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run_studio(*arguments).returncode == 0
