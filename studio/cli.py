@@ -663,9 +663,9 @@ def watch(job: Job, as_json: bool) -> None:
     """Follows a job that this command started; Ctrl-C cancels it; exits non-zero unless it succeeds."""
     from studio.terminal import plan_view
 
-    if not as_json:
-        output().print(plan_view(job.plan()), "")
     try:
+        if not as_json:
+            output().print(plan_view(job.plan()), "")
         state = follow_only(job, as_json)
     except KeyboardInterrupt:
         if not as_json:

@@ -231,7 +231,7 @@ def test_ctrl_c_cancels_the_job_and_waits(jobs: Jobs) -> None:
     job = jobs.start(SLEEPING)
     follower = watch(job)
     assert follower.stdout
-    while "training" not in (line := follower.stdout.readline()):
+    while (line := follower.stdout.readline()).strip() != "training":
         assert line, "the follower ended early"
     follower.send_signal(signal.SIGINT)
     output, _ = follower.communicate(timeout=30)
