@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the result before it appears.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON, errors included.")]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from studio.errors import DataError, Problem, StudioError
 from studio.json_answers import read_schema
-from studio.recipe import EvaluationSettings
+from studio.recipe_evaluation import EvaluationSettings
 
 
 def check_evaluation(settings: EvaluationSettings) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from studio.errors import GateError, TrainingError
 from studio.metrics import Measure, Metric
-from studio.recipe import GateRule
+from studio.recipe_evaluation import GateRule
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, ProfileError, TargetError
 from adapters.layouts import ExpertLayout
 from adapters.placement import LINEAR, PLACEMENTS, STARTS, TRAINING_BYTES, Method, Placement, Ranks, dora_problem
-from studio.recipe import FRACTION_UNSET, P_UNSET, Recipe, RouterSettings
+from studio.recipe import Recipe
+from studio.recipe_model import FRACTION_UNSET, P_UNSET, RouterSettings
 from studio.starting import continued
 from studio.weights import Base, expert_grid, trainable_parameters
 

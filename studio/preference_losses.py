@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from studio.methods import METHODS, Method, readers_of
 
 if TYPE_CHECKING:
-    from studio.recipe import PreferenceSettings
+    from studio.recipe_training import PreferenceSettings
 
 
 def preference_problems(method: str, settings: PreferenceSettings) -> dict[str, str]:

@@ -14,7 +14,8 @@ from studio.methods import METHODS
 from studio.recipe_parts import DataPath, Settings, refusal
 
 if TYPE_CHECKING:
-    from studio.recipe import DataSettings, Recipe
+    from studio.recipe import Recipe
+    from studio.recipe_data import DataSettings
 
 Weight = Annotated[float, Field(ge=0, le=1_000_000)]
 LONGEST_NAME = 60

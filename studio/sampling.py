@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.data import Example
 from studio.encoding import prompt_ids
-from studio.recipe import SamplingSettings
+from studio.recipe_training import SamplingSettings
 
 Progress = Callable[[int, int], None]
 

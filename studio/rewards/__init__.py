@@ -23,7 +23,8 @@ from studio.rewards.texts import exact_match, json_fields, length, parsed, regex
 
 if TYPE_CHECKING:
     from studio.data.rows import Row
-    from studio.recipe import Recipe, RewardSettings
+    from studio.recipe import Recipe
+    from studio.recipe_training import RewardSettings
 
 __all__ = [
     "REWARDS",

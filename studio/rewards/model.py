@@ -19,7 +19,7 @@ from studio.methods import REWARD_HEAD
 from studio.rewards.scoring import Attempt, Score
 
 if TYPE_CHECKING:
-    from studio.recipe import RewardSettings
+    from studio.recipe_training import RewardSettings
 
 Scorer = Callable[[Sequence[Example]], list[float]]
 """One score for each conversation: higher is better, in units of the reward model's own."""

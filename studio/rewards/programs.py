@@ -23,7 +23,7 @@ from studio.errors import RewardError
 from studio.rewards.scoring import Attempt, Score, failed
 
 if TYPE_CHECKING:
-    from studio.recipe import RewardSettings
+    from studio.recipe_training import RewardSettings
 
 CHILD = Path(__file__).with_name("code_child.py")
 FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```\s*?$", re.MULTILINE | re.DOTALL)

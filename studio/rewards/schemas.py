@@ -12,7 +12,7 @@ from studio.rewards.scoring import Attempt, Score, each
 from studio.rewards.texts import NOT_JSON, parsed
 
 if TYPE_CHECKING:
-    from studio.recipe import RewardSettings
+    from studio.recipe_training import RewardSettings
 
 
 def json_schema(settings: RewardSettings) -> Score:

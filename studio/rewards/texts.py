@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from studio.rewards.scoring import Attempt, Score, each
 
 if TYPE_CHECKING:
-    from studio.recipe import RewardSettings
+    from studio.recipe_training import RewardSettings
 
 NOT_JSON = object()
 

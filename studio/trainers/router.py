@@ -43,7 +43,8 @@ from studio.errors import TrainingError
 from studio.evaluation import decoder_and_head
 from studio.jobs import Job
 from studio.placing import check_router
-from studio.recipe import Recipe, RouterSettings
+from studio.recipe import Recipe
+from studio.recipe_model import RouterSettings
 
 PROBE_TOKENS = 2048
 """Most tokens of the probe set, and most positions of one of its forward passes: it runs at every logging step."""

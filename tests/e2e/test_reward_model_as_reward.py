@@ -19,7 +19,7 @@ from studio.errors import RewardError
 from studio.jobs import Job, create_job
 from studio.placing import plan_placement
 from studio.plan import make_plan, recipe_base
-from studio.recipe import RewardSettings
+from studio.recipe_training import RewardSettings
 from studio.reward_model import HEAD, add_reward_head, save_reward_head
 from studio.rewards import REWARDS, Attempt
 from studio.rewards import model as reward_model

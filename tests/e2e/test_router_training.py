@@ -27,7 +27,8 @@ from studio.errors import TargetError, TrainingError
 from studio.jobs import Job
 from studio.placing import plan_placement
 from studio.plan import recipe_base
-from studio.recipe import RouterSettings, parse_recipe
+from studio.recipe import parse_recipe
+from studio.recipe_model import RouterSettings
 from studio.trainers.router import PROBE_TOKENS, RouterWatch, probe_batches, watch_router
 from studio.trainers.sft import train
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe

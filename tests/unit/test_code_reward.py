@@ -15,7 +15,7 @@ import pytest
 
 from studio.data import Example, Message
 from studio.errors import RewardError
-from studio.recipe import RewardSettings
+from studio.recipe_training import RewardSettings
 from studio.rewards import REWARDS, Attempt
 from studio.rewards import programs as code_reward
 from studio.rewards.programs import CHILD, missing_protections, program_of, protections, run_tests

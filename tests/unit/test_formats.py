@@ -18,7 +18,7 @@ from studio.data.json_text import RowProblems
 from studio.data.reading import WRITTEN
 from studio.data.rows import RowKind
 from studio.errors import Problem
-from studio.recipe import DataSettings
+from studio.recipe_data import DataSettings
 
 ALL = tuple(KINDS)
 USER, SYSTEM = Message("user", "hi"), Message("system", "be brief")

@@ -34,7 +34,6 @@ LIGHT = (
     "studio.data.streaming",
     "studio.recipe_mixture",
     "studio.mixture_view",
-    "studio.cli_data_mix",
     "studio.jobs",
     "studio.worker",
     "studio.metrics",

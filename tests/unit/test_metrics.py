@@ -28,7 +28,8 @@ from studio.metrics import (
     wilson,
 )
 from studio.progress import metric_rows
-from studio.recipe import GateRule, parse_recipe
+from studio.recipe import parse_recipe
+from studio.recipe_evaluation import GateRule
 
 
 def test_wilson_as_published() -> None:

@@ -21,7 +21,7 @@ from studio import DataError, Recipe, find_profile, make_plan
 from studio.placing import coverage, placement_record, plan_placement, read_placement
 from studio.plan import recipe_base
 from studio.profile import fingerprints, profile_path
-from studio.recipe import PlacementSettings
+from studio.recipe_model import PlacementSettings
 
 TICKETS = Path(__file__).parents[2] / "recipes" / "data" / "tickets-train.jsonl"
 PROFILED = [name for name, rule in PLACEMENTS.items() if rule.score]

@@ -12,7 +12,8 @@ import pytest
 from studio.data import Example, Message, read_examples
 from studio.errors import DataError, RecipeError, RewardError
 from studio.plan import make_plan
-from studio.recipe import Recipe, RewardSettings, parse_recipe
+from studio.recipe import Recipe, parse_recipe
+from studio.recipe_training import RewardSettings
 from studio.rewards import REWARDS, Attempt, Reward, answer_of, check_rewards, rewards_of, score_all
 from studio.rewards.choosing import choose
 from studio.rewards.samples import reward_measures

@@ -9,7 +9,7 @@ import pytest
 from adapters.errors import TargetError
 from adapters.layouts import LAYOUTS
 from studio.placing import check_router
-from studio.recipe import RouterSettings
+from studio.recipe_model import RouterSettings
 
 
 def check(config: dict[str, Any], experts: int = 8, family: str = "qwen3_moe", **router: float) -> None:

@@ -1,4 +1,4 @@
-"""`studio data score`: how hard each row is for the base, and what a recipe would keep. Hung into the group `data`."""
+"""`studio data inspect | formats | score`: data before it is trained on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,51 @@ if TYPE_CHECKING:
     from studio.data.hard_examples import Scored
     from studio.recipe import Recipe
 
+data_app = typer.Typer(
+    name="data",
+    help="Look at data before training on them.",
+    epilog="Example: studio data inspect rows.jsonl",
+    no_args_is_help=True,
+)
 
-def add_to(group: typer.Typer) -> None:
-    """Adds the commands of this module to the group."""
-    group.command("score", epilog="Example: studio data score recipes/quickstart.yaml --out scores")(reported(score))
+
+@data_app.command("inspect", epilog="Example: studio data inspect recipes/data/tickets-train.jsonl --base embedded")
+@reported
+def data_inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Anything that data.train takes.", show_default=False)],
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="Read it as this recipe would, for its base and method.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="The base whose tokenizer counts, where there is no recipe.")] = "embedded",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a file holds: format, counts, lengths, duplicates, bad rows, and what of three rows is trained."""
+    from studio.data_view import reading_progress, report_view
+
+    wanted = studio.load_recipe(recipe) if recipe else None
+    with reading_progress(output(), quiet=as_json) as progress:
+        report = studio.inspect_data(file, recipe=wanted, base=base, progress=progress)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        output().print(report_view(report))
 
 
+@data_app.command("formats", epilog="Example: studio data formats")
+@reported
+def data_formats(as_json: AsJson = False) -> None:
+    """List the formats of rows that are recognised."""
+    from studio.data.formats import FORMATS
+    from studio.data_view import format_table
+
+    if as_json:
+        print_json([{"name": n, "title": f.title, "row": f.looks_like, "kind": f.kind} for n, f in FORMATS.items()])
+    else:
+        output().print(format_table(FORMATS))
+
+
+@data_app.command("score", epilog="Example: studio data score recipes/quickstart.yaml --out scores")
+@reported
 def score(
     recipe: RecipePath,
     out: Annotated[
