@@ -61,7 +61,7 @@ RESULT: dict[str, Any] = {
     "files": {"adapter": "/runs/x/adapter"},
 }
 SUCCEEDING = f"job.write_result({RESULT!r}); job.update(status='succeeded', phase='done')"
-WATCH = "import sys; from studio.cli_jobs import watch; from studio.cli_shared import reported; from studio.jobs import open_job; "
+WATCH = "import sys; from studio.cli_jobs import watch; from studio.jobs import open_job; "
 
 
 def studio(*arguments: object) -> Result:
