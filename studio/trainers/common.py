@@ -160,10 +160,11 @@ def split_by_rate(optimizer: torch.optim.Optimizer) -> None:
             optimizer.param_groups.append(split)
 
 
-def callbacks(job: Job, watch: RouterWatch | None, logged: tuple[str, ...] = ()) -> list[TrainerCallback]:
+def callbacks(
+    recipe: Recipe, job: Job, watch: RouterWatch | None, logged: tuple[str, ...] = ()
+) -> list[TrainerCallback]:
     """The report to the job and, where there is one, the watch over the routing; `logged`: metrics of the method."""
-    every = job.recipe().evaluation.every_steps
-    held_out = [HeldOutLoss(job, every)] if every else []
+    held_out = [HeldOutLoss(recipe, job)] if recipe.evaluation.every_steps else []
     test = [RangeTest.of(job)] if is_lr_test(job) else []
     return [Report(job, (*LOGGED, *logged)), *([watch] if watch else []), *held_out, *test]
 
@@ -227,14 +228,13 @@ class Report(TrainerCallback):
 
 
 class HeldOutLoss(TrainerCallback):
-    """The loss on the held-out rows of the job's evaluation, every `every` steps: rows "held_out" in metrics.jsonl.
+    """The held-out loss every `evaluation.every_steps` steps: rows "held_out" in metrics.jsonl.
 
     A sweep prunes by them.
     """
 
-    def __init__(self, job: Job, every: int):
-        recipe = job.recipe()
-        self.job, self.every, self.recipe = job, every, recipe
+    def __init__(self, recipe: Recipe, job: Job):
+        self.recipe, self.job, self.every = recipe, job, recipe.evaluation.every_steps or 1
         self.rows = held_out_rows(recipe)[: recipe.evaluation.examples]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -152,7 +152,7 @@ def train_online(
                 [{"prompt": row.prompt[-1].content, "row": i} for i, row in enumerate(rows)]
             ),
             processing_class=tokenizer,
-            callbacks=callbacks(job, watch, (*LOGGED, *(f"rewards/{reward.name}/mean" for reward in rewards))),
+            callbacks=callbacks(recipe, job, watch, (*LOGGED, *(f"rewards/{reward.name}/mean" for reward in rewards))),
         )
     trainer.watch, trainer.examples, trainer.rewards, trainer.job = watch, rows, rewards, job
     trainer.first, trainer.last = [], []

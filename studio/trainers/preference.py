@@ -47,7 +47,7 @@ def prepared(
     repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
     ours = {**options_of(recipe.training.method, recipe.preference), "max_length": recipe.data.max_length_tokens}
     settings = options(recipe, job, **{**ours, **method})
-    told = [*callbacks(job, watch, LOGGED), ReferenceKl(model, probe(tokenizer, recipe, rows), job)]
+    told = [*callbacks(recipe, job, watch, LOGGED), ReferenceKl(model, probe(tokenizer, recipe, rows), job)]
     return watch, settings, {"processing_class": tokenizer, "callbacks": told}
 
 

@@ -37,7 +37,7 @@ def train(
         args=RewardConfig(**options(recipe, job, max_length=limit)),
         train_dataset=whole_pairs(tokenizer, rows, limit),
         processing_class=tokenizer,
-        callbacks=callbacks(job, watch, LOGGED),
+        callbacks=callbacks(recipe, job, watch, LOGGED),
     )
     trainer.watch = watch
     return finish(trainer)

@@ -51,7 +51,7 @@ def train(
         args=SFTConfig(**settings),
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=callbacks(job, watch),
+        callbacks=callbacks(recipe, job, watch),
     )
     trainer.watch = watch
     if settings.get("packing"):
