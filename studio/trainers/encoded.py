@@ -7,7 +7,7 @@ a mask are of the same tokens, it is handed ids and does nothing but batch them.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -28,16 +28,19 @@ def labelled_sequences(
 
 
 def labelled_stream(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], max_length_tokens: int, loss_on: LossOn
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Callable[[], Iterator[dict[str, Any]]],
+    max_length_tokens: int,
+    loss_on: LossOn,
 ) -> IterableDataset:
     """The same of rows that are read while the trainer runs.
 
     Args:
-        rows: as TRL reads them, what `Example.as_row` and `PlainText.as_row` give; without end.
+        rows: starts to read them, as TRL reads them: what `Example.as_row` and `PlainText.as_row` give; without end.
     """
 
     def encoded() -> Iterator[dict[str, list[int]]]:
-        for row in rows:
+        for row in rows():
             ids, labels = encode(tokenizer, sequence_of(row), max_length_tokens, loss_on)
             yield {"input_ids": ids, "labels": labels}
 

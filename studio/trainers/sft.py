@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from peft import PeftModel
@@ -36,7 +37,7 @@ def train(
     limit = recipe.data.max_length_tokens
     encoding = (limit, recipe.training.loss_on)
     dataset = (
-        labelled_stream(tokenizer, streamed_rows(recipe, rows), *encoding)
+        labelled_stream(tokenizer, partial(streamed_rows, recipe, rows), *encoding)
         if recipe.data.streaming
         else labelled_sequences(tokenizer, rows, *encoding)
     )

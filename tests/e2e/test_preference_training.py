@@ -26,7 +26,7 @@ from tests.e2e.conftest import build_base
 from tests.e2e.runs import Run
 
 FAMILIES = ("llama4_text", "qwen3_moe")
-PREFERENCE = [name for name in METHODS if name != "sft"]
+PREFERENCE = [name for name, method in METHODS.items() if name != "sft" and not method.samples]
 OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}, "robust": {"label_smoothing": 0.1}}
 
 
