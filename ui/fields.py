@@ -41,7 +41,7 @@ ESSENTIAL = {
         "experts",
     ),
     "router": ("mode", "rank", "distill_coef", "load_balance_coef", "z_loss_coef"),
-    "training": ("epochs", "learning_rate", "batch_size"),
+    "training": ("method", "epochs", "learning_rate", "batch_size"),
     "evaluation": ("examples", "generations"),
     "output": ("dir",),
 }

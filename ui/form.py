@@ -16,7 +16,7 @@ from ui.html import el, join
 from ui.look import show
 
 ALWAYS = "field"
-WIDE = {"model.base", "data.train", "data.eval", "output.dir", "rewards", "trl"}
+WIDE = {"model.base", "data.train", "data.eval", "training.method", "output.dir", "rewards", "trl"}
 """Fields that take a whole row: paths and free text."""
 
 Updates = dict[Any, Any]
@@ -27,10 +27,11 @@ why others are not read."""
 
 @dataclass
 class Form:
-    """The components by field path, and the note of each section."""
+    """The components by field path, the note of each section, and the boxes of sections that come and go whole."""
 
     components: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    boxes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[Any]:
@@ -38,7 +39,7 @@ class Form:
 
     @property
     def outputs(self) -> list[Any]:
-        return [*self.components.values(), *self.notes.values()]
+        return [*self.components.values(), *self.notes.values(), *self.boxes.values()]
 
     def values(self, given: Sequence[FormValue]) -> dict[str, FormValue]:
         """The values that Gradio hands over, by field path."""
@@ -51,11 +52,11 @@ class Form:
         for path, value in values.items():
             if value != given.get(path):
                 changes.setdefault(path, {})["value"] = value
-        return self._as_updates(changes) | self._note_updates(before, after)
+        return self._as_updates(changes) | self._section_updates(before, after)
 
     def errors(self, before: Shown, after: Shown) -> Updates:
         """Updates by component for the errors that came or went; no value is touched."""
-        return self._as_updates(self._changes(before, after)) | self._note_updates(before, after)
+        return self._as_updates(self._changes(before, after)) | self._section_updates(before, after)
 
     def _changes(self, before: Shown, after: Shown) -> dict[str, dict[str, Any]]:
         found = {entry.path: _field_changes(entry, before, after) for entry in fields.fields()}
@@ -64,8 +65,11 @@ class Form:
     def _as_updates(self, changes: Mapping[str, dict[str, Any]]) -> Updates:
         return {self.components[path]: gr.update(**change) for path, change in changes.items()}
 
-    def _note_updates(self, before: Shown, after: Shown) -> Updates:
+    def _section_updates(self, before: Shown, after: Shown) -> Updates:
         found: Updates = {}
+        for section in fields.sections():
+            if section.name in self.boxes and _is_shown(section, before) != _is_shown(section, after):
+                found[self.boxes[section.name]] = gr.update(visible=_is_shown(section, after))
         for name, component in self.notes.items():
             error = after["errors"].get(name)
             if error != before["errors"].get(name):
@@ -89,6 +93,11 @@ def _unread(values: Mapping[str, FormValue], errors: Mapping[str, str]) -> Shown
     return {"hidden": hidden, "idle": {path: words for path, words in reasons.items() if path not in hidden}}
 
 
+def _is_shown(section: Section, shown: Shown) -> bool:
+    """Whether any field of the section is."""
+    return any(entry.path not in shown["hidden"] for entry in section.fields)
+
+
 NOTHING_SHOWN: Shown = {"errors": {}, "locked": False, **_unread(fields.shown({}), {})}
 
 
@@ -96,15 +105,17 @@ def build_form() -> Form:
     """The form in the current Gradio context, its fields at their defaults."""
     form = Form()
     for section in fields.sections():
-        with gr.Column(elem_classes=["card", "section"]):
+        with gr.Column(elem_classes=["card", "section"], visible=_is_shown(section, NOTHING_SHOWN)) as box:
             _build_section(form, section)
+        if any(entry.switch for entry in section.fields) and not any(entry.essential for entry in section.fields):
+            form.boxes[section.name] = box
     return form
 
 
 def _build_section(form: Form, section: Section) -> None:
     essential = [entry for entry in section.fields if entry.essential]
     rare = [entry for entry in section.fields if not entry.essential]
-    title = section.name.capitalize() if essential else rare[0].title
+    title = rare[0].title if not essential and len(rare) == 1 else section.name.capitalize()
     if essential:
         show(join(el("h2", title), el("p", section.hint, cls="quiet-text")))
         form.notes[section.name] = show(visible=False)
