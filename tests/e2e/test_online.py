@@ -286,7 +286,7 @@ def test_a_failing_reward_ends_the_training_with_the_row(
 
     monkeypatch.setattr(online, "rewards_of", lambda recipe: [Reward("mine", 1.0, 0, 1, each(broken))])
     with pytest.raises(
-        RewardError, match=r"the reward mine failed: ZeroDivisionError.*source tickets-eval.*completion"
+        RewardError, match=r"the reward mine failed: ZeroDivisionError.*tickets-eval.jsonl line.*completion"
     ):
         Run(qwen, tmp_path).train()
 

@@ -17,12 +17,12 @@ from adapters.peft_files import save_adapter
 from studio.data import read_examples
 from studio.errors import RewardError
 from studio.jobs import Job, create_job
+from studio.methods import REWARD_HEAD
 from studio.placing import plan_placement
 from studio.plan import make_plan, recipe_base
 from studio.recipe_training import RewardSettings
-from studio.reward_model import HEAD, add_reward_head, save_reward_head
+from studio.reward_model import add_reward_head, save_reward_head
 from studio.rewards import REWARDS, Attempt
-from studio.rewards import model as reward_model
 from studio.rewards.model import check_reward_model, load_scorer
 from tests.e2e.conftest import TICKETS, build_base
 from tests.e2e.test_online import recipe_for
@@ -60,7 +60,7 @@ def test_scores_equal_those_of_stock_peft_and_the_head(family: str, tmp_path: Pa
     stock = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), job.path / "adapter"
     )
-    weight = load_file(job.path / "adapter" / HEAD)["weight"][0]
+    weight = load_file(job.path / "adapter" / REWARD_HEAD)["weight"][0]
     for value, attempt in zip(found, attempts, strict=True):
         turns = [{"role": "user", "content": attempt.prompt}, {"role": "assistant", "content": attempt.completion}]
         ids = torch.tensor([tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)])
@@ -74,9 +74,8 @@ def test_scores_equal_those_of_stock_peft_and_the_head(family: str, tmp_path: Pa
 def test_what_is_no_reward_model_is_refused_before_any_work(tmp_path: Path) -> None:
     base = build_base("qwen3_moe", tmp_path / "qwen3_moe")
     job = reward_job(base, tmp_path)
-    (job.path / "adapter" / HEAD).unlink()
+    (job.path / "adapter" / REWARD_HEAD).unlink()
     with pytest.raises(RewardError, match=r"holds no reward_head\.safetensors"):
         check_reward_model(RewardSettings(function="reward_model", job=job.path))
     with pytest.raises(RewardError, match="reward_model"):
         check_reward_model(RewardSettings(function="reward_model", job=tmp_path / "none"))
-    assert reward_model.HEAD == HEAD

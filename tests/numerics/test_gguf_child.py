@@ -32,7 +32,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def children(pid: int) -> list[int]:
-    return [int(found) for found in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Those that run this module's child: other tests of this process may have left helpers of their own."""
+    found = (int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in found if "gguf_child" in command_of(child)]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def alive(pid: int) -> bool:

@@ -157,9 +157,9 @@ def test_both_forms_hold_the_same_bits(pair: Any, tmp_path: Path) -> None:
 def test_a_conversion_that_loses_a_row_or_turns_the_experts_never_appears(
     pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter, out, right, spread = pair[1][0], tmp_path / "out", compact._own_ranks, compact._spread
+    adapter, out, right, spread = pair[1][0], tmp_path / "out", compact.own_ranks, compact._spread
     with monkeypatch.context() as patched:
-        patched.setattr(compact, "_own_ranks", lambda first, second: (right(first, second) - 1).clamp(min=0))
+        patched.setattr(compact, "own_ranks", lambda first, second: (right(first, second) - 1).clamp(min=0))
         assert BITS in refused(out, lambda: studio.convert(adapter, out, to="compact"))
     studio.convert(adapter, tmp_path / "compact", to="compact")
     monkeypatch.setattr(compact, "_spread", lambda flat, keep, ranks: spread(flat, keep, ranks).roll(1, 0))
