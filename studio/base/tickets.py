@@ -3,7 +3,7 @@
     python -m studio.base.tickets --out recipes/data
 
 And the same tickets with the site alone as the answer, for the recipes that learn from rewards: the base names it
-now and then as it is.
+now and then as it is; and as plain text without an answer, for continued pretraining.
 
 The asset and the site are copied from the ticket; the fault class and the priority are inferred from its phrasing.
 Every asset number belongs to one split only, so no held-out ticket or record occurs in the training data.
@@ -12,12 +12,15 @@ Every asset number belongs to one split only, so no held-out ticket or record oc
 import argparse
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from studio.base.words import EQUIPMENT, FAULTS, LIQUIDS, PARTS, PEOPLE, SITES, URGENCIES
 
 TRAIN_ROWS, EVAL_ROWS = 2400, 240
 SITE_ROWS = {"train": 600, "eval": 120}
+"""Rows of the sites and of the notes."""
 
 TEMPLATES: tuple[str, ...] = (
     "{Machine} {asset} at {site} {symptom}. {urgency}",
@@ -64,11 +67,12 @@ def tickets(seed: int = 0) -> tuple[list[Row], list[Row]]:
 
 
 def write_tickets(directory: Path, seed: int = 0) -> None:
-    """Write tickets-*.jsonl and sites-*.jsonl, train and eval each, replacing what is there."""
+    """Write tickets-*.jsonl, sites-*.jsonl and notes-*.jsonl, train and eval each, replacing what is there."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "eval"), tickets(seed), strict=True):
         _write(directory / f"tickets-{name}.jsonl", rows)
         _write(directory / f"sites-{name}.jsonl", [named_site(row) for row in rows[: SITE_ROWS[name]]])
+        _write(directory / f"notes-{name}.jsonl", [note(row) for row in rows[: SITE_ROWS[name]]])
 
 
 def named_site(row: Row) -> Row:
@@ -77,7 +81,12 @@ def named_site(row: Row) -> Row:
     return {"messages": [ask, {"role": "assistant", "content": json.loads(answer["content"])["site"]}]}
 
 
-def _write(path: Path, rows: list[Row]) -> None:
+def note(row: Row) -> dict[str, str]:
+    """The ticket's text alone."""
+    return {"text": row["messages"][0]["content"]}
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

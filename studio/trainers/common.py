@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters.lora import RATE_RATIO
-from studio.data import Row, held_out_rows
+from studio.data import held_out_rows
 from studio.data.curriculum import phases_of
 from studio.data.reading import Reading
 from studio.data.streaming import endless_rows
@@ -97,17 +96,6 @@ def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, A
     data, kinds = recipe.data, METHODS[recipe.training.method].rows
     phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
     return endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of)
-
-
-def dataset_of(rows: Sequence[Row]) -> Dataset:
-    """The rows as TRL reads them.
-
-    `Dataset.from_list` alone would keep the columns of the first row only, so that all tools are lost where it has
-    none, and Arrow would give every tool call the arguments of all others, as null.
-    """
-    found = [row.as_row() for row in rows]
-    columns = dict.fromkeys(name for row in found for name in row)
-    return Dataset.from_list([{name: row.get(name) for name in columns} for row in found], on_mixed_types="use_json")
 
 
 class StudioTrainer(WatchesRouter):

@@ -1,4 +1,4 @@
-"""Rows with tool calls and reasoning reach TRL's trainer as the studio's own encoding writes them."""
+"""The studio's own encoding of rows with tool calls and reasoning is what TRL would have made of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, Llama4ForCausalLM
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -15,7 +16,6 @@ from studio.base import EMBEDDED_DIR
 from studio.data import Example
 from studio.data.formats import convert
 from studio.encoding import encode
-from studio.trainers.common import dataset_of
 
 TEMPLATE = """{{- bos_token -}}
 {%- if tools %}{{ tools | tojson }}{% endif -%}
@@ -48,6 +48,17 @@ ROWS = [
     row({"asset": 7}, [{"name": "other"}]),
     row({}),
 ]
+
+
+def dataset_of(rows: list[Example]) -> Dataset:
+    """The rows as TRL reads them.
+
+    `Dataset.from_list` alone would keep the columns of the first row only, so that all tools are lost where it has
+    none, and Arrow would give every tool call the arguments of all others, as null.
+    """
+    found = [row.as_row() for row in rows]
+    columns = dict.fromkeys(name for row in found for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in found], on_mixed_types="use_json")
 
 
 def test_the_trainers_tokens_are_the_studios(tmp_path: Path) -> None:

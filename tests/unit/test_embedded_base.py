@@ -192,7 +192,14 @@ def _all_rows() -> Iterator[Row]:
 
 def test_the_shipped_tickets_are_what_the_script_writes(tmp_path: Path) -> None:
     write_tickets(tmp_path, seed=0)
-    for name in ("tickets-train.jsonl", "tickets-eval.jsonl", "sites-train.jsonl", "sites-eval.jsonl"):
+    for name in (
+        "tickets-train.jsonl",
+        "tickets-eval.jsonl",
+        "sites-train.jsonl",
+        "sites-eval.jsonl",
+        "notes-train.jsonl",
+        "notes-eval.jsonl",
+    ):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
