@@ -130,10 +130,10 @@ def test_the_margin_decides_between_the_paths(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_plan_that_does_not_fit_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_plan(recipe()).warnings == ()
-    monkeypatch.setattr("studio.plan.memory_at_hand", lambda on_gpu: 820_000_000)
+    monkeypatch.setattr("studio.plan.memory_at_hand", lambda on_gpu: 890_000_000)
     (warning,) = make_plan(recipe()).warnings
     for words in (
-        "820 MB at hand",
+        "890 MB at hand",
         "batch_size: 8 with gradient_accumulation_steps: 2",
         "gradient_checkpointing: true",
     ):
