@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from adapters.adapter_files import CONFIG, WEIGHTS
+from adapters.chat_template import TEMPLATE, copy_template, own_template
 from adapters.errors import AdapterFileError, OutputExistsError
 from adapters.export import Progress
 from adapters.export.peft import write_standard
@@ -263,6 +264,7 @@ def combine(
         (directory / RECORD).write_text(
             json.dumps(_record(adapters, settings, lost), indent=2) + "\n", encoding="utf-8"
         )
+        warnings += _copy_template(adapters, directory)
         if check:
             check(directory)
     warnings += _warnings(settings, lost)
@@ -283,6 +285,16 @@ def _record(adapters: Sequence[Path], settings: Settings, lost: Lost) -> dict[st
         with (adapter / WEIGHTS).open("rb") as file:
             inputs.append({"name": adapter.resolve().name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
     return {**vars(settings), "weights": list(settings.weights), "adapters": inputs, "lost": lost.as_dict()}
+
+
+def _copy_template(adapters: Sequence[Path], directory: Path) -> list[str]:
+    """Puts in the first chat template that an adapter brings along; says so where another brings another one."""
+    own = [adapter for adapter in adapters if own_template(adapter)]
+    for adapter in own[:1]:
+        copy_template(adapter, directory)
+    texts = {adapter: (adapter / TEMPLATE).read_bytes() for adapter in own}
+    others = [adapter for adapter in own if texts[adapter] != texts[own[0]]]
+    return [f"the chat template is that of {own[0]}; {other} was trained with another one" for other in others]
 
 
 def _warnings(settings: Settings, lost: Lost) -> list[str]:

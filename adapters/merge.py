@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adapters.adapter_files import CONFIG, WEIGHTS
+from adapters.chat_template import copy_template
 from adapters.checkpoint import DTYPE_NAMES
 from adapters.errors import ExportError, OutputExistsError
 from adapters.export import Options, Progress, Source
@@ -189,7 +190,7 @@ class _Writing:
     def _copy_rest(self) -> None:
         """Config, tokenizer and the like as they are: the base's own text, but for a dtype that was asked for."""
         base = self.merged.base
-        copy_rest(base, self.directory)
+        copy_rest(self.merged, self.directory)
         if (base / INDEX).exists() or len(self.shards) > 1:
             weight_map = {key: name for name, keys in self.shards.items() for key in keys}
             found = json.loads((base / INDEX).read_text()).get("metadata", {}) if (base / INDEX).exists() else {}
@@ -243,11 +244,13 @@ def own_shards(merged: MergedWeights) -> dict[str, list[str]]:
     return shards
 
 
-def copy_rest(base: Path, directory: Path) -> None:
-    """Tokenizer, generation config and the like, as they are; not config.json, which comes last."""
-    for file in sorted({file for pattern in COPIED for file in base.glob(pattern)}):
+def copy_rest(merged: MergedWeights, directory: Path) -> None:
+    """Tokenizer, generation config and the like, as they are, and the adapter's own chat template; not config.json,
+    which comes last."""
+    for file in sorted({file for pattern in COPIED for file in merged.base.glob(pattern)}):
         if not file.name.endswith(".index.json") and file.name != "config.json":
             _copy(file, directory)
+    copy_template(merged.directory, directory)
 
 
 def check_room(directory: Path, needed_bytes: int) -> None:

@@ -61,7 +61,7 @@ class MergedWeights:
         config: the base's config.json.
         layout: of its family.
         index: every tensor of the base's files by its key there.
-        adapter: what was read of the adapter.
+        adapter: what was read of the adapter. directory: the one that it lies in, or None.
         changed: keys that the adapter changes. An expert that was given no adapter is not among them.
         experts_changed: expert matrices that are really adapted.
         warnings: what is different about the base since the training, in words, and does not change its weights.
@@ -74,6 +74,7 @@ class MergedWeights:
     def __init__(self, base: Path, adapter: Path | None, held: Mapping[str, Any] | None = None):
         check_links(base)
         self.base, self.config, self.index = base, read_config(base), read_index(base)
+        self.directory = adapter
         self.layout = layout_for(self.config, self.index)
         self._check_experts()
         self.adapter: AdapterFile | None = None

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.chat_template import copy_template
 from adapters.errors import ExportError
 
 if TYPE_CHECKING:
@@ -92,7 +93,10 @@ class Format:
         self, source: Source, directory: Path, options: Options, progress: Progress | None = None
     ) -> dict[str, Any]:
         """Fills the empty `directory`; returns facts for the certificate."""
-        return _load(self.writer)(source, directory, options, progress)
+        facts: dict[str, Any] = _load(self.writer)(source, directory, options, progress)
+        if self.kind == "adapter":
+            copy_template(source.adapter, directory)
+        return facts
 
     def check(self, directory: Path, source: Source, evidence: Evidence, options: Options) -> list[Check]:
         """Holds what was written against the source."""

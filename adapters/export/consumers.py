@@ -120,13 +120,13 @@ def _add_tokenizer(source: Source, folder: Path, name: str) -> None:
 def _add_modelfile(source: Source, folder: Path, name: str) -> None:
     from adapters.export.ollama import write_modelfile
 
-    write_modelfile(source.base, folder, gguf_in(folder).name)
+    write_modelfile(source.base, folder, gguf_in(folder).name, source.adapter)
 
 
 def _check_modelfile(source: Source, folder: Path) -> list[Check]:
     from adapters.verify.ollama_files import check_modelfile
 
-    return [*check_modelfile(source.base, folder), *_not_run("Ollama", "llama.cpp")(source, folder)]
+    return [*check_modelfile(source.base, folder, source.adapter), *_not_run("Ollama", "llama.cpp")(source, folder)]
 
 
 def _not_run(program: str, library: str) -> Callable[[Source, Path], list[Check]]:

@@ -54,7 +54,7 @@ def make_gguf(source: Source, directory: Path, options: Options, progress: Progr
     """
     weights, quant = source.open(), options.quant or DEFAULT_QUANT
     plan, config = plan_tensors(weights), full_config(source.base)
-    vocabulary = read_vocabulary(source.base, config)
+    vocabulary = read_vocabulary(source.base, config, source.adapter)
     types = tensor_types(plan.tensors, mixture_of(config, plan, quant, options.importance is not None))
     for kind in set(types.values()):
         prepare(kind)

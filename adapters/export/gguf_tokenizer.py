@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
-from transformers import AutoTokenizer
 
+from adapters.chat_template import load_tokenizer
 from adapters.checkpoint import read_json_object, text_config
 from adapters.errors import ExportError, listed
 
@@ -106,10 +106,11 @@ class Vocabulary:
         return {**ids, "eot": turn, "eom": others[0] if others else None}
 
 
-def read_vocabulary(base: Path, config: Mapping[str, Any]) -> Vocabulary:
+def read_vocabulary(base: Path, config: Mapping[str, Any], adapter: Path | None = None) -> Vocabulary:
     """The tokenizer of a model directory, as transformers loads it.
 
     Args:
+        adapter: whose own chat template, if it has one, stands for the base's.
         config: the language model's part of config.json.
 
     Raises:
@@ -117,7 +118,7 @@ def read_vocabulary(base: Path, config: Mapping[str, Any]) -> Vocabulary:
     """
     if not (base / "tokenizer.json").is_file():
         raise ExportError(f"{base} has no tokenizer.json; GGUF files hold their tokenizer, so it is needed")
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = load_tokenizer(base, adapter)
     written = json.loads(tokenizer.backend_tokenizer.to_str())
     model, size = written["model"], config["vocab_size"]
     if model["type"] != "BPE":

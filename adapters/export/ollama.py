@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters.chat_template import load_tokenizer
 from adapters.checkpoint import read_config, read_json_object, text_config
 from adapters.errors import ExportError
 
@@ -45,14 +46,13 @@ def conversation(roles: Sequence[str]) -> list[Message]:
     return [{"role": role, "content": f"Zq{number}x {role[:2].upper()}yK"} for number, role in enumerate(roles)]
 
 
-def chat_template(base: Path) -> tuple[Render | None, str]:
+def chat_template(base: Path, adapter: Path | None = None) -> tuple[Render | None, str]:
     """The model's own template, as stock transformers renders it, and the text of its BOS token ("" for none).
 
-    None for a model without one, and for one that writes the day's date.
+    An adapter's own template stands for the base's. None where neither has one, and for one that writes the day's
+    date.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = load_tokenizer(base, adapter)
     text = tokenizer.chat_template
     if not isinstance(text, str) or "strftime_now" in text:
         return None, tokenizer.bos_token or ""
@@ -203,13 +203,13 @@ def _parameters(base: Path) -> Iterator[str]:
             yield f"PARAMETER {RENAMED.get(name, name)} {json.dumps(generation[name])}"
 
 
-def write_modelfile(base: Path, folder: Path, gguf: str) -> None:
+def write_modelfile(base: Path, folder: Path, gguf: str, adapter: Path | None = None) -> None:
     """Writes the Modelfile beside the file `gguf`.
 
     Raises:
         ExportError: a stop string that a Modelfile cannot hold.
     """
-    render, bos = chat_template(base)
+    render, bos = chat_template(base, adapter)
     joints = find_joints(render) if render else None
     template = go_template(joints, bos if adds_bos(folder / gguf) else "") if joints else None
     (folder / MODELFILE).write_text(modelfile(base, gguf, template), encoding="utf-8")

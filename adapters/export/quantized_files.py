@@ -186,7 +186,7 @@ def write_encoded(encoding: Encoding, directory: Path, progress: Progress | None
     for name, keys in shards.items():
         sha256[name] = write_pieces(directory / name, specs[name], counted(keys))
     _write_index(directory, specs, total)
-    copy_rest(merged.base, directory)
+    copy_rest(merged, directory)
     config = read_json_object(merged.base / "config.json") | {CONFIG_KEY: encoding.config()}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     sha256 |= {file.name: file_sha256(file) for file in directory.iterdir() if file.name not in sha256}
@@ -216,7 +216,7 @@ def check_encoded(
     checks = check_values(encoding, directory, source)
     if any(check.status == "failed" for check in checks):
         return checks
-    checks += [check_config(directory, source.base, allowed=(CONFIG_KEY,)), *check_tokenizer(directory, source.base)]
+    checks += [check_config(directory, source.base, allowed=(CONFIG_KEY,)), *check_tokenizer(directory, source)]
     limits = LIMITS[encoding.limits]
     if stock or evidence.logits is None:
         return [*checks, *check_in_transformers(directory, source, evidence, limits)]
@@ -275,5 +275,5 @@ def _write_values(encoding: Encoding, source: Path, directory: Path) -> None:
         return encoding.read_back(index, key, None)
 
     write_tensors(directory / "model.safetensors", specs, produce)
-    copy_rest(merged.base, directory)
+    copy_rest(merged, directory)
     shutil.copyfile(merged.base / "config.json", directory / "config.json")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adapters.adapter_files import COMPACT_WEIGHTS
+from adapters.chat_template import TEMPLATE, own_template
 from adapters.checkpoint import read_config, read_index
 from adapters.compact import to_standard
 from adapters.errors import AdapterFileError, listed
@@ -174,6 +175,9 @@ def check_beside(directory: Path, name: str, source: Source) -> Check:
         problems.append("base is not the fingerprint of the base")
     if not (sidecar.peft_version and sidecar.experts.get("orientation") and sidecar.experts.get("packing")):
         problems.append("peft_version, orientation or packing is not stated")
+    template = own_template(source.adapter)
+    if template and not ((own := own_template(directory)) and own.read_bytes() == template.read_bytes()):
+        problems.append(f"{TEMPLATE} is not the one that the adapter was trained with")
     left_out = f"; not for {', '.join(sidecar.ignored_by)}" if sidecar.ignored_by else ""
     return _judged(BESIDE, problems, f"for {', '.join(sidecar.made_for)}{left_out}")
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from adapters.chat_template import own_template
 from adapters.checkpoint import read_json_object
 from adapters.errors import AdapterFileError, StudioError, listed
 from adapters.export import Source
@@ -51,7 +52,7 @@ def check_combined(
         check_finite(after),
         check_untouched(after, before),
         check_values(after, before, method, record),
-        check_beside(directory, "peft", Source(base, None, "")),
+        check_beside(directory, "peft", Source(base, next(filter(own_template, adapters), None), "")),
     ]
 
 

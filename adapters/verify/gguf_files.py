@@ -17,6 +17,7 @@ from gguf.constants import LlamaFileType
 from ruamel.yaml import YAML
 from safetensors import safe_open
 
+from adapters.chat_template import load_tokenizer, own_template
 from adapters.checkpoint import read_config
 from adapters.errors import ExportError, listed
 from adapters.export import Options, Source
@@ -77,7 +78,7 @@ def check_gguf(directory: Path, source: Source, evidence: Evidence, options: Opt
         checks += audit(source, weights.read, weights.rounding, "float32" if quant == "F32" else None)
     except ExportError as error:
         checks.append(Check("weights: names and shapes", "failed", str(error)))
-    return [*checks, *check_vocabulary(file, source.base), *check_run(file, source, evidence, quant)]
+    return [*checks, *check_vocabulary(file, source), *check_run(file, source, evidence, quant)]
 
 
 def check_metadata(weights: GgufWeights, source: Source, quant: str) -> Check:
@@ -107,20 +108,25 @@ def licence_in(base: Path) -> str | None:
     return "other" if any("llama" in text.lower() and "community license" in text.lower() for text in texts) else None
 
 
-def check_vocabulary(file: Path, base: Path) -> list[Check]:
-    """What llama.cpp makes of text, against stock transformers with the base's files."""
+def check_vocabulary(file: Path, source: Source) -> list[Check]:
+    """What llama.cpp makes of text, against stock transformers with the base's files and the adapter's template."""
     try:
-        question = {"directories": [base], "strings": NASTY, "conversations": CONVERSATIONS}
+        question = {
+            "directories": [source.base],
+            "strings": NASTY,
+            "conversations": CONVERSATIONS,
+            "template": own_template(source.adapter),
+        }
         (stock,) = ask_stock("stock_tokenizer.py", question)
-        return compare_vocabulary(file, base, stock)
+        return compare_vocabulary(file, source, stock)
     except (FreshProcessError, ExportError) as error:
         return [Check(IDS, "failed", str(error))]
 
 
-def compare_vocabulary(file: Path, base: Path, stock: Mapping[str, Any]) -> list[Check]:
+def compare_vocabulary(file: Path, source: Source, stock: Mapping[str, Any]) -> list[Check]:
     """The same, where the answer of stock transformers (`stock_tokenizer.py`) is at hand."""
     run = run_llama_cpp(file, texts=[*NASTY, "a"])
-    return [_ids(run, stock), _bos(run, stock), _template(run, base), _ends(run, stock, base)]
+    return [_ids(run, stock), _bos(run, stock), _template(run, source), _ends(run, stock, source.base)]
 
 
 def _ids(run: LlamaCppRun, stock: Mapping[str, Any]) -> Check:
@@ -158,18 +164,14 @@ def _bos(run: LlamaCppRun, stock: Mapping[str, Any]) -> Check:
     return Check(BOS, "passed" if right else "failed", detail, {"add_bos": run.facts["add_bos"], "bos": bos})
 
 
-def _template(run: LlamaCppRun, base: Path) -> Check:
-    from transformers import AutoTokenizer
-
+def _template(run: LlamaCppRun, source: Source) -> Check:
     from adapters.export.gguf_tokenizer import chat_template
 
-    expected, found = (
-        chat_template(AutoTokenizer.from_pretrained(base, trust_remote_code=False)),
-        run.facts["chat_template"],
-    )
+    whose = "adapter" if own_template(source.adapter) else "base"
+    expected, found = chat_template(load_tokenizer(source.base, source.adapter)), run.facts["chat_template"]
     right = expected == found
-    words = {True: "byte for byte the base's" if expected else "the base has none, nor has the file"}
-    detail = words.get(right, f"{len(found or '')} characters, the base's has {len(expected or '')}")
+    words = {True: f"byte for byte the {whose}'s" if expected else "the base has none, nor has the file"}
+    detail = words.get(right, f"{len(found or '')} characters, the {whose}'s has {len(expected or '')}")
     return Check(TEMPLATE, "passed" if right else "failed", detail)
 
 

@@ -42,7 +42,7 @@ def check_safetensors(directory: Path, source: Source, evidence: Evidence, optio
     checks = [whole, named, check_config(directory, source.base, options.dtype)]
     if named.status == "passed":
         checks += audit(source, FileReader(directory), dtype=options.dtype)
-    checks += check_tokenizer(directory, source.base)
+    checks += check_tokenizer(directory, source)
     return [*checks, *check_in_transformers(directory, source, evidence, LIMITS[_coarsest(after)])]
 
 

@@ -8,6 +8,7 @@ from adapters.checkpoint import read_json_object, text_config
 from adapters.export.ollama import (
     CONVERSATIONS,
     MODELFILE,
+    Render,
     adds_bos,
     chat_template,
     conversation,
@@ -20,13 +21,13 @@ from adapters.verify.go_template import render
 TEMPLATE, STOPS = "Ollama template", "Ollama stop strings"
 
 
-def check_modelfile(base: Path, folder: Path) -> list[Check]:
+def check_modelfile(base: Path, folder: Path, adapter: Path | None = None) -> list[Check]:
     """The template, evaluated, must give what the chat template gives; the stop strings must be the EOS tokens."""
     said = read_modelfile((folder / MODELFILE).read_text(encoding="utf-8"))
     from_file = _check_from(folder, said)
     if from_file.status == "failed":
         return [from_file]
-    return [from_file, _check_template(base, folder, said), _check_stops(base, said)]
+    return [from_file, _check_template(chat_template(base, adapter), folder, said), _check_stops(base, said)]
 
 
 def _check_from(folder: Path, said: dict[str, list[str]]) -> Check:
@@ -36,8 +37,8 @@ def _check_from(folder: Path, said: dict[str, list[str]]) -> Check:
     return Check("Ollama FROM", "passed" if there else "failed", detail)
 
 
-def _check_template(base: Path, folder: Path, said: dict[str, list[str]]) -> Check:
-    jinja, bos = chat_template(base)
+def _check_template(template: tuple[Render | None, str], folder: Path, said: dict[str, list[str]]) -> Check:
+    jinja, bos = template
     if "TEMPLATE" not in said:
         wanted = jinja is not None and find_joints(jinja) is not None
         detail = "the Modelfile has no template: the model's cannot be said in Ollama's language"

@@ -20,8 +20,9 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters.chat_template import load_tokenizer
 from adapters.checkpoint import text_config
 from adapters.export import Source
 from adapters.layouts import PROJECTIONS, ExpertLayout, layout_for
@@ -43,7 +44,7 @@ LOGITS_BYTES = 256_000_000
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """{"prompts": token ids, "texts"}; with "run" the logits `base.{i}` and `tuned.{i}` go to the file "logits"."""
     source = source_from(question["source"])
-    tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
+    tokenizer = load_tokenizer(source.base, source.adapter)
     texts, ids = encode(tokenizer, question["prompts"][:MOST_PROMPTS])
     vocabulary = int(text_config(json.loads((source.base / "config.json").read_text()))["vocab_size"])
     limit = min(MOST_TOKENS, max(LEAST_TOKENS, LOGITS_BYTES // (12 * vocabulary * max(1, len(ids)))))

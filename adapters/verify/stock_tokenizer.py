@@ -2,7 +2,8 @@
 
     python -I stock_tokenizer.py QUESTION ANSWER
 
-QUESTION  {"directories": [..], "strings": [..], "conversations": [[{"role", "content"}]]}
+QUESTION  {"directories": [..], "strings": [..], "conversations": [[{"role", "content"}]], "template": a file that
+          stands for the first directory's own, or null}
 ANSWER    for each directory {"version", "ids": of each string with special tokens as they come, "templated": ids of
           each conversation, "ends": the special tokens behind the last answer, "eos", "bos", "pad": ids or null,
           "size", "error": why the template failed, or null}
@@ -17,8 +18,10 @@ import transformers
 from transformers import AutoTokenizer
 
 
-def describe(directory: str, strings: list[str], conversations: list[Any]) -> dict[str, Any]:
+def describe(directory: str, template: str | None, strings: list[str], conversations: list[Any]) -> dict[str, Any]:
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if template:
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     templated, ends, error = [], [], None
     if tokenizer.chat_template:
@@ -52,7 +55,12 @@ def ending(tokenizer: Any, ids: list[int], special: set[int]) -> list[int]:
 
 def main(question: dict[str, Any]) -> list[dict[str, Any]]:
     strings, conversations = question["strings"], question["conversations"]
-    return [describe(directory, strings, conversations) for directory in question["directories"]]
+    first, *others = question["directories"]
+    template = question.get("template")
+    return [
+        describe(first, template, strings, conversations),
+        *(describe(directory, None, strings, conversations) for directory in others),
+    ]
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from adapters.chat_template import TEMPLATE as TEMPLATE_FILE
+from adapters.chat_template import own_template
 from adapters.checkpoint import read_json_object, text_config
 from adapters.verify import Check
 from adapters.verify.fresh import FreshProcessError, ask_stock
+
+if TYPE_CHECKING:
+    from adapters.export import Source
 
 NASTY = (
     "",
@@ -51,16 +56,22 @@ CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
 IDS, TEMPLATE, ENDS = "tokenizer: ids", "tokenizer: chat template", "tokenizer: end of sequence"
 
 
-def check_tokenizer(directory: Path, base: Path) -> list[Check]:
+def check_tokenizer(directory: Path, source: Source) -> list[Check]:
     """Ids of nasty strings and of conversations, the template's bytes, and EOS in all the places that name it."""
+    base, template = source.base, own_template(source.adapter)
     if not any(has_tokenizer(path) for path in (base, directory)):
         return [Check(IDS, "not run", "the base has no tokenizer, nor has the export")]
-    question = {"directories": [base, directory], "strings": NASTY, "conversations": CONVERSATIONS}
+    question = {
+        "directories": [base, directory],
+        "strings": NASTY,
+        "conversations": CONVERSATIONS,
+        "template": template,
+    }
     try:
         before, after = ask_stock("stock_tokenizer.py", question)
     except FreshProcessError as error:
         return [Check(IDS, "failed", f"stock transformers cannot load the tokenizer: {error}")]
-    return [_ids(before, after), _template(directory, base), check_ends(directory, base, before, after)]
+    return [_ids(before, after), _template(directory, base, template), check_ends(directory, base, before, after)]
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -90,16 +101,19 @@ def template_bytes(directory: Path) -> dict[str, Any]:
     return found | ({"tokenizer_config.json": inside} if inside else {})
 
 
-def _template(directory: Path, base: Path) -> Check:
+def _template(directory: Path, base: Path, template: Path | None) -> Check:
     before, after = template_bytes(base), template_bytes(directory)
+    whose = "the adapter's" if template else "the base's"
+    if template:
+        before[TEMPLATE_FILE] = template.read_bytes()
     lost = [
         f"{name} is {'lost' if name not in after else 'not the same'}"
         for name in before
         if after.get(name) != before[name]
     ]
-    extra = [f"{name} is not the base's" for name in after if name not in before]
+    extra = [f"{name} is not {whose}" for name in after if name not in before]
     detail = "; ".join(lost + extra) or (
-        "byte for byte the base's" if before else "the base has none, nor has the export"
+        f"byte for byte {whose}" if before else "the base has none, nor has the export"
     )
     return Check(TEMPLATE, "failed" if lost or extra else "passed", detail, {"places": sorted(before)})
 

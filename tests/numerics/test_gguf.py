@@ -334,7 +334,7 @@ def test_faults_of_the_tokenizer_are_caught(trained: dict[str, tuple[Source, Evi
     (stock,) = ask_stock(
         "stock_tokenizer.py", {"directories": [source.base], "strings": NASTY, "conversations": CONVERSATIONS}
     )
-    assert not failed(compare_vocabulary(plain, source.base, stock))
+    assert not failed(compare_vocabulary(plain, source, stock))
     faults = {
         TEMPLATE: lambda file: changed_text(file, "tokenizer.chat_template", b"role", b"rule"),
         ENDS: lambda file: changed_number(file, "tokenizer.ggml.eos_token_id", 7),
@@ -344,7 +344,7 @@ def test_faults_of_the_tokenizer_are_caught(trained: dict[str, tuple[Source, Evi
     for name, plant in faults.items():
         file = damaged(plain, tmp_path / name.replace(":", ""))
         plant(file)
-        assert name in failed(compare_vocabulary(file, source.base, stock)), name
+        assert name in failed(compare_vocabulary(file, source, stock)), name
 
 
 def test_every_tokenizer_gives_its_own_ids(bases: Path, tmp_path: Path) -> None:

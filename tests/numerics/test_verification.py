@@ -480,7 +480,7 @@ def change_json(file: Path, **fields: Any) -> None:
 
 
 def tokenizer_checks(exported: Exported, directory: Path) -> dict[str, Check]:
-    return {check.name: check for check in tokenizer.check_tokenizer(directory, exported.source.base)}
+    return {check.name: check for check in tokenizer.check_tokenizer(directory, exported.source)}
 
 
 def test_the_bases_own_tokenizer_passes(one: Exported) -> None:
