@@ -231,7 +231,8 @@ def _signed(name: str, value: float | None, base: float | None) -> str:
         return ""
     if is_share(name):
         return f"{100 * value:+.1f} points"
-    relative = f", {100 * value / base:+.0f} %" if base and name in METRICS else ""
+    has_zero = name in METRICS and METRICS[name].kind != "mean"  # of a margin or a reward, a share says nothing
+    relative = f", {100 * value / base:+.0f} %" if base and has_zero else ""
     return f"{value:+.4g}{relative}"
 
 

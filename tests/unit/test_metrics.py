@@ -246,3 +246,9 @@ def test_results_of_older_jobs_are_shown_without_intervals() -> None:
     loss, match = metric_rows(before, after, None)
     assert (loss.base, loss.base_interval, loss.tuned, loss.change, loss.verdict) == ("2", "", "1", "-1, -50 %", "")
     assert (match.tuned, match.change) == ("50.0 %", "+50.0 points")
+
+
+def test_a_change_is_a_share_of_the_base_only_where_nought_means_none() -> None:
+    before = {"metrics": {name: {"value": -0.5, "low": None, "high": None} for name in ("preference_margin", "reward")}}
+    after = {"metrics": {name: {"value": 17.5, "low": None, "high": None} for name in ("preference_margin", "reward")}}
+    assert [row.change for row in metric_rows(before, after, None)] == ["+18", "+18"]
