@@ -214,6 +214,7 @@ class HeldOutLoss(TrainerCallback):
                 self.rows,
                 max_length_tokens=self.recipe.data.max_length_tokens,
                 batch_size=self.recipe.training.batch_size,
+                loss_on=self.recipe.training.loss_on,
             )
             self.job.log_metrics({"kind": "held_out", "step": state.global_step, "loss": loss})
 
