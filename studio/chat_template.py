@@ -29,6 +29,7 @@ from studio.data import Sequence as Encodable
 from studio.data.lengths import problem_of, too_long
 from studio.data.of_recipe import refused
 from studio.data.reading import refuse
+from studio.data.rows import as_turns
 from studio.default_templates import default_template
 from studio.errors import Problem
 from studio.models import resolve_base
@@ -49,6 +50,10 @@ START_SECONDS = 120.0
 BROKEN = ("TemplateSyntaxError", "SecurityError")
 """Errors of a template that no conversation is to blame for."""
 
+EARLIER_TURN = (
+    "this model's chat template writes an assistant's turn differently once others follow it, so that it cannot be "
+    "learned; set training.loss_on to completion, or split the conversation"
+)
 SAMPLED_ROWS = 64
 """Rows that a plan renders."""
 
@@ -218,20 +223,31 @@ def rendered_rows(recipe: Recipe) -> RecipeRows:
         DataError: as `recipe_rows`; and, under `data.bad_rows: refuse`, what `check_rendered` says of the rows.
     """
     found, base, limit = recipe_rows(recipe), resolve_base(recipe.model.base), recipe.data.max_length_tokens
+    earlier = recipe.training.loss_on == "assistant"
     held_out = found.held_out[: recipe.evaluation.examples]
-    (train, bad), (held_out, bad_held_out) = (check_rendered(base, rows, limit) for rows in (found.train, held_out))
+    (train, bad), (held_out, bad_held_out) = (
+        check_rendered(base, rows, limit, earlier_turns=earlier) for rows in (found.train, held_out)
+    )
     refuse([refused(recipe, train, bad), refused(recipe, held_out, bad_held_out)])
     return replace(found, train=train, held_out=held_out, dropped=(*found.dropped, *bad, *bad_held_out))
 
 
 def check_rendered(
-    base: Path, rows: Sequence[Row], max_length_tokens: int, progress: Callable[[int, int], None] | None = None
+    base: Path,
+    rows: Sequence[Row],
+    max_length_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+    earlier_turns: bool = False,
 ) -> tuple[list[Row], list[Problem]]:
     """Renders every row in the limited child, and counts the tokens of its prompt.
 
+    Args:
+        earlier_turns: the assistant's earlier turns are learned too.
+
     Returns:
         The rows that can be trained on, and what is wrong with the others: the template refuses the conversation, or
-        the prompt alone fills `max_length_tokens`, so that nothing of the answer would be learned.
+        the prompt alone fills `max_length_tokens`, so that nothing of the answer would be learned; or it writes an
+        earlier turn, where those are learned, otherwise once others follow it.
 
     Raises:
         CheckpointError: the template does not stand the rows.
@@ -242,6 +258,8 @@ def check_rendered(
     with TemplateRenderer(base) as renderer:
         for number, row in enumerate(rows, 1):
             problem = _row_problem(renderer, tokenizer, row, max_length_tokens)
+            if earlier_turns and not problem:
+                problem = _turn_problem(renderer, row)
             if problem:
                 problems.append(problem)
             else:
@@ -258,6 +276,24 @@ def _row_problem(renderer: TemplateRenderer, tokenizer: Any, row: Row, max_lengt
         return problem_of(row, "", f"the chat template refuses the conversation: {error.said}")
     tokens = len(tokenizer.encode(prompts[0], add_special_tokens=False).ids)
     return problem_of(row, "prompt", too_long(tokens, max_length_tokens)) if tokens >= max_length_tokens else None
+
+
+def _turn_problem(renderer: TemplateRenderer, row: Row) -> Problem | None:
+    """An assistant's turn in the prompt that cannot be told from the rest: `studio.encoding` needs it as it was."""
+    for example in sequences([row]):
+        turns = as_turns(example.turns) if isinstance(example, Example) else []
+        whole = renderer.render(turns, _tools(example)) if turns else ""
+        for number, turn in enumerate(turns[:-1]):
+            if turn["role"] == "assistant":
+                before = renderer.render(turns[:number], _tools(example), answer=True)
+                after = renderer.render(turns[: number + 1], _tools(example))
+                if not (whole.startswith(after) and after.startswith(before)):
+                    return problem_of(row, "", EARLIER_TURN)
+    return None
+
+
+def _tools(sequence: Encodable) -> Sequence[Any]:
+    return [dict(tool) for tool in getattr(sequence, "tools", ())]
 
 
 def template_warnings(base: Path, rows: Sequence[Encodable]) -> tuple[str, ...]:

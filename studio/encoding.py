@@ -9,9 +9,11 @@ from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from studio.chat_template import EARLIER_TURN
 from studio.data import Example, PlainText, Sequence
+from studio.data.lengths import problem_of
 from studio.data.rows import as_turns
-from studio.errors import DataError, Problem
+from studio.errors import DataError
 
 IGNORED = -100
 LossOn = Literal["completion", "assistant", "all"]
@@ -53,16 +55,7 @@ def _earlier_turns(tokenizer: PreTrainedTokenizerBase, example: Example, whole: 
         before = template(tokenizer, example, example.prompt[:number], add_generation_prompt=True)
         after = template(tokenizer, example, example.prompt[: number + 1], add_generation_prompt=False)
         if whole[: len(after)] != after or after[: len(before)] != before:
-            raise DataError(
-                [
-                    Problem(
-                        "",
-                        None,
-                        "this model's chat template writes an assistant turn differently once others follow it, so "
-                        "earlier turns cannot be learned; set training.loss_on to completion",
-                    )
-                ]
-            )
+            raise DataError([problem_of(example, "", EARLIER_TURN)])
         found += range(len(before), len(after))
     return found
 

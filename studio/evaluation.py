@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.data import Example, Row, wanted_sequences
-from studio.data import Sequence as Encodable
-from studio.encoding import IGNORED, encode, prompt_and_whole, prompt_ids
+from studio.encoding import IGNORED, LossOn, encode, prompt_and_whole, prompt_ids
 from studio.json_answers import is_json
 from studio.metrics import Measure, Scores, as_json, measure, scores_of
 
@@ -31,7 +30,7 @@ class Evaluation:
     """Results on held-out examples.
 
     Attributes:
-        loss: mean cross-entropy per completion token, in nats; None without held-out rows.
+        loss: mean cross-entropy per learned token, in nats; None without held-out rows.
         exact_match: share of conversations whose greedy answer equals the reference, white space at the ends aside;
             None where there are none, of plain text.
         prompts: the last turn before each answer, for showing.
@@ -71,6 +70,7 @@ def evaluate(
     max_length_tokens: int,
     max_new_tokens: int,
     batch_size: int,
+    loss_on: LossOn = "completion",
     fits_schema: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -79,6 +79,7 @@ def evaluate(
     Args:
         rows: held-out rows of any kind; what is measured is what a model should come to write of them.
         batch_size: examples in a forward pass; answers are generated for four times as many at once.
+        loss_on: the tokens that the loss is over: those that training learns, as `studio.encoding.encode` has them.
         fits_schema: of `studio.json_answers.read_schema`, for the metric schema_valid.
     """
     was_training = model.training
@@ -92,7 +93,8 @@ def evaluate(
             progress(done, total)
 
     with torch.inference_mode():
-        losses = _losses(model, tokenizer, found, max_length_tokens, batch_size, report)
+        pairs = [encode(tokenizer, sequence, max_length_tokens, loss_on) for sequence in found]
+        losses = _losses(model, tokenizer, pairs, batch_size, report)
         answers = _answers(model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(found) + n))
     model.train(was_training)
     references = tuple(wanted(tokenizer, example) for example in examples)
@@ -128,13 +130,14 @@ def held_out_loss(
     *,
     max_length_tokens: int,
     batch_size: int,
+    loss_on: LossOn = "completion",
 ) -> float:
-    """The loss of `evaluate` alone: mean cross-entropy per completion token, in nats."""
+    """The loss of `evaluate` alone: mean cross-entropy per learned token, in nats."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        found = wanted_sequences(rows)
-        losses = _losses(model, tokenizer, found, max_length_tokens, batch_size, lambda done: None)
+        pairs = [encode(tokenizer, sequence, max_length_tokens, loss_on) for sequence in wanted_sequences(rows)]
+        losses = _losses(model, tokenizer, pairs, batch_size, lambda done: None)
     model.train(was_training)
     return losses.ratio
 
@@ -153,13 +156,11 @@ def prompt_text(example: Example) -> str:
 def _losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Encodable],
-    max_length_tokens: int,
+    pairs: Sequence[tuple[list[int], list[int]]],
     batch_size: int,
     report: Callable[[int], None],
 ) -> Scores:
-    """Summed cross-entropy in nats and number of learned tokens of each example."""
-    pairs = [encode(tokenizer, example, max_length_tokens) for example in examples]
+    """Summed cross-entropy in nats and number of learned tokens of each pair of ids and labels."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     sums, counts = [0.0] * len(pairs), [0] * len(pairs)
     decoder, head = decoder_and_head(model)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import DTYPE_NAMES, TensorInfo, read_index, read_json_object
-from adapters.export import EXPORTERS, Format, Options, Source, file_stem
+from adapters.export import EXPORTERS, Format, Options, Source, file_stem, is_importance_matrix
 from adapters.export.consumers import CONSUMERS, STACKED_IN_VLLM, Consumer, Place, mixed_in_vllm
 from adapters.sidecar import check_base
+from studio.calibration import calibration
 from studio.certificate import CERTIFICATE
 from studio.errors import AdapterFileError, ExportError, OutputExistsError
 from studio.export_origin import Origin, find_origin
@@ -58,7 +59,8 @@ class ExportRequest:
         dtype: of plain weights: bfloat16, float16 or float32; None keeps the base's.
         into: what the adapter is merged into: "original", the base's own weights; "quantized", these as training held
             them; "auto", what has the lower loss on held-out data.
-        importance: examples from which the GGUF quantiser learns what matters, or an importance matrix; None for none.
+        importance: examples from which the GGUF quantiser learns what matters, in any file that data.train takes, or an
+            importance matrix; None for none.
         prompts: held-out examples to verify with; None takes the job's, else a few built-in texts.
         verify: hold the result against the trained model.
         overwrite: replace an export that exists.
@@ -153,7 +155,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
 
     Raises:
         ExportError: a format, consumer or option that is not there or do not go together, or too small a disk.
-        DataError: the prompts cannot be read.
+        DataError: the prompts or the examples cannot be read.
         AdapterFileError: the adapter is of another base. CheckpointError: the base cannot be read.
         OutputExistsError: `out` exists.
     """
@@ -162,6 +164,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     _check_tools(form)
     name = request.out.name
     origin = find_origin(request.what, request.base)
+    if options.importance and not is_importance_matrix(options.importance):
+        calibration(options.importance, origin)
     form = _as_vllm_has_it(request, origin, form)
     _check_origin(request, origin, form)
     check_out(request.out, request.overwrite, origin)
@@ -238,9 +242,8 @@ def _options(request: ExportRequest, form: Format) -> Options:
         raise ExportError(f"received --quant {request.quant}; allowed are {', '.join(GGUF_BITS)}")
     if request.prompts is not None and request.prompts.is_file():
         held_out_prompts(file=request.prompts)
-    for file in (request.importance, request.prompts):
-        if file is not None and not file.is_file():
-            raise ExportError(f"{file} does not exist; expected a JSON Lines file of examples")
+    if request.prompts is not None and not request.prompts.is_file():
+        raise ExportError(f"{request.prompts} does not exist; expected a file of examples")
     return Options(dtype=request.dtype, quant=quant, importance=request.importance)
 
 

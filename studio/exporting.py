@@ -104,8 +104,11 @@ def _export_to(staged: Path, plan: ExportPlan, source: Source, into: dict[str, A
 
 def _fill(plan: ExportPlan, source: Source, inside: Path, told: Progress) -> dict[str, Any]:
     """The format's files, and what the consumer wants beside them, readable for everyone."""
+    from studio.calibration import handed_over
+
     told(WRITING, 0, plan.bytes)
-    facts = plan.format.write(source, inside, plan.options, lambda done, total: told(WRITING, done, total))
+    with handed_over(plan.options, plan.origin) as options:
+        facts = plan.format.write(source, inside, options, lambda done, total: told(WRITING, done, total))
     if plan.consumer and plan.consumer.finish:
         plan.consumer.finish(source, inside, plan.name)
     make_readable(inside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from adapters.verify.run import BUILT_IN, Prompt
@@ -57,18 +58,29 @@ def _from_file(file: Path) -> Prompts:
     if file.suffix in (*JSON, *TABLES, *COMPRESSED):
         found = prompts_of(read_rows(file, tuple(KINDS)))
         return Prompts(found, f"the first {len(found)} examples of {file.name}")
+    lines = lines_of(file, MOST)
+    return Prompts(lines, f"the first {len(lines)} lines of {file.name}")
+
+
+def lines_of(file: Path, most: int) -> tuple[str, ...]:
+    """The first lines of a file that are not blank.
+
+    Raises:
+        ExportError: it cannot be read, or has none.
+    """
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with file.open(encoding="utf-8-sig") as opened:
+            lines = tuple(line.rstrip("\n") for line in islice(filter(str.strip, opened), most))
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{file}: the prompts cannot be read: {error}") from None
     if not lines:
         raise ExportError(
             f"{file} holds no prompts; expected one a line, or rows in a file named *.jsonl or as another data file"
         )
-    return Prompts(tuple(lines[:MOST]), f"the first {min(MOST, len(lines))} lines of {file.name}")
+    return lines
 
 
-def prompts_of(rows: Sequence[Row]) -> tuple[Prompt, ...]:
+def prompts_of(rows: Sequence[Row], most: int = MOST) -> tuple[Prompt, ...]:
     """The first rows, each as one conversation with its answer, or as text."""
-    found = wanted_sequences(rows[:MOST])
+    found = wanted_sequences(rows[:most])
     return tuple(as_turns(each.turns) if isinstance(each, Example) else each.text for each in found)

@@ -59,6 +59,7 @@ class Measuring:
                 max_length_tokens=self.recipe.data.max_length_tokens,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=batch_size,
+                loss_on=self.recipe.training.loss_on,
                 fits_schema=self.fits_schema,
                 progress=progress,
             )

@@ -125,12 +125,13 @@ def measure(question: Mapping[str, Any]) -> dict[str, float]:
     base, adapter, held = Path(question["base"]), Path(question["adapter"]), question["held"]
     model = load_base(base, quantize="none", dtype=getattr(torch, held["dtype"]))
     tokenizer = load_tokenizer(base)
-    rows = held_out_rows(open_job(Path(question["job"])).recipe())[:EXAMPLES]
+    recipe = open_job(Path(question["job"])).recipe()
+    rows = held_out_rows(recipe)[:EXAMPLES]
     sizes = {name: question[name] for name in ("max_length_tokens", "batch_size")}
     losses = {}
     for name, merged in (("original", MergedWeights(base, adapter)), ("quantized", MergedWeights(base, adapter, held))):
         put_into(model, merged)
-        losses[name] = held_out_loss(model, tokenizer, rows, **sizes)
+        losses[name] = held_out_loss(model, tokenizer, rows, loss_on=recipe.training.loss_on, **sizes)
     return losses
 
 

@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
         "studio.trainers.dpo",
         ("trainer/dpo_config.py", "DPOConfig"),
         paired=True,
+        streams=True,
         reads=("beta", "loss_type", "loss_weights", "label_smoothing"),
         losses=(
             "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -63,6 +64,7 @@ METHODS: dict[str, Method] = {
         ("labelled", "preference"),
         "studio.trainers.kto",
         ("trainer/kto_config.py", "KTOConfig"),
+        streams=True,
         reads=("beta", "loss_type"),
         losses=("kto", "apo_zero_unpaired"),
     ),
@@ -85,7 +87,12 @@ METHODS: dict[str, Method] = {
         full_logits=True,
     ),
     "reward": Method(
-        PAIRED, "studio.trainers.reward", ("trainer/reward_config.py", "RewardConfig"), paired=True, scores=True
+        PAIRED,
+        "studio.trainers.reward",
+        ("trainer/reward_config.py", "RewardConfig"),
+        paired=True,
+        scores=True,
+        streams=True,
     ),
     "grpo": Method(("example",), "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True),
     "rloo": Method(("example",), "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True),

@@ -151,7 +151,9 @@ def training_problems(recipe: Recipe) -> dict[str, str]:
         problems["streaming"] = "has no end that an epoch could be counted by; set training.max_steps"
     if data.streaming and not METHODS[method].streams:
         able = ", ".join(name for name, entry in METHODS.items() if entry.streams)
-        problems["streaming"] = f"is not there for training.method {method}; allowed: {able}"
+        problems["streaming"] = f"is read by {able}; TRL's trainer for {method} needs all rows before its first step"
+    if data.streaming and recipe.trl.get("precompute_ref_log_probs"):
+        problems["streaming"] = "knows no rows before it trains; leave trl.precompute_ref_log_probs out"
     if data.ordered and (taken := _taken(recipe.trl)):
         problems["train"] = f"the mixture fixes the order of the rows; leave trl.{taken[0]} out"
     return problems

@@ -60,7 +60,8 @@ class TrainingSettings(Settings):
     """Gradients are scaled down to this norm. 0: never."""
 
     loss_on: Literal["completion", "assistant", "all"] = "completion"
-    """What sft learns: the completion, every turn of the assistant, or all tokens. Plain text is learned whole."""
+    """What sft learns, and the held-out loss is of: the completion, every turn of the assistant, or all tokens. Plain
+    text is learned whole."""
 
     expert_path: Literal["auto", "fast", "lean"] = "auto"
     """fast keeps the experts' activations, lean computes them again (less memory). auto: fast where it fits."""

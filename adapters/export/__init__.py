@@ -28,6 +28,10 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 
+IMPORTANCE_EXAMPLES = 512
+"""Examples that an importance matrix is measured on, at most."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What is exported.
@@ -66,7 +70,8 @@ class Options:
     Attributes:
         dtype: of plain weights: float32, bfloat16 or float16; None keeps each tensor's own.
         quant: the GGUF type, e.g. "Q4_K_M".
-        importance: an importance matrix for the GGUF quantiser.
+        importance: for the GGUF quantiser: an importance matrix, or JSON Lines of {"text": …} or {"messages": […]} that
+            one is measured on.
     """
 
     dtype: str | None = None
@@ -101,6 +106,14 @@ class Format:
     def check(self, directory: Path, source: Source, evidence: Evidence, options: Options) -> list[Check]:
         """Holds what was written against the source."""
         return _load(self.checker)(directory, source, evidence, options)
+
+
+def is_importance_matrix(file: Path) -> bool:
+    """Whether `file` is, or is called, a GGUF file; what is no file is none."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF" or file.suffix == ".gguf"
 
 
 def file_stem(name: str) -> str:

@@ -19,7 +19,7 @@ from gguf import GGUFReader, GGUFWriter
 from torch import Tensor
 
 from adapters.errors import ExportError
-from adapters.export import Source
+from adapters.export import Source, is_importance_matrix
 from adapters.verify.fresh import ask_module
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -41,9 +41,7 @@ def importance_for(file: Path, source: Source, shapes: Mapping[str, tuple[int, .
 @contextmanager
 def importance_file(file: Path, source: Source) -> Iterator[Path]:
     """`file` itself where it is an importance matrix; else what is measured on it, for as long as the block runs."""
-    with file.open("rb") as opened:
-        matrix = opened.read(4) == b"GGUF" or file.suffix == ".gguf"
-    if matrix:
+    if is_importance_matrix(file):
         yield file
         return
     with tempfile.TemporaryDirectory(prefix="importance-") as folder:

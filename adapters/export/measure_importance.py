@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from adapters.checkpoint import text_config
 from adapters.errors import ExportError
 from adapters.expert_math import gated
+from adapters.export import IMPORTANCE_EXAMPLES
 from adapters.export.gguf_tensors import architecture_of
 from adapters.export.importance import write_importance
 from adapters.layouts import LAYER, PROJECTIONS, ExpertLayout
@@ -34,7 +36,8 @@ from adapters.verify.memory import why_not
 from adapters.verify.reference import encode
 from adapters.verify.run import Prompt
 
-MOST_EXAMPLES, MOST_TOKENS = 512, 512
+MOST_TOKENS = 512
+"""Of an example that are read."""
 
 
 class Importance:
@@ -73,28 +76,21 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_examples(file: Path) -> list[Prompt]:
-    """The first examples of a file: JSON Lines with "messages", "prompt" and "completion", or "text"; else one a line.
+    """The first examples of JSON Lines, each {"text": …} or {"messages": […]}.
 
     Raises:
         ExportError: unreadable, or empty.
     """
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:MOST_EXAMPLES]
-        found = [_example(json.loads(line)) if file.suffix == ".jsonl" else line for line in lines]
+        with file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in islice(lines, IMPORTANCE_EXAMPLES)]
+        found = [cast(Prompt, row["messages"]) if "messages" in row else str(row["text"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{file} cannot be read as examples (one a line, or JSON Lines): {error!r}") from None
+        said = 'expected JSON Lines of {"text": …} or {"messages": […]}'
+        raise ExportError(f"{file} cannot be read as examples, {said}: {error!r}") from None
     if not found:
         raise ExportError(f"{file} holds no examples to measure importance on")
     return found
-
-
-def _example(row: Mapping[str, Any]) -> Prompt:
-    if "messages" in row:
-        return cast(Prompt, row["messages"])
-    if "text" in row:
-        return str(row["text"])
-    parts = row["prompt"], row["completion"]
-    return "".join(parts) if all(isinstance(part, str) for part in parts) else [*parts[0], *parts[1]]
 
 
 def merged_model(weights: MergedWeights) -> PreTrainedModel:

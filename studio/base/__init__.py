@@ -11,6 +11,8 @@
     measure.py     python -m studio.base.measure: loss and expert use per domain
     card.py        the model card, written from the measured numbers
     tickets.py     python -m studio.base.tickets: the quickstart's instruction data
+    ticket_pairs.py, known_tasks.py    the same of the preference data, and of the mixtures' second source
+    shipped_files.py   what these three do alike: files and command line
 
 Importing this package loads nothing; `EMBEDDED_DIR` is where the shipped files lie.
 """

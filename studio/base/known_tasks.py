@@ -5,12 +5,10 @@
 Mixed with new data they are rehearsed, so that less of them is forgotten. No question comes twice.
 """
 
-import argparse
-import json
 import random
-from pathlib import Path
 
 from studio.base.plain_text import Turn, arithmetic_turn, dates_turn
+from studio.base.shipped_files import Files, run
 
 ROWS = 400
 
@@ -25,23 +23,10 @@ def known_tasks(seed: int = 0) -> list[Turn]:
     return list(found.items())
 
 
-def write_known_tasks(directory: Path, seed: int = 0) -> Path:
-    """Write known-tasks.jsonl, replacing what is there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"prompt": prompt, "completion": answer}) + "\n" for prompt, answer in known_tasks(seed))
-    path = directory / "known-tasks.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def main() -> None:
-    """Run the command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m studio.base.known_tasks", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("recipes/data"), help="directory of the file")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    print(f"{ROWS} rows written to {write_known_tasks(arguments.out, arguments.seed)}")
+def known_files(seed: int = 0) -> Files:
+    """Return the rows of known-tasks."""
+    return {"known-tasks": [{"prompt": prompt, "completion": answer} for prompt, answer in known_tasks(seed)]}
 
 
 if __name__ == "__main__":
-    main()
+    run("known_tasks", __doc__, known_files)

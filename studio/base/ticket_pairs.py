@@ -8,13 +8,12 @@ never does: the shorter text is the more probable one. The flaw is named as the 
 to one split only.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from studio.base.shipped_files import Files, run
 from studio.base.tickets import ticket
 from studio.base.words import FAULTS, URGENCIES
 
@@ -70,23 +69,10 @@ def ticket_pairs(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, An
     return train, held_out
 
 
-def write_ticket_pairs(directory: Path, seed: int = 0) -> None:
-    """Write ticket-pairs-train.jsonl and ticket-pairs-eval.jsonl, replacing what is there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "eval"), ticket_pairs(seed), strict=True):
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (directory / f"ticket-pairs-{name}.jsonl").write_text(lines, encoding="utf-8")
-
-
-def main() -> None:
-    """Run the command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m studio.base.ticket_pairs", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("recipes/data"), help="directory of the two files")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    write_ticket_pairs(arguments.out, arguments.seed)
-    print(f"{TRAIN_ROWS} training and {EVAL_ROWS} held-out pairs written to {arguments.out}")
+def pair_files(seed: int = 0) -> Files:
+    """Return the rows of ticket-pairs-train and ticket-pairs-eval."""
+    return dict(zip(("ticket-pairs-train", "ticket-pairs-eval"), ticket_pairs(seed), strict=True))
 
 
 if __name__ == "__main__":
-    main()
+    run("ticket_pairs", __doc__, pair_files)

@@ -9,13 +9,12 @@ The asset and the site are copied from the ticket; the fault class and the prior
 Every asset number belongs to one split only, so no held-out ticket or record occurs in the training data.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from studio.base.shipped_files import Files, run
 from studio.base.words import EQUIPMENT, FAULTS, LIQUIDS, PARTS, PEOPLE, SITES, URGENCIES
 
 TRAIN_ROWS, EVAL_ROWS = 2400, 240
@@ -66,13 +65,14 @@ def tickets(seed: int = 0) -> tuple[list[Row], list[Row]]:
     return rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
 
 
-def write_tickets(directory: Path, seed: int = 0) -> None:
-    """Write tickets-*.jsonl, sites-*.jsonl and notes-*.jsonl, train and eval each, replacing what is there."""
-    directory.mkdir(parents=True, exist_ok=True)
+def ticket_files(seed: int = 0) -> Files:
+    """Return the rows of tickets-*, sites-* and notes-*, train and eval each."""
+    files: dict[str, Sequence[Mapping[str, Any]]] = {}
     for name, rows in zip(("train", "eval"), tickets(seed), strict=True):
-        _write(directory / f"tickets-{name}.jsonl", rows)
-        _write(directory / f"sites-{name}.jsonl", [named_site(row) for row in rows[: SITE_ROWS[name]]])
-        _write(directory / f"notes-{name}.jsonl", [note(row) for row in rows[: SITE_ROWS[name]]])
+        files[f"tickets-{name}"] = rows
+        files[f"sites-{name}"] = [named_site(row) for row in rows[: SITE_ROWS[name]]]
+        files[f"notes-{name}"] = [note(row) for row in rows[: SITE_ROWS[name]]]
+    return files
 
 
 def named_site(row: Row) -> Row:
@@ -86,19 +86,5 @@ def note(row: Row) -> dict[str, str]:
     return {"text": row["messages"][0]["content"]}
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def main() -> None:
-    """Run the command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m studio.base.tickets", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("recipes/data"), help="directory of the files")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    write_tickets(arguments.out, arguments.seed)
-    print(f"{TRAIN_ROWS} training and {EVAL_ROWS} held-out tickets written to {arguments.out}")
-
-
 if __name__ == "__main__":
-    main()
+    run("tickets", __doc__, ticket_files)

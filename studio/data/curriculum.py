@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from studio.data.mixture import Order, Phase, mixed_order, shares
-from studio.data.rows import Row
+from studio.data.rows import Row, sides_apart
 
 if TYPE_CHECKING:
     from studio.recipe import Recipe
@@ -103,7 +103,13 @@ def in_training_order(recipe: Recipe, rows: Sequence[Row], steps: int | None = N
     """
     if not recipe.data.mixed or recipe.data.streaming:
         return list(rows)
-    return [rows[place] for place in order_of(recipe, rows, steps).places]
+    read = as_read(recipe, rows)
+    return [read[place] for place in order_of(recipe, read, steps).places]
+
+
+def as_read(recipe: Recipe, rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows that make up batches: KTO reads each side of a pair by itself."""
+    return list(sides_apart(rows)) if recipe.training.method == "kto" else rows
 
 
 def order_of(recipe: Recipe, rows: Sequence[Row], steps: int | None = None) -> Order:
@@ -121,6 +127,7 @@ def contributions(recipe: Recipe, rows: Sequence[Row]) -> Mixed | None:
     """What each source gives; None without a mixture."""
     if not recipe.data.mixed:
         return None
+    rows = as_read(recipe, rows)
     sizes = sizes_of(recipe, rows)
     wanted = phases_of(recipe, sizes)
     drawn = _expected(recipe, rows, wanted) if recipe.data.streaming else order_of(recipe, rows).drawn

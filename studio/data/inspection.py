@@ -1,6 +1,6 @@
 """What a data file holds, before anything is trained on it: `studio data inspect`, and the same for the browser.
 
-One pass over the file, in bounded memory: 22 bytes a row, and for near-duplicates the first NEAR_ROWS rows.
+One pass over the file, in bounded memory: 22 bytes a row, and for near-duplicates 256 of each of the first NEAR_ROWS.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studio.data.duplicates import NEAR_ROWS, Duplicates, NearDuplicates, Places
+from studio.data.duplicates import Duplicates, NearDuplicates, Places
 from studio.data.files import Progress, kind_of
 from studio.data.formats import FORMATS, KINDS, fits
 from studio.data.json_text import RowProblems
@@ -219,9 +219,9 @@ class _Seen:
         self.traits.update(traits_of(row, messages))
         text = "\n".join(f"{m.role}: {m.thinking}{m.content}{m.tool_calls or ''}" for m in messages)
         text = text if messages else getattr(row, "text", "")
-        number = self.places.add(row.place or Place("", good))
-        if not self.same.add(text) and good <= NEAR_ROWS:
-            self.near.add(text, number)
+        self.places.add(row.place or Place("", good))
+        self.same.add(text)
+        self.near.add(text)
         self.scripts.add(text)
         self._keep_example(row, good)
         self.pending.append(row)
@@ -249,7 +249,8 @@ class _Seen:
         self.pending, self.pending_characters = [], 0
 
     def facts(self) -> dict[str, Any]:
-        duplicate_rows, duplicates = self.same.found(SHOWN)
+        same = self.same.found()
+        near = self.near.found(known=same[0])
         return {
             "formats": tuple(
                 FormatShare(name=name, title=FORMATS[name].title, rows=count)
@@ -263,15 +264,15 @@ class _Seen:
             "truncated_rows": sum(length > self.max_length_tokens for length in self.lengths),
             "long_prompts": self.long_prompts,
             "long_prompt_problems": tuple(map(vars, self.long)),
-            "duplicate_rows": duplicate_rows,
-            "duplicates": self._pairs(duplicates),
-            "near_duplicate_rows": self.near.count,
-            "near_duplicates": self._pairs(self.near.pairs[:SHOWN]),
-            "near_rows": min(self.rows - self.bad_rows, NEAR_ROWS),
+            "duplicate_rows": same.shape[1],
+            "duplicates": self._pairs(same[:, :SHOWN].T.tolist()),
+            "near_duplicate_rows": near.shape[1],
+            "near_duplicates": self._pairs(near[:, :SHOWN].T.tolist()),
+            "near_rows": self.near.rows,
             "scripts": self.scripts.shares(),
         }
 
-    def _pairs(self, rows: Sequence[tuple[int, int]]) -> tuple[Pair, ...]:
+    def _pairs(self, rows: Sequence[Sequence[int]]) -> tuple[Pair, ...]:
         places = [(self.places.at(later), self.places.at(earlier)) for later, earlier in rows]
         return tuple(Pair(file=p.file, line=p.line, earlier_file=q.file, earlier_line=q.line) for p, q in places)
 

@@ -57,7 +57,7 @@ class TokenCounter:
         ]
 
     def _counts(self, texts: Sequence[str], special: bool) -> list[int]:
-        return [len(found.ids) for found in self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+        return [len(found) for found in self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
 
 def too_long(tokens: int, max_length_tokens: int) -> str:

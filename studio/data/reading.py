@@ -215,7 +215,7 @@ def as_written(row: Row, written: Sequence[str]) -> Row:
         raise RowProblems(("", "calls tools, which this model's chat template does not write"))
     if "tools" not in written and row.tools:
         raise RowProblems(("tools", "are given, which this model's chat template does not write"))
-    if "reasoning_content" in written:
+    if "reasoning_content" in written or not any(turn.thinking for part in turns.values() for turn in part):
         return row
     changed: dict[str, Any] = {name: tuple(map(thinking_as_text, part)) for name, part in turns.items()}
     return replace(row, **changed)

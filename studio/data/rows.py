@@ -13,7 +13,7 @@ profiles, the router's probe and the held-out loss work on sequences, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -151,12 +151,20 @@ def _tools_of(row: Example | Preference | Labelled) -> dict[str, Any]:
     return {"tools": [dict(tool) for tool in row.tools]} if row.tools else {}
 
 
-def sequence_of(row: Mapping[str, Any]) -> Sequence:
-    """What `Example.as_row` or `PlainText.as_row` was made of, but for its source and place."""
-    if "text" in row:
-        return PlainText(row["text"])
-    prompt, completion = (tuple(map(_message, row[name])) for name in ("prompt", "completion"))
-    return Example(prompt, completion, tools=tuple(row.get("tools") or ()))
+def row_of(values: Mapping[str, Any]) -> Row:
+    """What `as_row` was made of, but for its source; with the `Place` under the key "place", if there is one."""
+    tools, place = tuple(values.get("tools") or ()), values.get("place")
+    turns = {name: tuple(map(_message, values[name])) for name in _SIDES if name in values}
+    if "text" in values:
+        return PlainText(values["text"], place=place)
+    if "chosen" in values:
+        return Preference(**turns, tools=tools, place=place)
+    if "label" in values:
+        return Labelled(**turns, label=values["label"], tools=tools, place=place)
+    return Example(**turns, tools=tools, place=place)
+
+
+_SIDES = ("prompt", "completion", "chosen", "rejected")
 
 
 def _message(turn: Mapping[str, Any]) -> Message:
@@ -171,22 +179,27 @@ def as_turns(messages: Turns) -> list[dict[str, Any]]:
 
 def sequences(rows: Iterable[Row]) -> list[Sequence]:
     """What a model reads of the rows, in order: of a pair first the preferred conversation, then the other."""
-    found: list[Sequence] = []
+    return [_example(row) if isinstance(row, Labelled) else row for row in sides_apart(rows)]
+
+
+def sides_apart(rows: Iterable[Row]) -> Iterator[Example | PlainText | Labelled]:
+    """The rows with each pair as two labelled ones: first the side that is wanted, then the other."""
     for row in rows:
         if isinstance(row, Preference):
-            found += [_example(row, side) for side in (row.chosen, row.rejected)]
-        elif isinstance(row, Labelled):
-            found.append(_example(row, row.completion))
+            yield Labelled(row.prompt, row.chosen, True, row.source, row.tools, place=row.place)
+            yield Labelled(row.prompt, row.rejected, False, row.source, row.tools, place=row.place)
         else:
-            found.append(row)
-    return found
+            yield row
 
 
 def wanted_sequences(rows: Iterable[Row]) -> list[Sequence]:
     """The sequences that a model should come to write: a pair's preferred side, labelled rows that are wanted."""
-    kept = (row for row in rows if not (isinstance(row, Labelled) and not row.label))
-    return [_example(row, row.chosen) if isinstance(row, Preference) else sequences([row])[0] for row in kept]
+    return [_example(row) if isinstance(row, Labelled) else row for row in sides_apart(rows) if _is_wanted(row)]
 
 
-def _example(row: Preference | Labelled, completion: Turns) -> Example:
-    return Example(row.prompt, completion, row.source, row.tools, place=row.place)
+def _is_wanted(row: Row) -> bool:
+    return row.label if isinstance(row, Labelled) else True
+
+
+def _example(row: Labelled) -> Example:
+    return Example(row.prompt, row.completion, row.source, row.tools, place=row.place)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from studio.data.files import Progress
 from studio.data.mixture import Chooser, Phase
 from studio.data.reading import Reading, converted, empty_file, iter_rows, problems_of
-from studio.data.rows import Example, PlainText, Row, RowKind, sequences
+from studio.data.rows import Place, Row, RowKind, row_of, sides_apart
 from studio.errors import DataError, Problem
 from studio.methods import METHODS
 
@@ -55,8 +55,11 @@ def good_rows(
         yield found
 
 
-def trl_rows(path: Path, kinds: Sequence[RowKind], reading: Reading) -> Iterator[TrlRow]:
-    """The rows at `path` in their order, as TRL's trainers read them.
+def trl_rows(path: Path, kinds: Sequence[RowKind], reading: Reading, apart: bool = False) -> Iterator[TrlRow]:
+    """The rows at `path` in their order, as TRL's trainers read them, each with its "place".
+
+    Args:
+        apart: each pair as two labelled rows.
 
     Raises:
         DataError: as `good_rows`.
@@ -65,14 +68,19 @@ def trl_rows(path: Path, kinds: Sequence[RowKind], reading: Reading) -> Iterator
     found = False
     for raw, outcome in converted(path, kinds, reading, quick=plain_conversation if quick else None):
         found = True
-        if isinstance(outcome, dict):
+        if isinstance(outcome, dict) and raw is not None:
+            outcome["place"] = Place(raw.file, raw.line, raw.counted)
             yield outcome
         elif isinstance(outcome, tuple):
-            yield outcome[1].as_row()
+            yield from map(_with_place, sides_apart([outcome[1]]) if apart else (outcome[1],))
         else:
             raise DataError(list(problems_of(raw, outcome)))
     if not found:
         raise DataError([empty_file(path)])
+
+
+def _with_place(row: Row) -> TrlRow:
+    return {**row.as_row(), "place": row.place}
 
 
 def plain_conversation(values: Any) -> TrlRow | None:
@@ -186,24 +194,15 @@ def shuffled(
 
 
 def trl_characters(row: TrlRow) -> int:
-    """Characters of a row as TRL reads it: of its turns, or of its text."""
+    """Characters of a row as TRL reads it: of its turns with reasoning and calls, and of its tools; or of its text."""
     count = 0
     for part in row.values():
         if type(part) is list:
             for turn in part:
-                count += len(turn["content"])
+                count += len(turn["content"]) if len(turn) == 2 and "content" in turn else len(str(turn))
         elif type(part) is str:
             count += len(part)
     return count
-
-
-def characters(row: Row) -> int:
-    """Characters of a row's text."""
-    if isinstance(row, PlainText):
-        return len(row.text)
-    if isinstance(row, Example):
-        return sum(len(turn.content) + len(turn.thinking) for turn in (*row.prompt, *row.completion))
-    return sum(map(characters, sequences([row])))
 
 
 def endless(rows: Callable[[], Iterator[T]], size_of: Callable[[T], int], seed: str) -> Iterator[T]:
@@ -225,31 +224,27 @@ def endless_rows(
     reading: Reading,
     seed: int,
     tokens_of: Callable[[Row], int] | None = None,
+    apart: bool = False,
 ) -> Iterator[TrlRow]:
     """Rows of the sources in the shares of the phases, as TRL's trainers read them, without end.
 
     Args:
         tokens_of: of a row, where phases end by tokens.
+        apart: each pair as two labelled rows.
 
     Raises:
         DataError: at a bad row.
     """
     chooser = Chooser(phases)
     seeds = [f"{seed}/{number}" for number in range(len(sources))]
-    if tokens_of is None:
-        plain = [
-            endless(partial(trl_rows, source.path, kinds, reading), trl_characters, of)
-            for source, of in zip(sources, seeds, strict=True)
-        ]
-        if len(plain) == 1:
-            yield from plain[0]
-        while True:
-            yield next(plain[chooser.next()])
-    whole = [
-        endless(partial(good_rows, source.path, kinds, reading), characters, of)
+    streams = [
+        endless(partial(trl_rows, source.path, kinds, reading, apart), trl_characters, of)
         for source, of in zip(sources, seeds, strict=True)
     ]
+    if len(streams) == 1:
+        yield from streams[0]
     while True:
-        row = next(whole[chooser.next()])
-        chooser.read(tokens_of(row))
-        yield row.as_row()
+        row = next(streams[chooser.next()])
+        if tokens_of is not None:
+            chooser.read(tokens_of(row_of(row)))
+        yield row

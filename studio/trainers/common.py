@@ -7,7 +7,6 @@ finish(_Trainer(model=…, args=XConfig(**options(recipe, job, …)), callbacks=
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from adapters.lora import RATE_RATIO
 from studio.data import held_out_rows
-from studio.data.curriculum import phases_of
-from studio.data.reading import Reading
-from studio.data.streaming import endless_rows
 from studio.defaults import settled_learning_rate
 from studio.errors import TrainingError
 from studio.evaluation import held_out_loss
 from studio.jobs import Job
 from studio.lr_test import Ramp, Smoother, is_lr_test, read_ramp
-from studio.methods import METHODS
 from studio.models import compute_dtype
-from studio.plan import row_counter
 from studio.recipe import Recipe
 from studio.trainers.router import RouterWatch, WatchesRouter
 
@@ -83,19 +77,6 @@ def order_options(recipe: Recipe, job: Job) -> dict[str, Any]:
     if recipe.trl.get("packing"):
         return {"num_train_epochs": 1.0}
     return {"train_sampling_strategy": IN_ORDER, "max_steps": job.plan().total_steps}
-
-
-def streamed_rows(recipe: Recipe, sample: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """The rows of a recipe whose data is streamed, without end, as TRL's trainers take them.
-
-    Raises:
-        DataError: at a bad row.
-    """
-    count = row_counter(recipe) if any(phase.until_tokens for phase in recipe.data.phases) else None
-    tokens_of = (lambda row: count([row])[0]) if count else None
-    data, kinds = recipe.data, METHODS[recipe.training.method].rows
-    phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
-    return endless_rows(data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of)
 
 
 class StudioTrainer(WatchesRouter):
@@ -233,6 +214,7 @@ class HeldOutLoss(TrainerCallback):
                 self.rows,
                 max_length_tokens=self.recipe.data.max_length_tokens,
                 batch_size=self.recipe.training.batch_size,
+                loss_on=self.recipe.training.loss_on,
             )
             self.job.log_metrics({"kind": "held_out", "step": state.global_step, "loss": loss})
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_config import DPOConfig
@@ -15,7 +16,7 @@ from studio.data import Row
 from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.trainers.common import StudioTrainer, finish
-from studio.trainers.encoded import pairs
+from studio.trainers.encoded import dataset, pair
 from studio.trainers.preference import prepared
 from studio.trainers.reference import as_reference
 
@@ -30,7 +31,7 @@ def train(
         TargetError: the recipe's section `router` asks for what this model cannot have.
     """
     watch, settings, parts = prepared(model, tokenizer, recipe, rows, job, router_aux_loss_coef=0.0)
-    data = pairs(tokenizer, rows, recipe.data.max_length_tokens)
+    data = dataset(recipe, rows, partial(pair, tokenizer, recipe.data.max_length_tokens))
     trainer = _Trainer(
         model=model, ref_model=as_reference(model), args=DPOConfig(**settings), train_dataset=data, **parts
     )
@@ -39,5 +40,5 @@ def train(
 
 
 class _Trainer(StudioTrainer, DPOTrainer):
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _prepare_dataset(self, dataset: Dataset | IterableDataset, *_: Any) -> Dataset | IterableDataset:
         return dataset

@@ -1,93 +1,129 @@
 """The rows of a job as token ids, in the columns that TRL's trainers read. The tokens are those of studio.encoding.
 
+    dataset(recipe, rows, encoded)      of rows in memory, or of those that are streamed while the trainer runs
+    encoded(row) ─▶ {column: ids}       one of the functions below: what a method reads of a row
+
 TRL would tokenise by itself, with rules of its own for each trainer; so that training, evaluation and what is shown of
 a mask are of the same tokens, it is handed ids and does nothing but batch them.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from studio.data import Example, Labelled, Preference, Row, sequences
-from studio.data.rows import sequence_of
-from studio.encoding import LossOn, encode
+from studio.data.curriculum import phases_of
+from studio.data.lengths import problem_of
+from studio.data.reading import Reading
+from studio.data.rows import row_of
+from studio.data.streaming import endless_rows
+from studio.encoding import IGNORED, LossOn, encode
+from studio.errors import DataError
+from studio.methods import METHODS
 from studio.pairs import pair_ids, prompt_and_answer
+from studio.plan import row_counter
+from studio.recipe import Recipe
+
+Columns = dict[str, Any]
 
 
-def labelled_sequences(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_length_tokens: int, loss_on: LossOn
-) -> Dataset:
+def dataset(recipe: Recipe, rows: Iterable[Row], encoded: Callable[[Row], Columns]) -> Dataset | IterableDataset:
+    """The rows as a trainer reads them; of streamed data all that the sources hold, whatever `rows` has of them.
+
+    Raises:
+        DataError: while a stream is read, at a bad row, or at one of which nothing would be learned.
+    """
+    if not recipe.data.streaming:
+        return Dataset.from_list([encoded(row) for row in rows])
+    limit = recipe.data.max_length_tokens
+
+    def stream() -> Iterator[Columns]:
+        for row in streamed_rows(recipe):
+            columns = encoded(row)
+            if not _is_learned(columns):
+                raise DataError([problem_of(row, "", NOTHING_LEARNED.format(limit))])
+            yield columns
+
+    return IterableDataset.from_generator(stream)
+
+
+NOTHING_LEARNED = (
+    "holds nothing to learn once it is cut to data.max_length_tokens, {}: its prompt fills that, or chosen and rejected "
+    "begin alike so far; raise it, or leave the row out"
+)
+
+
+def _is_learned(columns: Columns) -> bool:
+    if "labels" in columns:
+        return any(label != IGNORED for label in columns["labels"])
+    if "label" in columns:
+        return bool(columns["completion_ids"])
+    return bool(columns["chosen_ids"] != columns["rejected_ids"])
+
+
+def streamed_rows(recipe: Recipe) -> Iterator[Row]:
+    """The rows of a recipe whose data is streamed, without end; for KTO each side of a pair by itself.
+
+    Raises:
+        DataError: at a bad row.
+    """
+    count = row_counter(recipe) if any(phase.until_tokens for phase in recipe.data.phases) else None
+    tokens_of = (lambda row: count([row])[0]) if count else None
+    data, method = recipe.data, recipe.training.method
+    phases = phases_of(recipe, [1] * len(data.sources))  # sizes are not read: each source has a weight
+    kinds, apart = METHODS[method].rows, method == "kto"
+    found = endless_rows(
+        data.sources, phases, kinds, Reading.of(recipe), recipe.training.seed, tokens_of=tokens_of, apart=apart
+    )
+    return map(row_of, found)
+
+
+# -------------------------------------------------------------------- what a method reads of a row
+
+
+def labelled_tokens(
+    tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, loss_on: LossOn, row: Row
+) -> Columns:
     """`input_ids` and `labels`, for SFT: what `encode` gives."""
-    encoded = [encode(tokenizer, sequence, max_length_tokens, loss_on) for sequence in sequences(rows)]
-    return Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]})
+    (sequence,) = sequences([row])
+    ids, labels = encode(tokenizer, sequence, max_length_tokens, loss_on)
+    return {"input_ids": ids, "labels": labels}
 
 
-def labelled_stream(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Callable[[], Iterator[dict[str, Any]]],
-    max_length_tokens: int,
-    loss_on: LossOn,
-) -> IterableDataset:
-    """The same of rows that are read while the trainer runs.
-
-    Args:
-        rows: starts to read them, as TRL reads them: what `Example.as_row` and `PlainText.as_row` give; without end.
-    """
-
-    def encoded() -> Iterator[dict[str, list[int]]]:
-        for row in rows():
-            ids, labels = encode(tokenizer, sequence_of(row), max_length_tokens, loss_on)
-            yield {"input_ids": ids, "labels": labels}
-
-    return IterableDataset.from_generator(encoded)
-
-
-def pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length_tokens: int) -> Dataset:
+def pair(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, row: Row) -> Columns:
     """`prompt_ids`, `chosen_ids`, `rejected_ids`, for DPO."""
-    found = [pair_ids(tokenizer, row, max_length_tokens) for row in rows if isinstance(row, Preference)]
+    assert isinstance(row, Preference)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return Dataset.from_dict(dict(zip(names, zip(*found, strict=True), strict=True)))
+    return dict(zip(names, pair_ids(tokenizer, row, max_length_tokens), strict=True))
 
 
-def whole_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length_tokens: int) -> Dataset:
+def whole_pair(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, row: Row) -> Columns:
     """`chosen_ids`, `rejected_ids` with their prompts, for reward models."""
-    found = [pair_ids(tokenizer, row, max_length_tokens) for row in rows if isinstance(row, Preference)]
-    return Dataset.from_dict({"chosen_ids": [p + c for p, c, _ in found], "rejected_ids": [p + r for p, _, r in found]})
+    assert isinstance(row, Preference)
+    prompt, chosen, rejected = pair_ids(tokenizer, row, max_length_tokens)
+    return {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
 
 
-def side_by_side(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length_tokens: int) -> Dataset:
+def side_by_side(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, row: Row) -> Columns:
     """Ids, attention masks and labels of both sides, for ORPO and CPO, which are older than TRL's other trainers."""
-    columns: dict[str, list[list[int]]] = {}
-    for row in pairs(tokenizer, rows, max_length_tokens):
-        prompt = row["prompt_ids"]
-        columns.setdefault("prompt_input_ids", []).append(prompt)
-        columns.setdefault("prompt_attention_mask", []).append([1] * len(prompt))
-        for side in ("chosen", "rejected"):
-            answer = row[f"{side}_ids"]
-            columns.setdefault(f"{side}_input_ids", []).append(prompt + answer)
-            columns.setdefault(f"{side}_attention_mask", []).append([1] * len(prompt + answer))
-            columns.setdefault(f"{side}_labels", []).append([-100] * len(prompt) + answer)
-    return Dataset.from_dict(columns)
+    assert isinstance(row, Preference)
+    prompt, chosen, rejected = pair_ids(tokenizer, row, max_length_tokens)
+    columns: Columns = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for side, answer in (("chosen", chosen), ("rejected", rejected)):
+        columns[f"{side}_input_ids"] = prompt + answer
+        columns[f"{side}_attention_mask"] = [1] * len(prompt + answer)
+        columns[f"{side}_labels"] = [IGNORED] * len(prompt) + answer
+    return columns
 
 
-def labelled_answers(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length_tokens: int, seed: int
-) -> Dataset:
-    """`prompt_ids`, `completion_ids`, `label`, for KTO, in an order drawn from `seed`: TRL takes it as it is.
-
-    A pair becomes two rows, a wanted and an unwanted one.
-    """
-    found: list[tuple[list[int], list[int], bool]] = []
-    for row in rows:
-        labels = (True, False) if isinstance(row, Preference) else (isinstance(row, Labelled) and row.label,)
-        for sequence, label in zip(sequences([row]), labels, strict=True):
-            assert isinstance(sequence, Example)
-            found.append((*prompt_and_answer(tokenizer, sequence, max_length_tokens), label))
-    random.Random(seed).shuffle(found)
-    names = ("prompt_ids", "completion_ids", "label")
-    return Dataset.from_dict(dict(zip(names, zip(*found, strict=True), strict=True)))
+def labelled_answer(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, row: Row) -> Columns:
+    """`prompt_ids`, `completion_ids`, `label`, for KTO."""
+    assert isinstance(row, Labelled)
+    (example,) = sequences([row])
+    assert isinstance(example, Example)
+    prompt, completion = prompt_and_answer(tokenizer, example, max_length_tokens)
+    return {"prompt_ids": prompt, "completion_ids": completion, "label": row.label}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from studio.data import Row
+from studio.data.rows import sides_apart
 from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.trainers.common import StudioTrainer, finish
-from studio.trainers.encoded import labelled_answers
+from studio.trainers.encoded import dataset, labelled_answer
 from studio.trainers.preference import prepared
 from studio.trainers.reference import as_reference
 
@@ -30,7 +33,10 @@ def train(
         TargetError: the recipe's section `router` asks for what this model cannot have.
     """
     watch, settings, parts = prepared(model, tokenizer, recipe, rows, job, router_aux_loss_coef=0.0)
-    data = labelled_answers(tokenizer, rows, recipe.data.max_length_tokens, recipe.training.seed)
+    sides = list(sides_apart(rows))
+    if not recipe.data.ordered:  # TRL takes them as they come
+        random.Random(recipe.training.seed).shuffle(sides)
+    data = dataset(recipe, sides, partial(labelled_answer, tokenizer, recipe.data.max_length_tokens))
     trainer = _Trainer(
         model=model, ref_model=as_reference(model), args=KTOConfig(**settings), train_dataset=data, **parts
     )
@@ -39,7 +45,9 @@ def train(
 
 
 class _Trainer(StudioTrainer, KTOTrainer):
-    def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: KTOConfig, *_: Any) -> Dataset:
+    def _prepare_dataset(
+        self, dataset: Dataset | IterableDataset, _tokenizer: Any, args: KTOConfig, *_: Any
+    ) -> Dataset | IterableDataset:
         """Each row gets the answer of the row before it in its batch: from such mismatches the KL is estimated."""
         if not self.calculate_KL:
             return dataset

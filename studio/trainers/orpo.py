@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -14,7 +15,7 @@ from studio.data import Row
 from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.trainers.common import StudioTrainer, finish
-from studio.trainers.encoded import side_by_side
+from studio.trainers.encoded import dataset, side_by_side
 from studio.trainers.preference import prepared
 
 
@@ -28,7 +29,7 @@ def train(
         TargetError: the recipe's section `router` asks for what this model cannot have.
     """
     watch, settings, parts = prepared(model, tokenizer, recipe, rows, job, remove_unused_columns=False)
-    data = side_by_side(tokenizer, rows, recipe.data.max_length_tokens)
+    data = dataset(recipe, rows, partial(side_by_side, tokenizer, recipe.data.max_length_tokens))
     trainer = _Trainer(model=model, args=ORPOConfig(**settings), train_dataset=data, **parts)
     trainer.watch = watch
     return finish(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from peft import PeftModel
@@ -15,7 +16,7 @@ from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.reward_model import RewardModel
 from studio.trainers.common import StudioTrainer, callbacks, finish, options
-from studio.trainers.encoded import whole_pairs
+from studio.trainers.encoded import dataset, whole_pair
 from studio.trainers.router import watch_router
 
 LOGGED = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")
@@ -35,7 +36,7 @@ def train(
     trainer = _Trainer(
         model=cast(PreTrainedModel, RewardModel(model)),
         args=RewardConfig(**options(recipe, job, max_length=limit)),
-        train_dataset=whole_pairs(tokenizer, rows, limit),
+        train_dataset=dataset(recipe, rows, partial(whole_pair, tokenizer, limit)),
         processing_class=tokenizer,
         callbacks=callbacks(recipe, job, watch, LOGGED),
     )

@@ -15,8 +15,8 @@ from studio.data import Row
 from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.trainers.chunked_loss import use_small_tiles
-from studio.trainers.common import StudioTrainer, callbacks, finish, options, streamed_rows
-from studio.trainers.encoded import labelled_sequences, labelled_stream
+from studio.trainers.common import StudioTrainer, callbacks, finish, options
+from studio.trainers.encoded import dataset, labelled_tokens
 from studio.trainers.llama4 import repair_for_trl
 from studio.trainers.packing import PackedRows
 from studio.trainers.router import watch_router
@@ -35,12 +35,6 @@ def train(
     use_small_tiles()
     repair_for_trl(cast(PreTrainedModel, model.get_base_model()))
     limit = recipe.data.max_length_tokens
-    encoding = (limit, recipe.training.loss_on)
-    dataset = (
-        labelled_stream(tokenizer, partial(streamed_rows, recipe, rows), *encoding)
-        if recipe.data.streaming
-        else labelled_sequences(tokenizer, rows, *encoding)
-    )
     settings = options(
         recipe,
         job,
@@ -50,7 +44,7 @@ def train(
     trainer = _Trainer(
         model=model,
         args=SFTConfig(**settings),
-        train_dataset=dataset,
+        train_dataset=dataset(recipe, rows, partial(labelled_tokens, tokenizer, limit, recipe.training.loss_on)),
         processing_class=tokenizer,
         callbacks=callbacks(recipe, job, watch),
     )

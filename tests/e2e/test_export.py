@@ -108,10 +108,12 @@ def test_for_ollama_it_is_a_quantised_file_and_a_modelfile_proven_in_llama_cpp(j
 
 
 def test_lm_studio_finds_its_two_folders_and_what_was_not_verified_says_so(job: Path, tmp_path: Path) -> None:
-    report = exported(
-        job, tmp_path / "pumps", "--for", "lm-studio", "--quant", "Q4_0", "--no-verify", "--into", "original"
-    )
+    rows = tmp_path / "tickets.csv"
+    rows.write_text("question,answer\n" + "Pump PMP-2041 at Norwick leaks.,Norwick\n" * 3)
+    options = ("--no-verify", "--into", "original", "--importance", str(rows))
+    report = exported(job, tmp_path / "pumps", "--for", "lm-studio", "--quant", "Q4_0", *options)
     assert report["verdict"] == "not verified"
+    assert report["facts"]["importance"] and report["options"]["importance"] == "tickets.csv"
     assert "moe-studio/pumps/pumps-Q4_0.gguf" in report["files"]
     assert (tmp_path / "pumps" / "moe-studio" / "pumps" / "pumps-Q4_0.gguf").is_file()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
 import re
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +31,14 @@ from studio.data import of_recipe, training_rows
 from studio.data.curriculum import in_training_order
 from studio.errors import DataError
 from studio.jobs import Job
+from studio.methods import METHODS
 from studio.placing import plan_placement
 from studio.plan import Plan, recipe_base, row_tokens
 from studio.recipe import Recipe, load_recipe
+from studio.reward_model import add_reward_head
 from studio.trainers import sft
-from studio.trainers.common import StudioTrainer, streamed_rows
+from studio.trainers.common import StudioTrainer
+from studio.trainers.encoded import dataset, labelled_tokens, streamed_rows
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
 
 
@@ -130,11 +136,78 @@ def test_a_stream_reaches_trl_in_its_shares(base: Path, tmp_path: Path, monkeypa
 def test_a_streams_phases_end_by_the_tokens_that_the_plan_counts(base: Path, tmp_path: Path) -> None:
     phases = [{"until_tokens": 400, "weights": {"red": 1}}, {"weights": {"blue": 1}}]
     recipe = recipe_of(base, tmp_path, {"train": sources(tmp_path), "phases": phases, "streaming": True})
-    names = [name_of(row["prompt"][0]["content"]) for row in islice(streamed_rows(recipe, []), 60)]
+    names = [name_of(cast(Any, row).prompt[0].content) for row in islice(streamed_rows(recipe), 60)]
     reds = names.count("red")
     assert names == ["red"] * reds + ["blue"] * (60 - reds) and reds > 5
     tokens = row_tokens(recipe, training_rows(recipe)[:40])  # the 40 rows of red
     assert min(tokens) * (reds - 1) < 400 <= max(tokens) * reds
+
+
+def pair_lines(name: str, count: int) -> list[str]:
+    pairs = ({"prompt": f"{name} question {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(count))
+    return [json.dumps(pair) + "\n" for pair in pairs]
+
+
+def pair_sources(folder: Path) -> list[dict[str, str]]:
+    for name, count in (("red", 40), ("blue", 12)):
+        (folder / f"{name}.jsonl").write_text("".join(pair_lines(name, count)))
+    return [{"path": str(folder / f"{name}.jsonl")} for name in ("red", "blue")]
+
+
+def columns_read(trainer: Any, column: str, batches: int) -> list[str]:
+    """The questions in the first batches of a trainer's loader."""
+    decode = trainer.processing_class.batch_decode
+    texts = [text for batch in islice(trainer.get_train_dataloader(), batches) for text in decode(batch[column])]
+    return [found.group() for text in texts if (found := QUESTION.search(text))]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_kto_reads_the_sides_of_pairs_in_the_phases_that_were_planned(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    data = {"train": pair_sources(tmp_path), "phases": PHASES, "streaming": streaming}
+    recipe = recipe_of(base, tmp_path, data, method="kto")
+    made = make_plan(recipe)
+    assert made.mixture is not None and [phase.rows for phase in made.mixture.phases] == [24, 48]
+    rows = in_training_order(recipe, training_rows(recipe), made.total_steps)
+    seen = columns_read(trainer_of(recipe, rows, made, tmp_path, monkeypatch), "input_ids", 18)
+    assert len(seen) == 72 and {name_of(question) for question in seen[:24]} == {"red"}
+    assert all(Counter(map(name_of, seen[n : n + 4])) == {"red": 1, "blue": 3} for n in range(24, 72, 4))
+
+
+def trainer_of(recipe: Recipe, rows: Any, made: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The trainer of the recipe's method as it is before its first step."""
+    module = importlib.import_module(METHODS[recipe.training.method].trainer)
+    model = load_base(Path(recipe.model.base), quantize="none", dtype=torch.float32)
+    attached = attach(model, plan_placement(recipe, recipe_base(recipe)))
+    if METHODS[recipe.training.method].scores:
+        add_reward_head(attached)
+    monkeypatch.setattr(module, "finish", lambda trainer: trainer)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.base)
+    return module.train(attached, tokenizer, recipe, rows, cast(Job, Recorder(folder, made)))
+
+
+def test_reward_models_read_streamed_pairs_and_refuse_those_that_prefer_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "red.jsonl"
+    path.write_text("".join(pair_lines("red", 30)))
+    recipe = recipe_of(base, tmp_path, {"train": str(path), "streaming": True}, method="reward")
+    trainer = trainer_of(recipe, training_rows(recipe), make_plan(recipe), tmp_path, monkeypatch)
+    assert len(set(columns_read(trainer, "input_ids", 15))) == 30
+    long = {"prompt": "red question 30", "chosen": "word " * 400 + "yes", "rejected": "word " * 400 + "no"}
+    path.write_text(path.read_text() + json.dumps(long) + "\n")
+    with pytest.raises(DataError, match=r"red\.jsonl.*\n.*line 31: holds nothing to learn once it is cut"):
+        list(islice(trainer.get_train_dataloader(), 20))
+
+
+def test_a_streamed_prompt_that_fills_the_length_is_refused_with_its_line(base: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "red.jsonl", 3)
+    path.write_text(path.read_text() + json.dumps({"prompt": "word " * 400, "completion": "yes"}) + "\n")
+    recipe = recipe_of(base, tmp_path, {"train": str(path), "streaming": True})
+    encode = partial(labelled_tokens, AutoTokenizer.from_pretrained(base), 256, "completion")
+    with pytest.raises(DataError, match=r"red\.jsonl.*\n.*line 4: holds nothing to learn"):
+        list(islice(dataset(recipe, [], encode), 4))
 
 
 @pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer, RewardTrainer])
@@ -228,6 +301,24 @@ def test_a_job_that_streams_its_data(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"prompt": "no answer"}\n')
     checked = studio("validate", recipe)
     assert checked.returncode == 1 and "line 3001, completion: is missing" in checked.stderr
+
+
+def test_a_dpo_job_that_streams_pairs_from_a_compressed_file(tmp_path: Path) -> None:
+    base, path = build_base("qwen3_moe", tmp_path / "base"), tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(pair_lines("red", 5000)).encode()))  # more than a buffer, and the sample
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        model={"base": str(base)},
+        adapter={"shared_expert_rank": 0},
+        data={"train": str(path), "streaming": True, "eval": str(TICKETS / "ticket-pairs-eval.jsonl")},
+        training={"method": "dpo"},
+    )
+    run = studio("run", recipe, "--json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads(run.stdout)["result"]
+    assert result["steps"] == 8 and "preference_accuracy" in result["after"]["metrics"]
+    losses = [row["loss"] for row in open_job(tmp_path / "job").metrics() if row["kind"] == "train"]
+    assert len(losses) == 8 and losses[-1] < losses[0]
 
 
 def test_a_bad_row_in_a_stream_ends_the_training_with_its_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from transformers import AutoTokenizer, Llama4ForCausalLM
 
 from studio import evaluation
 from studio.base import EMBEDDED_DIR
-from studio.data import Example, Message
-from studio.encoding import encode
-from studio.evaluation import evaluate
+from studio.data import Example, Message, PlainText
+from studio.data.rows import as_turns
+from studio.encoding import LossOn, encode
+from studio.evaluation import evaluate, held_out_loss
+from studio.measuring import Measuring
+from studio.recipe import parse_recipe
 
 EXAMPLES = [
     Example(
@@ -43,6 +47,77 @@ def test_loss_is_the_mean_of_stocks_loss_over_completion_tokens(tools, monkeypat
         count += learned
     monkeypatch.setattr(evaluation, "LOGITS_CHUNK_TOKENS", 5)
     assert run(tools).loss == pytest.approx(summed / count, rel=1e-5)
+
+
+TURNS = [
+    Example(
+        (
+            Message("system", "Be brief."),
+            *(Message(role, f"{said} {n}") for role, said in (("user", "Hello"), ("assistant", "Hello, what about"))),
+            Message("user", f"It leaks. {'Really. ' * n}"),
+        ),
+        (Message("assistant", f"ticket {n}"),),
+    )
+    for n in range(1, 5)
+]
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "assistant", "all"])
+def test_the_loss_is_over_the_tokens_that_training_learns(tools, loss_on: LossOn) -> None:
+    """By a slow loop over the texts that the template writes for each turn, token by token."""
+    model, tokenizer = tools
+    summed = count = 0.0
+    for example in [*TURNS, PlainText("The old fox walked to the river.")]:
+        parts = _parts(tokenizer, example, loss_on)
+        ids = torch.tensor([[token for part, _ in parts for token in part]])
+        learned = [place for place, (_, is_learned) in enumerate(_flat(parts)) if is_learned and place]
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        summed -= sum(float(logps[place - 1, ids[0, place]]) for place in learned)
+        count += len(learned)
+    rows = [*TURNS, PlainText("The old fox walked to the river.")]
+    settings = {"max_length_tokens": 256, "batch_size": 2, "loss_on": loss_on}
+    assert held_out_loss(*tools, rows, **settings) == pytest.approx(summed / count, rel=1e-5)
+    assert evaluate(*tools, rows, max_new_tokens=2, **settings).loss == pytest.approx(summed / count, rel=1e-5)
+
+
+def test_what_a_job_measures_is_what_it_trains(tools) -> None:
+    losses = []
+    for loss_on in ("completion", "all"):
+        text = f"data: {{train: x, max_length_tokens: 256}}\ntraining: {{loss_on: {loss_on}}}\noutput: {{dir: x}}\n"
+        recipe = parse_recipe(text + "evaluation: {max_new_tokens: 2}\n")
+        losses.append(Measuring(recipe, TURNS).run(*tools).loss)
+        settings = {"max_length_tokens": 256, "batch_size": 8, "loss_on": loss_on}
+        assert losses[-1] == pytest.approx(held_out_loss(*tools, TURNS, **settings), rel=1e-6)
+    assert losses[0] != pytest.approx(losses[1], rel=0.01)
+
+
+def _parts(tokenizer: Any, row: Any, loss_on: str) -> list[tuple[list[int], bool]]:
+    """Tokens of each piece of a row's text, and whether they are learned."""
+    if isinstance(row, PlainText):
+        return [([*tokenizer(row.text).input_ids, tokenizer.eos_token_id], True)]
+    parts: list[tuple[list[int], bool]] = []
+    written = ""
+    for number, turn in enumerate(row.turns):
+        before = as_turns(row.turns[:number])
+        if turn.role == "assistant":
+            asked = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+            parts.append((_ids(tokenizer, asked.removeprefix(written)), loss_on == "all"))
+            written = asked
+        whole = tokenizer.apply_chat_template(as_turns(row.turns[: number + 1]), tokenize=False)
+        last = number == len(row.turns) - 1
+        learned = loss_on == "all" or (turn.role == "assistant" and (loss_on == "assistant" or last))
+        parts.append((_ids(tokenizer, whole.removeprefix(written)), learned))
+        written = whole
+    return parts
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _flat(parts: list[tuple[list[int], bool]]) -> list[tuple[int, bool]]:
+    return [(token, learned) for part, learned in parts for token in part]
 
 
 def test_the_prompt_is_masked_and_the_end_of_turn_is_learned(tools) -> None:

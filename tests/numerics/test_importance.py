@@ -90,7 +90,7 @@ def test_what_enters_down_is_what_an_expert_makes(bases: Path) -> None:
 
 def test_measured_on_examples_it_lowers_the_weighted_error(bases: Path, tmp_path: Path) -> None:
     source, examples = Source(bases / "llama4", None, "x"), tmp_path / "examples.jsonl"
-    rows = [{"text": TEXTS[0]}, {"prompt": "the", "completion": " ticket"}]
+    rows = [{"text": TEXTS[0]}, {"text": "the ticket"}]
     rows.append({"messages": [{"role": "user", "content": TEXTS[1]}]})
     examples.write_text("\n".join(map(json.dumps, rows)))
     plan = plan_tensors(source.open())
@@ -109,7 +109,7 @@ def test_measured_on_examples_it_lowers_the_weighted_error(bases: Path, tmp_path
 
 
 def test_files_that_are_no_examples(tmp_path: Path) -> None:
-    for name, text in (("empty.txt", "\n"), ("bad.jsonl", "{}"), ("worse.jsonl", "no json")):
+    for name, text in (("empty.jsonl", ""), ("bad.jsonl", "{}"), ("worse.jsonl", "no json")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ExportError, match=f"{name} (cannot be read as|holds no) examples"):
             read_examples(tmp_path / name)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from studio import CheckpointError
+from studio import CheckpointError, DataError
 from studio.base import EMBEDDED_DIR
 from studio.chat_template import (
     TemplateRenderer,
@@ -21,6 +22,7 @@ from studio.chat_template import (
 )
 from studio.data import Example, Message, Place, PlainText
 from studio.default_templates import DEFAULTS, default_template
+from studio.encoding import encode
 
 ASK = {"role": "user", "content": "2 + 2 ="}
 EXAMPLE = Example((Message("user", "2 + 2 ="),), (Message("assistant", "4"),))
@@ -112,6 +114,19 @@ def test_rows_whose_prompt_fills_the_length_or_that_the_template_refuses_are_tol
     assert said.startswith(
         "the chat template refuses 1 of the first 2 conversations: too much talk. The job names each"
     )
+
+
+def test_earlier_turns_that_the_template_rewrites_are_told_by_line_where_they_are_learned(base: Path) -> None:
+    turns = (Message("user", "hi"), Message("assistant", "ho", "because"), Message("user", "2 + 2 ="))
+    several = replace(EXAMPLE, prompt=turns, place=Place("rows.jsonl", 3))
+    assert check_rendered(base, [several, EXAMPLE], 999, earlier_turns=True) == ([several, EXAMPLE], [])
+    text = "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }}"
+    with_template(base, text + "{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    assert check_rendered(base, [several], 999) == ([several], [])
+    good, (problem,) = check_rendered(base, [several, EXAMPLE], 999, earlier_turns=True)
+    assert good == [EXAMPLE] and str(problem).startswith("line 3: this model's chat template writes an assistant's turn")
+    with pytest.raises(DataError, match="line 3: this model's chat template writes"):
+        encode(AutoTokenizer.from_pretrained(base), several, 999, "assistant")
 
 
 def test_answers_that_do_not_end_where_the_model_stops_are_told(base: Path) -> None:

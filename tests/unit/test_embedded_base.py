@@ -1,6 +1,8 @@
 """The shipped base and the quickstart's tickets: what is promised about the files, checked without loading a model."""
 
 import json
+import runpy
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -12,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from studio.base import EMBEDDED_DIR
 from studio.base.domains import DOMAINS, Document, documents
-from studio.base.ticket_pairs import FLAWS, ticket_pairs, write_ticket_pairs
-from studio.base.tickets import EVAL_ROWS, TRAIN_ROWS, Row, tickets, write_tickets
+from studio.base.ticket_pairs import FLAWS, ticket_pairs
+from studio.base.tickets import EVAL_ROWS, TRAIN_ROWS, Row, tickets
 from studio.base.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, chat_messages, render
 from studio.base.words import FAULTS, SITES, URGENCIES
 
@@ -190,16 +192,16 @@ def _all_rows() -> Iterator[Row]:
     yield from _rows("eval")
 
 
-def test_the_shipped_tickets_are_what_the_script_writes(tmp_path: Path) -> None:
-    write_tickets(tmp_path, seed=0)
-    for name in (
-        "tickets-train.jsonl",
-        "tickets-eval.jsonl",
-        "sites-train.jsonl",
-        "sites-eval.jsonl",
-        "notes-train.jsonl",
-        "notes-eval.jsonl",
-    ):
+@pytest.mark.parametrize("module", ["tickets", "ticket_pairs", "known_tasks"])
+def test_the_shipped_data_are_what_the_scripts_write(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path)])
+    runpy.run_module(f"studio.base.{module}", run_name="__main__")
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert len(written) == {"tickets": 6, "ticket_pairs": 2, "known_tasks": 1}[module]
+    assert all(name in capsys.readouterr().out for name in written[:1])
+    for name in written:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
@@ -229,12 +231,6 @@ def test_another_seed_gives_other_tickets() -> None:
 
 def test_tickets_are_short(tokenizer: PreTrainedTokenizerFast) -> None:
     assert max(len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in _all_rows()) <= 160
-
-
-def test_the_shipped_pairs_are_those_that_the_script_makes(tmp_path: Path) -> None:
-    write_ticket_pairs(tmp_path)
-    for name in ("ticket-pairs-train.jsonl", "ticket-pairs-eval.jsonl"):
-        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
 def test_a_pair_has_one_flaw_and_no_asset_is_in_both_splits() -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 import studio
-from adapters.export import EXPORTERS, Source
+from adapters.export import EXPORTERS, Options, Source
 from adapters.export.consumers import CONSUMERS, Place
 from adapters.fingerprint import fingerprint
 from adapters.sidecar import Sidecar, read_sidecar, write_sidecar
 from studio import AdapterFileError, ExportError, ExportRequest, OutputExistsError, StudioError, exporting
 from studio.base import EMBEDDED_DIR
+from studio.calibration import calibration, handed_over
 from studio.cli import app
 from studio.export_sizes import GGUF_BITS
 from studio.export_view import certificate_view, export_progress
@@ -110,6 +114,52 @@ def test_prompts_that_cannot_be_read_are_refused_before_anything_is_written(adap
     for name in ("empty.txt", "rows.jsonl"):
         with pytest.raises(StudioError, match=name):
             studio.plan_export(request(adapter, prompts=tmp_path / name))
+
+
+def test_what_matters_is_measured_on_any_data_that_can_be_trained_on(adapter: Path, tmp_path: Path) -> None:
+    origin = studio.plan_export(request(adapter)).origin
+    user, assistant = ({"role": role, "content": said} for role, said in (("user", "Leaks?"), ("assistant", "Yes.")))
+    rows = tmp_path / "rows.csv.gz"
+    rows.write_bytes(gzip.compress(b"question,chosen,rejected\nLeaks?,Yes.,No.\n"))
+    assert calibration(rows, origin) == ([user, assistant],)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.md").write_text("one\ntwo\n")
+    assert calibration(folder, origin) == ("one\ntwo\n",) and calibration(folder / "a.md", origin) == ("one", "two")
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": "a"}) + "\n" + (json.dumps({"text": "b"}) + "\n") * 600 + "no json\n")
+    assert len(calibration(long, origin)) == 512
+    with handed_over(Options(importance=rows), origin) as options:
+        assert options.importance and options.importance != rows
+        assert json.loads(options.importance.read_text()) == {"messages": [user, assistant]}
+    assert not options.importance.exists()
+    matrix = tmp_path / "imatrix.gguf"
+    matrix.write_bytes(b"GGUF")
+    with handed_over(Options(importance=matrix), origin) as options:
+        assert options.importance == matrix
+
+
+def test_what_the_job_trained_on_is_read_as_it_read_it(adapter: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"ask": "a", "reply": "b"}\nno json\n')
+    origin = studio.plan_export(request(adapter)).origin
+    with pytest.raises(StudioError, match="line 1: needs messages"):
+        calibration(rows, origin)
+    data = f"train: '{rows}', columns: {{prompt: ask, completion: reply}}, bad_rows: drop"
+    recipe = studio.parse_recipe(f"data: {{{data}}}\noutput: {{dir: x}}\n")
+    trained = dataclasses.replace(origin, job=cast(Any, SimpleNamespace(recipe=lambda: recipe)))
+    ((ask, reply),) = calibration(rows, trained)
+    assert (ask, reply) == ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+@pytest.mark.parametrize(("name", "text"), [("rows.jsonl", "no json\n"), ("empty.txt", "\n"), ("missing.csv", None)])
+def test_examples_that_cannot_be_read_are_refused_before_anything_is_written(
+    adapter: Path, tmp_path: Path, name: str, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(StudioError, match=name):
+        studio.plan_export(request(adapter, "ollama", importance=tmp_path / name))
 
 
 @pytest.mark.parametrize(

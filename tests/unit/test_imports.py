@@ -64,6 +64,7 @@ LIGHT = (
     "studio.card",
     "studio.licence",
     "studio.held_out",
+    "studio.calibration",
     "studio.verifying",
     "studio.pushing",
     "studio.combining",

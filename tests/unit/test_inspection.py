@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -18,7 +20,10 @@ from studio.data.scripts import Scripts, script_of
 from studio.data_view import report_view
 from studio.errors import DataError
 
-SENTENCE = "the quick brown fox jumps over the lazy dog while eleven other animals watch it from a hill far away"
+SENTENCE = (
+    "the quick brown fox jumps over the lazy dog while eleven other animals watch it from a hill far away and wonder "
+    "what all of this haste may be good for on so warm a day in early spring"
+)
 WORDS = SENTENCE.split()
 
 
@@ -182,15 +187,49 @@ def test_equal_rows_are_found_whatever_their_distance() -> None:
     texts = [str(number % 30_000) for number in range(60_000)]
     for text in texts:
         same.add(text)
-    count, pairs = same.found(3)
-    assert count == 30_000 and pairs == [(30_000, 0), (30_001, 1), (30_002, 2)]
+    assert same.found().T.tolist() == [[30_000 + number, number] for number in range(30_000)]
 
 
 def test_rows_are_alike_from_four_fifths_of_their_pieces_on() -> None:
     near = NearDuplicates()
     words = [f"w{number}" for number in range(200)]
-    near.add(" ".join(words), 0)
-    near.add(" ".join([*words[:-1], "other"]), 1)
-    near.add(" ".join([f"x{word}" if number % 10 == 0 else word for number, word in enumerate(words)]), 2)
-    assert near.pairs == [(1, 0)], "the third shares about half of its three-word pieces"
-    assert pieces("One two") == {"one two"}
+    near.add(" ".join(words))
+    near.add(" ".join([*words[:-1], "other"]))
+    near.add(" ".join([f"x{word}" if number % 10 == 0 else word for number, word in enumerate(words)]))
+    near.add(" ".join(words).upper())
+    assert near.found(np.array([3])).T.tolist() == [[1, 0]], "the third shares about half of its three-word pieces"
+    assert near.found(np.array([9])).T.tolist() == [[1, 0], [3, 0]]
+    assert NearDuplicates().found(np.array([], dtype=int)).shape == (2, 0)
+
+
+def test_pieces_are_runs_of_words_or_of_letters() -> None:
+    assert pieces("One two").tolist() == pieces("one  TWO").tolist() and len(pieces("one two")) == 1
+    assert pieces("a b c d")[1:].tolist() == pieces("b c d").tolist() and len(pieces("")) == 1
+    han = "春江潮水连海平海上明月共潮生滟滟随波千万里何处春江无月明"
+    assert len(pieces(han)) == len(han) - 7 and len(set(pieces(han).tolist())) == len(han) - 7
+    assert len(pieces("a " * 5000)) == len(pieces("a b " * 2500)) == 1998
+
+
+def test_what_is_found_alike_is_what_an_exact_comparison_finds() -> None:
+    rng = random.Random(0)
+    texts: list[list[str]] = []
+    for _ in range(120):
+        texts.append(rng.choices([f"w{number}" for number in range(3000)], k=120))
+        for changed in (0, 1, 4, 30):
+            copy = list(texts[-1])
+            for place in rng.sample(range(120), changed):
+                copy[place] = "changed"
+            texts.append(copy)
+    near, same = NearDuplicates(), Duplicates()
+    for words in texts:
+        near.add(" ".join(words))
+        same.add(" ".join(words))
+    sets = [{tuple(words[i : i + 3]) for i in range(len(words) - 2)} for words in texts]
+    exact = {
+        later: max(len(sets[later] & sets[earlier]) / len(sets[later] | sets[earlier]) for earlier in range(later))
+        for later in range(1, len(texts))
+    }
+    found = set(near.found(same.found()[0])[0].tolist())
+    assert not found & set(same.found()[0].tolist())
+    assert {row for row, similarity in exact.items() if 0.95 <= similarity < 1} <= found
+    assert found <= {row for row, similarity in exact.items() if similarity > 0.6} and len(found) > 150

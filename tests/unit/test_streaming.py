@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from studio.data import PlainText, Row, both_rows
+from studio.data import Example, Labelled, Message, Place, PlainText, Preference, Row, both_rows
 from studio.data.formats import convert
 from studio.data.mixture import Phase
 from studio.data.of_recipe import SAMPLE_ROWS
 from studio.data.reading import Reading
+from studio.data.rows import row_of
 from studio.data.streaming import (
-    characters,
     count_rows,
     endless,
     endless_rows,
@@ -55,9 +55,13 @@ def recipe(train: str, more: str = "") -> Recipe:
     )
 
 
-def prompt(row: Row) -> str:
-    assert not isinstance(row, PlainText)
-    return row.prompt[0].content
+def prompt(row: dict[str, Any]) -> str:
+    return str(row["prompt"][0]["content"])
+
+
+def characters(row: Row) -> int:
+    assert isinstance(row, PlainText)
+    return len(row.text)
 
 
 def file_of(row: dict[str, Any]) -> str:
@@ -153,7 +157,8 @@ def test_a_shuffle_mixes_and_is_the_same_for_one_seed() -> None:
 
 def test_a_stream_goes_on_pass_after_pass_in_another_order(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", 30)
-    read = [prompt(row) for row in islice(endless(lambda: good_rows(path, EXAMPLES), characters, "0"), 90)]
+    rows = endless(lambda: trl_rows(path, EXAMPLES, Reading()), trl_characters, "0")
+    read = [prompt(row) for row in islice(rows, 90)]
     passes = [read[start : start + 30] for start in (0, 30, 60)]
     assert all(sorted(each) == sorted(passes[0]) for each in passes)
     assert len({tuple(each) for each in passes}) == 3
@@ -179,10 +184,48 @@ def test_rows_as_trl_reads_them_are_the_rows_of_the_file(tmp_path: Path) -> None
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>why</think>yes"}]
     lines = [{"prompt": "Why?", "completion": "So."}, {"messages": turns}, {"instruction": "Do", "output": "done"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    whole = [row.as_row() for row in good_rows(path, EXAMPLES, Reading())]
+    whole = [{**row.as_row(), "place": row.place} for row in good_rows(path, EXAMPLES, Reading())]
     assert list(trl_rows(path, EXAMPLES, Reading())) == whole and len(whole) == 3
     sizes = [trl_characters(row) for row in whole]
-    assert sizes == [7, 5, 6] and trl_characters({"text": "four"}) == 4
+    assert sizes[0] == 7 and sizes[1] >= 8 and sizes[2] == 6 and trl_characters({"text": "four"}) == 4
+
+
+ASK, YES, NO = ((Message(role, text),) for role, text in (("user", "a?"), ("assistant", "yes"), ("assistant", "no")))
+CALL = Message("assistant", "", "because", ({"type": "function", "function": {"name": "f", "arguments": {"n": 1}}},))
+TOOLS = ({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},)
+ROWS: list[Row] = [
+    Example((*ASK, CALL, Message("tool", "3", name="f")), YES, tools=TOOLS, place=Place("x", 1)),
+    Preference(ASK, YES, NO, tools=TOOLS, place=Place("x", 2, "row")),
+    Labelled(ASK, NO, False, place=Place("x", 3)),
+    PlainText("text", place=Place("x", 4)),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.kind)
+def test_what_trl_reads_says_what_the_row_was(row: Row) -> None:
+    back = row_of({**row.as_row(), "place": row.place})
+    assert (back, back.place) == (row, row.place)
+
+
+def test_rows_with_tools_and_calls_are_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "3?"}, {"role": "assistant", "tool_calls": [TOOL_CALL]}]
+    path.write_text("".join(json.dumps({"messages": turns, "tools": TOOLS}) + "\n" for _ in range(3)))
+    (row,) = islice(endless_rows([DataSource(path=path)], [Phase((1.0,))], EXAMPLES, Reading(), seed=0), 1)
+    assert row["tools"] == list(TOOLS) and row["completion"][0]["tool_calls"] == [TOOL_CALL]
+    assert trl_characters(row) > len("3?")
+
+
+TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}
+
+
+def test_the_sides_of_a_pair_are_streamed_apart(tmp_path: Path) -> None:
+    path, pairs = tmp_path / "a.jsonl", ("preference", "labelled")
+    lines = [{"prompt": f"a{n}", "chosen": "yes", "rejected": "no"} for n in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = endless_rows([DataSource(path=path)], [Phase((1.0,))], pairs, Reading(), seed=0, apart=True)
+    found = Counter((prompt(row), row["completion"][0]["content"], row["label"]) for row in islice(rows, 6))
+    assert found == {(f"a{n}", said, said == "yes"): 1 for n in range(3) for said in ("yes", "no")}
 
 
 def test_a_bad_row_stops_the_stream_with_file_and_line(tmp_path: Path) -> None:
