@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -14,14 +14,14 @@ from pydantic import (
     model_validator,
 )
 
-from studio.metrics import METRICS
+from studio.metrics import METRICS, Better
 from studio.recipe_parts import InputPath, Settings
 from studio.recipe_parts import absolute as _absolute
 from studio.recipe_parts import refusal as _refusal
 
 
 class GateRule(Settings):
-    """A limit on how much worse a metric may get from base to tuned; past it the job fails, with its adapter kept."""
+    """A limit on how much worse a metric may get in training; past it the job fails, with its adapter kept."""
 
     metric: str
     """Its name: loss, perplexity, exact_match, json_valid, schema_valid, or TASK/METRIC of a task."""
@@ -33,7 +33,10 @@ class GateRule(Settings):
     """Most that the metric may rise."""
 
     relative: bool = False
-    """Whether the limit is a share of the base's value."""
+    """Whether the limit is a share of the value before."""
+
+    against: Literal["base", "start"] = "base"
+    """What the tuned model is held against: the base, or the adapter of adapter.start_from as it was given."""
 
     certain: bool = False
     """Whether the whole 95 % interval of the change must lie past the limit for the job to fail."""
@@ -42,7 +45,18 @@ class GateRule(Settings):
     def _one_limit(self) -> Self:
         if (self.max_drop is None) == (self.max_rise is None):
             raise _refusal("a rule of the gate has one of max_drop and max_rise, and only one")
+        if self.metric in METRICS and (problem := wrong_way(self, METRICS[self.metric].better)):
+            raise _refusal(problem)
         return self
+
+
+def wrong_way(rule: GateRule, better: Better) -> str | None:
+    """What is wrong with a limit on a change for the better; None where it is on one for the worse."""
+    given = "max_drop" if rule.max_rise is None else "max_rise"
+    wanted = "max_rise" if better == "lower" else "max_drop"
+    if given == wanted:
+        return None
+    return f"gate: {rule.metric} is better when it is {better}, so {given} would fail what got better; write {wanted}"
 
 
 def _task(value: Any, info: ValidationInfo) -> Any:
