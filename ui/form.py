@@ -12,7 +12,7 @@ import gradio as gr
 from ui import fields
 from ui.drafts import Draft
 from ui.fields import Field, FormValue, Section
-from ui.html import el, join
+from ui.html import Child, el, join
 from ui.look import show
 
 ALWAYS = "field"
@@ -117,13 +117,18 @@ def _build_section(form: Form, section: Section) -> None:
     rare = [entry for entry in section.fields if not entry.essential]
     title = rare[0].title if not essential and len(rare) == 1 else section.name.capitalize()
     if essential:
-        show(join(el("h2", title), el("p", section.hint, cls="quiet-text") if section.hint else None))
+        show(join(el("h2", title), el("p", *_words(section.hint), cls="quiet-text") if section.hint else None))
         form.notes[section.name] = show(visible=False)
         _build_fields(form, essential)
     if rare:
         label = f"More {section.name} settings" if essential else title
         with gr.Accordion(label, open=False, elem_classes=["more"] + ([] if essential else ["alone"])):
             _build_fields(form, rare)
+
+
+def _words(hint: str) -> list[Child]:
+    """A docstring's text, with what stands in backticks as code."""
+    return [el("code", part) if number % 2 else part for number, part in enumerate(hint.split("`"))]
 
 
 def _build_fields(form: Form, entries: Sequence[Field]) -> None:
