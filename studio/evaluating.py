@@ -93,7 +93,8 @@ def _recipe(
     model = {"model.base": str(origin.base), **{f"model.{name}": value for name, value in held.items()}}
     like = job or Recipe.model_validate({"data": {"train": "unused"}, "output": {"dir": "unused"}})
     settings = like.evaluation
-    given = {"task_examples": examples, "task_chat_template": chat_template, "json_schema": json_schema}
+    given: dict[str, Any] = {"json_schema": json_schema}
+    given |= {"task_examples": examples, "task_chat_template": chat_template} if tasks else {}
     asked = {name: str(value) if name == "json_schema" else value for name, value in given.items() if value is not None}
     rows = {"data.eval": str(data.absolute()) if data else None, "data.eval_fraction": None}
     measured = data is not None or (not tasks and like.data.held_out)
@@ -104,6 +105,7 @@ def _recipe(
         "training.learning_rate": 1e-4,
         "training.batch_size": batch_size or (like.training.batch_size if job else 8),
         "evaluation.tasks": list(tasks),
+        **({} if tasks else {"evaluation.task_examples": None, "evaluation.task_chat_template": False}),
         "evaluation.gate": [],
         "evaluation.every_steps": None,
         "evaluation.examples": examples or (settings.examples if job else 200),

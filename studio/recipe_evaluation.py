@@ -24,7 +24,7 @@ class GateRule(Settings):
     """A limit on how much worse a metric may get in training; past it the job fails, with its adapter kept."""
 
     metric: str
-    """Its name: loss, perplexity, exact_match, json_valid, schema_valid, or TASK/METRIC of a task."""
+    """Its name: loss, perplexity, exact_match, json_valid, schema_valid, reward, …, or TASK/METRIC of a task."""
 
     max_drop: float | None = Field(default=None, ge=0)
     """Most that the metric may fall. Either this or max_rise."""
@@ -103,6 +103,13 @@ class EvaluationSettings(Settings):
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
+    def _tasks_read_what_is_given(self) -> Self:
+        given = [name for name in ("task_examples", "task_chat_template") if getattr(self, name)]
+        if given and not self.tasks:
+            raise _refusal(f"{', '.join(given)} is given, but tasks lists none; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _the_gate_asks_for_what_is_measured(self) -> Self:
         tasks = {Path(task).stem for task in self.tasks}
         for rule in self.gate:
@@ -113,7 +120,7 @@ class EvaluationSettings(Settings):
                 raise _refusal(
                     f'gate: received the metric "{rule.metric}"; allowed: {", ".join(METRICS)}, or TASK/METRIC{hint}'
                 )
-            if slash and not tasks:
+            if slash and not tasks and task != "reward":  # reward/FUNCTION is of the section rewards
                 raise _refusal(f'gate: "{rule.metric}" is a metric of the task {task}, but tasks lists none')
             if rule.metric == "schema_valid" and self.json_schema is None:
                 raise _refusal("gate: schema_valid is measured with json_schema alone; set it")

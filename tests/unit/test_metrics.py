@@ -270,3 +270,11 @@ def test_results_of_older_jobs_are_shown_without_intervals() -> None:
     loss, match = metric_rows(before, after, None)
     assert (loss.base, loss.base_interval, loss.tuned, loss.change, loss.verdict) == ("2", "", "1", "-1, -50 %", "")
     assert (match.tuned, match.change) == ("50.0 %", "+50.0 points")
+
+
+def test_a_tasks_numbers_that_are_all_0_on_one_side_are_compared_as_means() -> None:
+    base, tuned = Scores("share", "higher", (0.0, 0.0, 0.0)), Scores("mean", "higher", (0.5, 0.25, 0.0))
+    sides = [{"t/f1": Measure(measured(each), "higher", each)} for each in (base, tuned)]
+    change = changes(*sides)["t/f1"]
+    assert change.value == 0.25 and change.low is not None and change.low < 0.25 < change.high
+    assert changes(*sides[::-1])["t/f1"].value == -0.25
