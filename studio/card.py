@@ -139,11 +139,13 @@ def _metrics(result: Mapping[str, Any] | None) -> str:
     before, after = (result or {}).get("before"), (result or {}).get("after")
     if not before or not after:
         return "No held-out data was given, so nothing was measured."
+    start = (result or {}).get("start")
+    sides = ["base", *(["start"] if start else []), "tuned"]
     rows = [
-        f"| {_cell(row.title)} | {row.base} ({row.base_interval}) | {row.tuned} ({row.tuned_interval}) |".replace(
-            " ()", ""
-        )
-        for row in metric_rows(before, after, result.get("change") if result else None)
+        f"| {_cell(row.title)} | "
+        + " | ".join(f"{getattr(row, side)} ({getattr(row, f'{side}_interval')})".replace(" ()", "") for side in sides)
+        + " |"
+        for row in metric_rows(before, after, result.get("change") if result else None, start)
     ]
     count = after.get("examples")
     on = f"On {count} held-out examples" if count else "On the tasks named here"
@@ -152,7 +154,8 @@ def _metrics(result: Mapping[str, Any] | None) -> str:
         f"- gate {'passed' if entry['passed'] else '**failed**'}: {_cell(gate_text(entry))}"
         for entry in (result or {}).get("gate") or []
     ]
-    return "\n".join([head, "", "| | base | tuned |", "|---|---|---|", *rows, *([""] if gate else []), *gate])
+    columns = f"| | {' | '.join(sides)} |", f"|---|{'---|' * len(sides)}"
+    return "\n".join([head, "", *columns, *rows, *([""] if gate else []), *gate])
 
 
 def _data(recipe: Recipe) -> str:

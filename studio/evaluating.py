@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from studio.errors import StudioError
 
@@ -54,17 +55,17 @@ def evaluate(
 
     os.environ.update(OFFLINE)  # before the libraries are loaded, which read it then
     origin = find_origin(what, base)
-    recipe, file = _recipe(origin, data, tasks, examples, json_schema, chat_template, batch_size)
-    if file is None and not tasks:
+    recipe = _recipe(origin, data, tasks, examples, json_schema, chat_template, batch_size)
+    if not recipe.data.held_out and not tasks:
         raise StudioError(f"there is nothing to measure {what} on: give --data FILE, --task NAME or FILE, or both")
     check_evaluation(recipe.evaluation)
-    rows = _rows(recipe, file)
+    rows = _rows(recipe, data)
     report = _measured(origin, recipe, rows, progress)
     return {
         "what": what,
         "base": origin.base_name,
         "adapter": str(origin.adapter) if origin.adapter else None,
-        "data": str(file) if file else None,
+        "data": _named(recipe),
         "tasks": list(recipe.evaluation.tasks),
         **report,
     }
@@ -78,37 +79,56 @@ def _recipe(
     json_schema: Path | None,
     chat_template: bool | None,
     batch_size: int | None,
-) -> tuple[Recipe, Path | None]:
-    """The job's recipe, or one like it for an adapter or a model; and the file of rows."""
+) -> Recipe:
+    """The job's recipe, or one like it for an adapter or a model, with what is asked for here.
+
+    Its held-out rows are those to measure; it has none where there is nothing but tasks.
+    """
     from studio.recipe import Recipe
+    from studio.sweep_space import with_values
 
-    sidecar = origin.sidecar
-    held = {name: value for name, value in ((sidecar.held if sidecar else None) or {}).items() if name != "dtype"}
-    model = {"base": str(origin.base), **(held or {"quantization": "none"})}
-    values: dict[str, Any] = {"model": model, "data": {"train": "unused"}, "output": {"dir": "unused"}}
     job = origin.job.recipe() if origin.job else None
-    if job:
-        values = {**job.model_dump(mode="json", include={"data", "training"}), **values, "model": model}
-        values["data"] = job.data.model_dump(mode="json")
-    settings = job.evaluation.model_dump(mode="json") if job else {}
-    settings |= {"tasks": list(tasks), "gate": [], "every_steps": None}
-    given = {"task_examples": examples, "task_chat_template": chat_template, "json_schema": json_schema}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    settings["examples"] = examples or settings.get("examples", 200)
-    file = data or (job.data.eval if job and not tasks else None)
-    values["data"] = {**values["data"], "eval": str(file.absolute()) if file else None}
-    if file is None:
-        settings["json_schema"] = None
-    training = {**values.get("training", {}), "learning_rate": 1e-4}
-    training["batch_size"] = batch_size or training.get("batch_size", 8)
-    return Recipe.model_validate({**values, "training": training, "evaluation": settings}), file
+    held = dict((origin.sidecar.held if origin.sidecar else None) or {"quantization": "none"})
+    held.pop("dtype", None)
+    model = {"model.base": str(origin.base), **{f"model.{name}": value for name, value in held.items()}}
+    like = job or Recipe.model_validate({"data": {"train": "unused"}, "output": {"dir": "unused"}})
+    settings = like.evaluation
+    given: dict[str, Any] = {"json_schema": json_schema}
+    given |= {"task_examples": examples, "task_chat_template": chat_template} if tasks else {}
+    asked = {name: str(value) if name == "json_schema" else value for name, value in given.items() if value is not None}
+    rows = {"data.eval": str(data.absolute()) if data else None, "data.eval_fraction": None}
+    measured = data is not None or (not tasks and like.data.held_out)
+    values: dict[str, Any] = {
+        **model,
+        **(rows if data or tasks else {}),
+        "adapter.start_from": None,
+        "training.learning_rate": 1e-4,
+        "training.batch_size": batch_size or (like.training.batch_size if job else 8),
+        "evaluation.tasks": list(tasks),
+        **({} if tasks else {"evaluation.task_examples": None, "evaluation.task_chat_template": False}),
+        "evaluation.gate": [],
+        "evaluation.every_steps": None,
+        "evaluation.examples": examples or (settings.examples if job else 200),
+        **{f"evaluation.{name}": value for name, value in asked.items()},
+        **({} if measured else {"evaluation.json_schema": None}),
+    }
+    return with_values(like, values)
 
 
-def _rows(recipe: Recipe, file: Path | None) -> list[Any]:
-    from studio.data import read_rows
-    from studio.data.reading import KINDS
+def _named(recipe: Recipe) -> str | None:
+    """Where the rows come from."""
+    if recipe.data.eval_fraction is not None:
+        return f"{100 * recipe.data.eval_fraction:g} % of the training rows, held out"
+    return str(recipe.data.eval) if recipe.data.eval else None
 
-    return read_rows(file, tuple(KINDS))[: recipe.evaluation.examples] if file else []
+
+def _rows(recipe: Recipe, data: Path | None) -> list[Any]:
+    """The rows of the file, of any kind; else those that the job held out."""
+    from studio.data import held_out_rows, read_rows
+    from studio.data.reading import KINDS, Reading
+
+    rows = read_rows(data, tuple(KINDS), Reading.of(recipe)) if data else held_out_rows(recipe)
+    return rows[: recipe.evaluation.examples]
 
 
 def _measured(origin: Origin, recipe: Recipe, rows: list[Any], progress: Progress | None) -> dict[str, Any]:
@@ -122,7 +142,9 @@ def _measured(origin: Origin, recipe: Recipe, rows: list[Any], progress: Progres
 
     measuring = Measuring(recipe, rows)  # tasks that are not here are refused before the base is loaded
     model, tokenizer = load_recipe_base(recipe, shown("loading"))
-    adapter = AppliedAdapter(model, origin.adapter) if origin.adapter else None
+    quantized = recipe.model.quantization != "none"
+    adapter = AppliedAdapter(model, origin.adapter, quantized) if origin.adapter else None
+    cast(Any, model).disable_adapter = adapter.off if adapter else nullcontext  # the reference of preferences
     before = measuring.run(model, tokenizer, shown("measuring base" if adapter else "measuring"))
     if adapter is None:
         return {"before": before.summary(), "after": None, "change": {}}

@@ -1,6 +1,6 @@
-"""The gate of a recipe: how much worse a metric may get from base to tuned. No torch.
+"""The gate of a recipe: how much worse a metric may get from base, or start, to tuned. No torch.
 
-judge(rules, base, tuned, change) ─▶ [Verdict]      in result.json as "gate"; GateError where one has failed
+judge(rules, {"base": …, "start": …}, tuned) ─▶ [Verdict]      in result.json as "gate"; GateError where one has failed
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from studio.errors import GateError, TrainingError
-from studio.metrics import Measure, Metric
-from studio.recipe_evaluation import GateRule
+from studio.metrics import Measure, Metric, changes
+from studio.recipe_evaluation import GateRule, wrong_way
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Verdict:
     """What became of one rule.
 
     Attributes:
+        base: the value of what the rule is against: the base, or the adapter as it was given ("start").
         limit: the most that the metric may get worse, in its own unit.
         worse: how much worse it got; negative where it got better. With `certain` the end of the interval that is
             nearest to no change for the worse.
@@ -31,10 +32,11 @@ class Verdict:
     limit: float
     worse: float
     passed: bool
+    against: str = "base"  # absent from older results
 
 
 def check_gate(rules: Sequence[GateRule], measured: Mapping[str, Measure]) -> None:
-    """Refuses a gate on a metric that is not measured, before anything is trained.
+    """Refuses a gate on a metric that is not measured, or on its change for the better, before anything is trained.
 
     Raises:
         TrainingError
@@ -46,16 +48,22 @@ def check_gate(rules: Sequence[GateRule], measured: Mapping[str, Measure]) -> No
             f"{', '.join(measured) or 'nothing'}. json_valid is measured where every reference is JSON. Nothing was "
             "trained and no adapter was written"
         )
+    for rule in rules:
+        if wrong := wrong_way(rule, measured[rule.metric].better):
+            raise TrainingError(f"evaluation.{wrong}. Nothing was trained and no adapter was written")
 
 
 def judge(
-    rules: Sequence[GateRule],
-    base: Mapping[str, Measure],
-    tuned: Mapping[str, Measure],
-    change: Mapping[str, Metric],
+    rules: Sequence[GateRule], sides: Mapping[str, Mapping[str, Measure]], tuned: Mapping[str, Measure]
 ) -> list[Verdict]:
-    """One verdict a rule, in their order."""
-    return [_verdict(rule, base[rule.metric].metric, tuned[rule.metric].metric, change[rule.metric]) for rule in rules]
+    """One verdict a rule, in their order; `sides` are what a rule may be against, by name."""
+    change = {name: changes(side, tuned) for name, side in sides.items()}
+    return [
+        _verdict(
+            rule, sides[rule.against][rule.metric].metric, tuned[rule.metric].metric, change[rule.against][rule.metric]
+        )
+        for rule in rules
+    ]
 
 
 def raise_failed(verdicts: Sequence[Verdict], adapter: str) -> None:
@@ -75,8 +83,9 @@ def said(verdict: Verdict) -> str:
     change = verdict.tuned - verdict.base
     way = "rose" if change > 0 else "fell" if change < 0 else "went"
     least = f", by {verdict.worse:.4g} at least," if "certain" in verdict.rule and not verdict.passed else ""
+    given = " of the adapter that was given" if verdict.against == "start" else ""
     return (
-        f"{verdict.metric} {way} from {verdict.base:.4g} to {verdict.tuned:.4g}{least} and may {verdict.rule} "
+        f"{verdict.metric} {way} from {verdict.base:.4g}{given} to {verdict.tuned:.4g}{least} and may {verdict.rule} "
         f"({verdict.limit:.4g})"
     )
 
@@ -97,10 +106,12 @@ def _verdict(rule: GateRule, base: Metric, tuned: Metric, change: Metric) -> Ver
         limit=limit,
         worse=worse,
         passed=math.isfinite(tuned.value) and worse <= limit + 1e-12,
+        against=rule.against,
     )
 
 
 def _words(rule: GateRule, share: float, rises: bool) -> str:
-    most = f"{100 * share:g} % of the base's value" if rule.relative else f"{share:g}"
+    whose = "the start's" if rule.against == "start" else "the base's"
+    most = f"{100 * share:g} % of {whose} value" if rule.relative else f"{share:g}"
     certain = ", judged by the certain end of the interval" if rule.certain else ""
     return f"{'rise' if rises else 'drop'} by {most} at most{certain}"

@@ -47,7 +47,7 @@ def draw_sweep(path: Path, table: dict[str, Any]) -> Path:
     figure = Figure(figsize=(4.2 * min(3, panels), 3.4 * -(-panels // 3)), dpi=DPI, layout="constrained")
     grid = figure.subplots(-(-panels // 3), min(3, panels), squeeze=False).flat
     first, *others = list(grid)
-    _scatter(first, table["trials"], [trial["number"] for trial in table["trials"]])
+    _scatter(first, table["trials"], [trial["number"] for trial in table["trials"]], title)
     done = [trial for trial in table["trials"] if trial["state"] == "complete"]
     best: list[float] = []
     choose = min if table["direction"] == "minimize" else max
@@ -60,7 +60,7 @@ def draw_sweep(path: Path, table: dict[str, Any]) -> Path:
     for axes, name in zip(others, names, strict=False):
         _by_parameter(axes, table, name, title)
     for axes in (first, *others[: len(names)]):
-        _spread(axes, [trial["value"] or trial["last"] for trial in table["trials"]])
+        _spread(axes, [_height(trial, title) for trial in table["trials"]])
     for axes in others[len(names) :]:
         axes.set_visible(False)
     return written(figure, path)
@@ -90,14 +90,20 @@ def _by_parameter(axes: Axes, table: dict[str, Any], name: str, title: str) -> N
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    _scatter(axes, trials, values)
+    _scatter(axes, trials, values, title)
     _label(axes, name.rpartition(".")[2].replace("_", " "), name, title)
 
 
-def _scatter(axes: Axes, trials: Sequence[dict[str, Any]], places: Sequence[Any]) -> None:
+def _height(trial: dict[str, Any], metric: str) -> float | None:
+    """A trial's metric; of one that was pruned its last held-out loss, where that is the metric."""
+    value: float | None = trial["value"]
+    return trial["last"] if value is None and metric == "loss" else value
+
+
+def _scatter(axes: Axes, trials: Sequence[dict[str, Any]], places: Sequence[Any], metric: str) -> None:
     for state, (colour, marker) in STATES.items():
         found = [
-            (place, trial["value"] if trial["value"] is not None else trial["last"])
+            (place, _height(trial, metric))
             for trial, place in zip(trials, places, strict=True)
             if trial["state"] == state
         ]

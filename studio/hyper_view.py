@@ -80,7 +80,9 @@ def sweep_table(results: dict[str, Any]) -> RenderableType:
 def _value(metric: str, trial: dict[str, Any]) -> str:
     if trial["value"] is not None:
         return metric_text(metric, trial["value"])
-    return f"({trial['last']:.4g})" if trial["last"] is not None else ""
+    if trial["last"] is None:
+        return ""
+    return f"({trial['last']:.4g})" if metric == "loss" else f"(loss {trial['last']:.4g})"
 
 
 def _interval(metric: str, ends: Sequence[float | None] | None) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from studio import job_files as files
 from studio.errors import JobError, StudioError
+from studio.methods import METHODS
 
 if TYPE_CHECKING:
     from studio.jobs import Job
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 RAMP = "lr_test.json"
 DIVERGED = 4.0
-"""Times the least smoothed loss, at which the test stops; as fastai has it."""
+"""Times the least smoothed loss, at which the test stops, as fastai has it; but not below the loss that it began with,
+which a preference loss near 0, or one that may be negative, would else be at by noise alone."""
 
 LEAST_POINTS = 10
 SMOOTHING = 0.9
@@ -52,6 +54,7 @@ class Smoother:
     mean: float = 0.0
     steps: int = 0
     least: float = field(default=math.inf)
+    first: float = field(default=math.nan)
 
     def add(self, loss: float) -> float:
         """The smoothed loss with one more."""
@@ -62,8 +65,10 @@ class Smoother:
     def has_diverged(self, loss: float) -> bool:
         """Whether the smoothed loss with this one is far above its least, or no number."""
         smooth = self.add(loss)
+        self.first = smooth if self.steps == 1 else self.first
         self.least = min(self.least, smooth)
-        return not math.isfinite(smooth) or (self.steps > LEAST_POINTS and smooth > DIVERGED * self.least)
+        limit = max(self.least + (DIVERGED - 1) * abs(self.least), self.first)
+        return not math.isfinite(smooth) or (self.steps > LEAST_POINTS and smooth > limit)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ def submit_lr_test(recipe: Recipe, ramp: Ramp, *, out: Path | None = None) -> Jo
             f"received rates from {ramp.start:g} to {ramp.end:g} in {ramp.steps} steps; allowed: from above 0 to a "
             f"higher one of at most 100, in at least {LEAST_POINTS} steps"
         )
+    if METHODS[recipe.training.method].samples:
+        raise StudioError(
+            f"a range test reads the rate off the loss, and that of training.method {recipe.training.method} says "
+            "nothing of how good the answers are; use studio sweep, with the metric reward"
+        )
     folder = out or recipe.output.dir.with_name(f"{recipe.output.dir.name}-lr-test")
     values: dict[str, Any] = {
         "output.dir": str(folder),
@@ -104,6 +114,8 @@ def submit_lr_test(recipe: Recipe, ramp: Ramp, *, out: Path | None = None) -> Jo
         "evaluation.json_schema": None,
         "evaluation.every_steps": None,
         "evaluation.tasks": [],
+        "evaluation.task_examples": None,
+        "evaluation.task_chat_template": False,
         "evaluation.gate": [],
         "training.max_steps": ramp.steps,
         "training.learning_rate": min(1.0, ramp.start),

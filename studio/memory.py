@@ -55,6 +55,7 @@ class MemoryPlan(BaseModel):
 
     Attributes:
         gradients_bytes: those of the adapters that exist at the peak: they grow while activations are let go.
+        reward_models_bytes, tasks_bytes: beside the model in training (studio/beside.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,11 +69,15 @@ class MemoryPlan(BaseModel):
     workspace_bytes: int
     logits_bytes: int
     peak_bytes: int
+    # absent from the plans of older jobs
+    reward_models_bytes: int = 0
+    tasks_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
         """What no smaller batch makes smaller."""
-        return self.runtime_bytes + self.weights_bytes + self.adapters_bytes + self.optimizer_bytes
+        own = self.runtime_bytes + self.weights_bytes + self.adapters_bytes + self.optimizer_bytes
+        return own + self.reward_models_bytes + self.tasks_bytes
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,13 @@ class Held:
 
     Attributes:
         weights_bytes: the base as held.
-        trainable_parameters: of the adapters, float32, with AdamW's two moments.
+        trainable_parameters: of the adapters and of a reward head, float32, with AdamW's two moments.
         start_parameters: float32 and frozen: what the adapters began with.
         quantized: a matrix is dequantised while it is used.
         accumulates: gradients of earlier forward passes are there in the next.
         checkpointing: only layer inputs are kept, one layer at a time is computed again.
         full_logits: the loss holds the logits of every position (ORPO, CPO).
+        reward_models_bytes, tasks_bytes: beside the model (studio/beside.py).
     """
 
     weights_bytes: int
@@ -96,6 +102,8 @@ class Held:
     checkpointing: bool
     full_logits: bool = False
     start_parameters: int = 0
+    reward_models_bytes: int = 0
+    tasks_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,8 @@ def predict_memory(base: Base, held: Held, run: Pass, drawn: Drawn | None = None
         "weights_bytes": held.weights_bytes,
         "adapters_bytes": 4 * (held.trainable_parameters + held.start_parameters),
         "optimizer_bytes": 8 * held.trainable_parameters,
+        "reward_models_bytes": held.reward_models_bytes,
+        "tasks_bytes": 0 if run.on_gpu else held.tasks_bytes,
         **peak,
     }
     return MemoryPlan(**parts, peak_bytes=sum(parts.values()))

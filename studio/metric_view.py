@@ -17,15 +17,18 @@ from studio.progress import gate_text, metric_rows
 Row = Mapping[str, Any]
 
 
-def metric_table(before: Row, after: Row | None, change: Row) -> Table:
-    """A row a metric: the values with their intervals, and the change."""
+def metric_table(before: Row, after: Row | None, change: Row, start: Row | None = None) -> Table:
+    """A row a metric: the values with their intervals, and the change from base to tuned."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     count = before.get("examples")
     table.add_column(f"Held-out, {count:,} examples" if count else "Measured")
-    for name in ("base", "tuned", "change") if after else ("value",):
+    sides = ("base", *(["start"] if start else []), "tuned", "change") if after else ("value",)
+    for name in sides:
         table.add_column(name, justify="right")
-    for row in metric_rows(before, after, change):
+    for row in metric_rows(before, after, change, start):
         cells = [Text.assemble(row.base, ("  " + row.base_interval, "dim"))]
+        if start:
+            cells.append(Text.assemble(row.start, ("  " + row.start_interval, "dim")))
         if after:
             cells.append(Text.assemble((row.tuned, "bold"), ("  " + row.tuned_interval, "dim")))
             style = {"better": "green", "worse": "red"}.get(row.verdict, "")

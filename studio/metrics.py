@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -121,8 +121,13 @@ def changes_as_json(base: Mapping[str, Measure], tuned: Mapping[str, Measure]) -
 def _change(base: Measure, tuned: Measure) -> Metric:
     first, second = base.scores, tuned.scores
     if first and second and first.tokens == second.tokens and len(first.values) == len(second.values):
-        return changed(first, second)
+        return changed(_alike(first, second), _alike(second, first))
     return apart(base.metric, base.error, tuned.metric, tuned.error)
+
+
+def _alike(scores: Scores, other: Scores) -> Scores:
+    """As means where one side is a share and the other is not: a task's numbers may all be 0 or 1 by chance."""
+    return replace(scores, kind="mean") if scores.kind != other.kind else scores
 
 
 def scores_of(name: str, values: Sequence[float], tokens: Sequence[int] = ()) -> Scores:

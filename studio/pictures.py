@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from studio import job_files as files
 from studio.preference_view import Panel, preference_panels
-from studio.progress import ROUTER_MEASURES, Rows, reward_rows, router_rows
+from studio.progress import ROUTER_MEASURES, Rows, first_measured, reward_rows, router_rows
 from studio.quantities import as_percent
 from studio.routing_view import Heatmap, SourceCoverage, job_routing
 
@@ -206,12 +206,9 @@ def _reward_name(column: str) -> str:
 
 
 def _add_held_out(axes: Axes, rows: Rows, last_step: int) -> None:
-    places = {"before": 0, "after": last_step}
-    points = [
-        (places[row["when"]], row["reward"])
-        for row in rows
-        if row.get("kind") == "eval" and row.get("when") in places and row.get("reward") is not None
-    ]
+    last = [row for row in rows if row.get("kind") == "eval" and row.get("when") == "after"]
+    measured = [*((0, row) for row in first_measured(rows)), *((last_step, row) for row in last)]
+    points = [(step, row["reward"]) for step, row in measured if row.get("reward") is not None]
     if points:
         axes.plot(*zip(*points, strict=True), "o", color="#c2571a", markersize=6, label="held out, greedy")
 

@@ -20,14 +20,14 @@ from adapters.errors import StudioError
 from adapters.placement import Placement, same_experts_everywhere
 from studio.activations import Pass
 from studio.base import EMBEDDED_DIR
-from studio.data import Preference, Row, recipe_rows, wanted_sequences
-from studio.data.curriculum import Mixed, contributions, mixture_warnings
-from studio.data.leakage import LeakPlan, leak_plan, leaks_text, refuse_leaks
+from studio.beside import beside, held_as
+from studio.data import Preference, Row, recipe_rows
+from studio.data.curriculum import Mixed, contributions
+from studio.data.leakage import LeakPlan, leak_plan, refuse_leaks
 from studio.data.lengths import TokenCounter
-from studio.data.of_recipe import DROPPED, SAMPLE_ROWS, RecipeRows, count_of, refused
+from studio.data.of_recipe import RecipeRows, count_of, refused
 from studio.data.reading import refuse
 from studio.defaults import settled, settled_learning_rate
-from studio.errors import Problem
 from studio.evaluation_inputs import check_evaluation
 from studio.generations import asked, drawn_together, is_online, online_steps
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
@@ -35,13 +35,11 @@ from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
 from studio.packed_plan import check_packing, packed_rows, packs
 from studio.placing import coverage, plan_placement
-from studio.quantities import as_bytes
+from studio.plan_warnings import warnings
 from studio.recipe import Recipe
 from studio.rewards import check_rewards
-from studio.rewards.programs import missing_protections
 from studio.shapes import published_shape
-from studio.starting import continued, differing_ranks
-from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, start_parameters, tensor_classes
+from studio.weights import BYTES, Base, TensorClass, base_in, expert_grid, start_parameters, tensor_classes
 
 if TYPE_CHECKING:
     from adapters.router_profile import RouterProfile
@@ -157,7 +155,7 @@ def make_plan(
 
         profile = find_profile(recipe)
     placement = plan_placement(recipe, base, profile)
-    classes = tensor_classes(base, _held_as(recipe), placement)
+    classes = tensor_classes(base, held_as(recipe.model), placement)
     if METHODS[recipe.training.method].samples:
         prompts = TokenCounter(_tokenizer_of(recipe, base)).lengths(asked(recipe, train))
         lengths = [length + recipe.sampling.max_new_tokens for length in prompts]
@@ -187,14 +185,7 @@ def make_plan(
         dropped_rows=count_of(dropped),
         truncated_examples=0 if is_online(recipe) else sum(n > recipe.data.max_length_tokens for n in lengths),
         total_steps=total_steps(recipe, batch_rows(recipe, train, lengths)),
-        warnings=(
-            *_warnings(recipe, base, memory, at_hand),
-            *_said_of_template(base, train),
-            *_dropped(dropped),
-            *mixture_warnings(recipe, mixed),
-            *_data_warnings(recipe, leaks),
-            *_going_on(recipe, base, placement),
-        ),
+        warnings=warnings(recipe, base, placement, train, dropped, mixed, leaks, memory, at_hand),
         mixture=mixed,
         leaks=leaks,
         left_out_examples=len(found.left_out),
@@ -221,19 +212,6 @@ def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:
     found = leak_plan(rows.train, rows.held_out, *((None,) if thorough else ()))
     if recipe.data.leakage == "refuse":
         refuse_leaks(found)
-    return found
-
-
-def _data_warnings(recipe: Recipe, leaks: LeakPlan | None) -> list[str]:
-    found = []
-    if leaks is not None and leaks.found:
-        more = f"; and {leaks.found - 3:,} more" if leaks.found > 3 else ""
-        found.append(f"{leaks_text(leaks)}: {'; '.join(leaks.shown[:3])}{more}")
-    if recipe.data.streaming:
-        found.append(
-            f"the data is streamed: examples, lengths and held-out rows in the training data are those of the first "
-            f"{SAMPLE_ROWS:,} rows of each source; a bad row further on stops the job (studio validate reads all)"
-        )
     return found
 
 
@@ -292,11 +270,6 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return rounds * math.ceil((training.epochs or 1.0) * per_epoch)
 
 
-def _held_as(recipe: Recipe) -> HeldAs:
-    model = recipe.model
-    return HeldAs(model.quantization, model.double_quant, model.int8_experts, compute_dtype(model.dtype))
-
-
 # -------------------------------------------------------------------- memory
 
 
@@ -305,14 +278,17 @@ def _choose_path(
 ) -> tuple[Literal["fast", "lean"], MemoryPlan, int | None]:
     """The path of the routed experts, its memory, and what is at hand: fast where it fits, unless the recipe says."""
     training, on_gpu = recipe.training, has_gpu()
+    more, head = beside(recipe), base.number("hidden_size") if METHODS[training.method].scores else 0
     held = Held(
         weights_bytes=weights_bytes,
-        trainable_parameters=trainable,
+        trainable_parameters=trainable + head,
         quantized=recipe.model.quantization != "none",
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=training.gradient_checkpointing,
         full_logits=METHODS[training.method].full_logits,
         start_parameters=start_parameters(base, placement),
+        reward_models_bytes=more.reward_models_bytes,
+        tasks_bytes=more.tasks_bytes,
     )
     limit = longest_tokens if is_online(recipe) else recipe.data.max_length_tokens
     drawn = drawn_together(recipe, longest_tokens)
@@ -333,59 +309,6 @@ def _choose_path(
     if training.expert_path != "auto" or fits(memory.peak_bytes, at_hand):
         return "fast" if run.keep_gate_up else "lean", memory, at_hand
     return "lean", predict_memory(base, held, replace(run, keep_gate_up=False), drawn), at_hand
-
-
-def _warnings(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int | None) -> tuple[str, ...]:
-    found = []
-    if packs(recipe) and recipe.training.max_steps is None:
-        found.append("packing: the number of steps is an estimate until the rows are packed")
-    if at_hand is not None and not fits(memory.peak_bytes, at_hand):
-        options = "; ".join(_options(recipe, base, memory, at_hand))
-        peak = f"the predicted peak of {as_bytes(memory.peak_bytes)} plus 10 %"
-        found.append(f"{peak} does not fit into the {as_bytes(at_hand)} at hand. What would help: {options}")
-    if any(reward.function == "code" for reward in recipe.rewards) and (missing := missing_protections()):
-        found.append(missing)
-    if base.directory is None:
-        found.append(f"{base.name} is a published shape: its weights and its tokenizer were not looked for")
-    return tuple(found)
-
-
-def _said_of_template(base: Base, rows: list[Row]) -> tuple[str, ...]:
-    if base.directory is None:
-        return ()
-    from studio.chat_template import SAMPLED_ROWS, template_warnings
-
-    return template_warnings(base.directory, wanted_sequences(rows[:SAMPLED_ROWS]))
-
-
-def _going_on(recipe: Recipe, base: Base, placement: Placement) -> list[str]:
-    """What is said of an adapter that is trained further."""
-    if (found := continued(recipe, base)) is None:
-        return []
-    ignored = [f"adapter.{name}_rank" for name in differing_ranks(recipe, placement)]
-    ignored += ["adapter.alpha"] if recipe.adapter.alpha != placement.alpha else []
-    taken = f"not read: {', '.join(ignored)}; adapter.start_from has ranks and an alpha of its own"
-    return [*found.warnings, *([taken] if ignored else [])]
-
-
-def _options(recipe: Recipe, base: Base, memory: MemoryPlan, at_hand: int) -> list[str]:
-    """What would make the peak smaller, the cheapest first."""
-    training = recipe.training
-    options = []
-    if fits(memory.fixed_bytes, at_hand):
-        if base.moe and training.expert_path == "fast":
-            options.append("training.expert_path: lean")
-        if training.batch_size % 2 == 0:
-            steps = training.gradient_accumulation_steps * 2
-            options.append(f"training.batch_size: {training.batch_size // 2} with gradient_accumulation_steps: {steps}")
-        if not training.gradient_checkpointing:
-            options.append("training.gradient_checkpointing: true")
-        options.append("a shorter data.max_length_tokens")
-    if recipe.model.quantization in ("none", "int8"):
-        options.append("model.quantization: nf4")
-    if base.moe and recipe.placement.rule == "all_experts" and recipe.adapter.routed_experts_rank:
-        options.append("a placement.rule that adapts fewer experts, or a lower rank")
-    return [*options, "a machine with more memory"]
 
 
 # -------------------------------------------------------------------- rows and their lengths
@@ -410,13 +333,6 @@ def _fitting_rows(recipe: Recipe, base: Base) -> tuple[RecipeRows, list[int]]:
     refuse([refused(recipe, rows, bad) for rows, bad in zip((train, held_out), problems, strict=True)])
     dropped = (*found.dropped, *problems[0], *problems[1])
     return replace(found, train=train, held_out=held_out, dropped=dropped), [lengths[number] for number in kept]
-
-
-def _dropped(problems: Sequence[Problem]) -> tuple[str, ...]:
-    if not problems:
-        return ()
-    first = f"{Path(problems[0].file or '').name}, {problems[0]}"
-    return (f"{count_of(problems):,} bad rows are dropped; the first: {first}. The job lists all in {DROPPED}",)
 
 
 def _tokenizer_of(recipe: Recipe, base: Base) -> Path:

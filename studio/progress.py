@@ -61,6 +61,12 @@ def losses(rows: Rows) -> list[float]:
     return [row["loss"] for row in rows if row.get("kind") == "train" and row.get("loss") is not None]
 
 
+def first_measured(rows: Rows) -> Rows:
+    """What was measured before the first step of the model that is trained: of the given adapter, else of the base."""
+    found = {row.get("when"): row for row in rows if row.get("kind") == "eval"}
+    return [found[when] for when in ("start", "before") if when in found][:1]
+
+
 def loss_line(rows: Rows) -> str:
     """Loss, learning rate, gradient norm and speed of the newest training row; of a preference job also how it does."""
     newest = next((row for row in reversed(rows) if row.get("kind") == "train"), None)
@@ -149,10 +155,15 @@ def warnings(rows: Rows) -> list[str]:
 # -------------------------------------------------------------------- metrics
 
 
+SIDES = ("base", "start", "tuned")
+"""Whose answers and metrics a report shows; "start", the adapter that was given, only where one was."""
+
+
 class MetricRow(NamedTuple):
     """One metric in words: values, intervals ("" where there are none) and whether the change is beyond doubt.
 
-    `verdict` is better or worse where the whole interval of the change lies on one side of 0, else "".
+    `verdict` is better or worse where the whole interval of the change lies on one side of 0, else "". `start` is of
+    the adapter that was given, "" where none was.
     """
 
     name: str
@@ -164,16 +175,25 @@ class MetricRow(NamedTuple):
     change: str
     change_interval: str
     verdict: str
+    start: str = ""
+    start_interval: str = ""
 
 
 def metric_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any] | None, change: Mapping[str, Any] | None
+    before: Mapping[str, Any],
+    after: Mapping[str, Any] | None,
+    change: Mapping[str, Any] | None,
+    start: Mapping[str, Any] | None = None,
 ) -> list[MetricRow]:
-    """The metrics of result.json's "before", "after" and "change", the studio's own first, then those of tasks."""
-    base, tuned = metrics_of(before), metrics_of(after or {})
+    """The metrics of result.json's "before", "after" and "change", the studio's own first, then those of tasks.
+
+    Args:
+        start: its "start", of the adapter as it was given.
+    """
+    base, tuned, given = metrics_of(before), metrics_of(after or {}), metrics_of(start or {})
     known = [name for name in METRICS if name in base]
     names = [*known, *(name for name in base if name not in METRICS)]
-    return [_metric_row(name, base[name], tuned.get(name), (change or {}).get(name)) for name in names]
+    return [_metric_row(name, base[name], tuned.get(name), (change or {}).get(name), given.get(name)) for name in names]
 
 
 def metrics_of(side: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +206,7 @@ def metrics_of(side: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _metric_row(name: str, base: Any, tuned: Any, change: Any) -> MetricRow:
+def _metric_row(name: str, base: Any, tuned: Any, change: Any, start: Any) -> MetricRow:
     difference = _difference(base, tuned, change)
     return MetricRow(
         name,
@@ -198,6 +218,8 @@ def _metric_row(name: str, base: Any, tuned: Any, change: Any) -> MetricRow:
         _signed(name, difference.get("value"), base["value"]),
         _signed_interval(name, difference),
         _verdict(name, difference),
+        metric_text(name, start["value"]) if start else "",
+        _interval(name, start) if start else "",
     )
 
 

@@ -81,6 +81,8 @@ class Recipe(Settings):
         if asked and self.data.eval is None and self.data.eval_fraction is None:
             needed = "needs held-out examples; set data.eval or data.eval_fraction"
             raise _refused_section("evaluation", f"{', '.join(asked)} {needed}")
+        if any(rule.against == "start" for rule in evaluation.gate) and self.adapter.start_from is None:
+            raise _refused_section("evaluation", "gate: against start, but adapter.start_from names no adapter")
         if evaluation.every_steps and METHODS[self.training.method].scores:
             raise _refused_section("evaluation", "every_steps measures a loss of text, and a reward model writes none")
         return self
@@ -229,6 +231,8 @@ def recipe_schema() -> dict[str, Any]:
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
     for section, name, switch, values in _switched():
         schema["$defs"][section]["properties"][name]["x-read-when"] = {switch: list(values)}
+    sampling = [name for name, entry in METHODS.items() if entry.samples]
+    schema["properties"]["rewards"]["x-read-when"] = {"training.method": sampling}
     return schema
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -14,17 +14,17 @@ from pydantic import (
     model_validator,
 )
 
-from studio.metrics import METRICS
+from studio.metrics import METRICS, Better
 from studio.recipe_parts import InputPath, Settings
 from studio.recipe_parts import absolute as _absolute
 from studio.recipe_parts import refusal as _refusal
 
 
 class GateRule(Settings):
-    """A limit on how much worse a metric may get from base to tuned; past it the job fails, with its adapter kept."""
+    """A limit on how much worse a metric may get in training; past it the job fails, with its adapter kept."""
 
     metric: str
-    """Its name: loss, perplexity, exact_match, json_valid, schema_valid, or TASK/METRIC of a task."""
+    """Its name: loss, perplexity, exact_match, json_valid, schema_valid, reward, …, or TASK/METRIC of a task."""
 
     max_drop: float | None = Field(default=None, ge=0)
     """Most that the metric may fall. Either this or max_rise."""
@@ -33,7 +33,10 @@ class GateRule(Settings):
     """Most that the metric may rise."""
 
     relative: bool = False
-    """Whether the limit is a share of the base's value."""
+    """Whether the limit is a share of the value before."""
+
+    against: Literal["base", "start"] = "base"
+    """What the tuned model is held against: the base, or the adapter of adapter.start_from as it was given."""
 
     certain: bool = False
     """Whether the whole 95 % interval of the change must lie past the limit for the job to fail."""
@@ -42,7 +45,18 @@ class GateRule(Settings):
     def _one_limit(self) -> Self:
         if (self.max_drop is None) == (self.max_rise is None):
             raise _refusal("a rule of the gate has one of max_drop and max_rise, and only one")
+        if self.metric in METRICS and (problem := wrong_way(self, METRICS[self.metric].better)):
+            raise _refusal(problem)
         return self
+
+
+def wrong_way(rule: GateRule, better: Better) -> str | None:
+    """What is wrong with a limit on a change for the better; None where it is on one for the worse."""
+    given = "max_drop" if rule.max_rise is None else "max_rise"
+    wanted = "max_rise" if better == "lower" else "max_drop"
+    if given == wanted:
+        return None
+    return f"gate: {rule.metric} is better when it is {better}, so {given} would fail what got better; write {wanted}"
 
 
 def _task(value: Any, info: ValidationInfo) -> Any:
@@ -89,6 +103,13 @@ class EvaluationSettings(Settings):
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
+    def _tasks_read_what_is_given(self) -> Self:
+        given = [name for name in ("task_examples", "task_chat_template") if getattr(self, name)]
+        if given and not self.tasks:
+            raise _refusal(f"{', '.join(given)} is given, but tasks lists none; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _the_gate_asks_for_what_is_measured(self) -> Self:
         tasks = {Path(task).stem for task in self.tasks}
         for rule in self.gate:
@@ -99,7 +120,7 @@ class EvaluationSettings(Settings):
                 raise _refusal(
                     f'gate: received the metric "{rule.metric}"; allowed: {", ".join(METRICS)}, or TASK/METRIC{hint}'
                 )
-            if slash and not tasks:
+            if slash and not tasks and task != "reward":  # reward/FUNCTION is of the section rewards
                 raise _refusal(f'gate: "{rule.metric}" is a metric of the task {task}, but tasks lists none')
             if rule.metric == "schema_valid" and self.json_schema is None:
                 raise _refusal("gate: schema_valid is measured with json_schema alone; set it")

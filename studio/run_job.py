@@ -2,6 +2,8 @@
 
     load base (4-bit experts) ─▶ attach(placement) ─▶ evaluate base ─▶ train ─▶ evaluate tuned ─▶ save_adapter ─▶ result
 
+The base is the model with its adapters off, whatever they begin with.
+
 Everything it says goes into the job directory; the terminal and the browser read it there.
 """
 
@@ -12,9 +14,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from studio.errors import StudioError
 from studio.jobs import Job, open_job
@@ -76,7 +78,7 @@ def run(job: Job) -> None:
     def measure(when: str, phase: str) -> Any:
         if measuring.nothing:
             return None
-        with clock.phase(phase, f"evaluate_{when}"):
+        with clock.phase(phase, f"evaluate_{when}"), _as_base(model, when == "before"):
             found = measuring.run(model, tokenizer, clock.progress(phase))
         job.log_metrics({"kind": "eval", "when": when, **found.row()})
         return found
@@ -86,10 +88,11 @@ def run(job: Job) -> None:
             _test_rates(job, lambda: trainer_for(recipe.training.method)(model, tokenizer, recipe, train_rows, job))
         return
     profile = _profiler(job, model, tokenizer, recipe, sequences(train_rows))
-    with clock.phase("evaluating base", "profile"):
+    with clock.phase("evaluating base", "profile"), _as_base(model):
         profile("profile", tuned=False)
     before = measure("before", "evaluating base")
     check_gate(recipe.evaluation.gate, before.measures if before else {})
+    start = measure("start", "evaluating base") if recipe.adapter.start_from else None
     with clock.phase("training", "train"):
         trained = trainer_for(recipe.training.method)(model, tokenizer, recipe, train_rows, job)
     after = measure("after", "evaluating tuned")
@@ -98,7 +101,7 @@ def run(job: Job) -> None:
     with clock.phase("saving", "pictures"), _not_worth_the_job():
         profile("profile_after", tuned=True)
         _picture(job, model)
-    result = _result(job, clock, held_out, before, after, trained, saved, recipe)
+    result = _result(job, clock, Measured(before, start, after), trained, saved, recipe)
     job.write_result(result)
     raise_failed([Verdict(**entry) for entry in result["gate"]], str(job.path / "adapter"))
     job.update(status="succeeded", phase="done", step=trained["steps"])
@@ -144,10 +147,10 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
     from adapters.routed import set_expert_path
     from studio.base_model import load_recipe_base
     from studio.merging import adapter_directory
-    from studio.methods import METHODS
+    from studio.methods import METHODS, REWARD_HEAD
     from studio.models import resolve_base
     from studio.placing import read_placement
-    from studio.reward_model import add_reward_head
+    from studio.reward_model import add_reward_head, load_reward_head
 
     recipe = job.recipe()
     placement = read_placement(job.path / "placement.json")
@@ -163,7 +166,14 @@ def _load(job: Job) -> tuple[Any, Any, Any, Any]:
         check_quantized(model)
     if METHODS[recipe.training.method].scores:
         add_reward_head(model, recipe.training.seed)
+        if recipe.adapter.start_from and (head := adapter_directory(recipe.adapter.start_from) / REWARD_HEAD).is_file():
+            load_reward_head(model, head.parent)
     return model, tokenizer, placement, recipe
+
+
+def _as_base(model: Any, off: bool = True) -> AbstractContextManager[Any]:
+    """The model with its adapters off: what they begin with, given or made from the weights, is no part of the base."""
+    return cast(AbstractContextManager[Any], model.disable_adapter()) if off else nullcontext()
 
 
 def _profiler(job: Job, model: Any, tokenizer: Any, recipe: Any, examples: list[Any]) -> Callable[..., None]:
@@ -235,21 +245,40 @@ def _save(job: Job, model: Any, placement: Any, recipe: Any) -> dict[str, int]:
     return saved
 
 
-def _result(
-    job: Job, clock: _Clock, held_out: list[Any], before: Any, after: Any, trained: Any, saved: Any, recipe: Any
-) -> dict[str, Any]:
-    from studio.gate import judge
-    from studio.metrics import changes, changes_as_json
+class Measured(NamedTuple):
+    """Evaluations of the base, of the adapter as it was given (`adapter.start_from`), and of the tuned model."""
 
-    base, tuned = (before.measures, after.measures) if before and after else ({}, {})
-    verdicts = judge(recipe.evaluation.gate, base, tuned, changes(base, tuned))
+    base: Any
+    start: Any
+    tuned: Any
 
+    def report(self, gate: Any, generations: int) -> dict[str, Any]:
+        """What result.json says of them."""
+        from studio.gate import judge
+        from studio.metrics import changes_as_json
+
+        base, start, tuned = (found.measures if found else {} for found in self)
+        return {
+            "before": self.base.summary() if self.base else None,
+            **({"start": self.start.summary(), "change_from_start": changes_as_json(start, tuned)} if start else {}),
+            "after": self.tuned.summary() if self.tuned else None,
+            "change": changes_as_json(base, tuned),
+            "gate": [vars(verdict) for verdict in judge(gate, {"base": base, "start": start}, tuned)],
+            "generations": self._generations(generations) if self.tuned else [],
+        }
+
+    def _generations(self, most: int) -> list[dict[str, str]]:
+        """The first held-out prompts with their answers."""
+        named = {"base": self.base, "start": self.start, "tuned": self.tuned}
+        columns = {"prompt": self.tuned.prompts, "reference": self.tuned.references}
+        columns |= {name: found.answers for name, found in named.items() if found}
+        rows = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows][:most]
+
+
+def _result(job: Job, clock: _Clock, measured: Measured, trained: Any, saved: Any, recipe: Any) -> dict[str, Any]:
     return {
-        "before": before.summary() if before else None,
-        "after": after.summary() if after else None,
-        "change": changes_as_json(base, tuned),
-        "gate": [vars(verdict) for verdict in verdicts],
-        "generations": _generations(before, after, recipe.evaluation.generations) if before and after else [],
+        **measured.report(recipe.evaluation.gate, recipe.evaluation.generations),
         "memory": {
             "predicted_bytes": job.plan().memory.peak_bytes,
             "measured_bytes": peak_bytes(),
@@ -267,13 +296,6 @@ def _result(
             "pictures": str(job.path / "pictures"),
         },
     }
-
-
-def _generations(base: Any, tuned: Any, most: int) -> list[dict[str, str]]:
-    """The first held-out prompts with their answers; `base` and `tuned` are Evaluations."""
-    columns = (tuned.prompts, tuned.references, base.answers, tuned.answers)
-    rows = list(zip(*columns, strict=True))[:most]
-    return [dict(zip(("prompt", "reference", "base", "tuned"), row, strict=True)) for row in rows]
 
 
 def peak_bytes() -> int:

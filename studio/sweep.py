@@ -12,18 +12,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from studio.errors import JobError, OutputExistsError, StudioError
+from studio.methods import METHODS
 from studio.metrics import METRICS
 from studio.recipe import Recipe
 from studio.recipe_parts import Settings
 from studio.sweep_space import Choices, Space, as_values, check_space, from_values, read_params
-
-if TYPE_CHECKING:
-    pass
 
 SETTINGS, JOURNAL = "sweep.yaml", "journal.log"
 FALLING = ("perplexity", "bits_per_byte", "brier_score", "loss", "ter")
@@ -66,7 +64,8 @@ class SweepPlan:
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
         entry = METRICS.get(self.settings.metric)
-        falls = entry.better == "lower" if entry else self.settings.metric.endswith(FALLING)
+        name = self.settings.metric.rpartition("/")[2].partition(",")[0]  # TASK/METRIC,FILTER
+        falls = entry.better == "lower" if entry else name.endswith(FALLING)
         return "minimize" if falls else "maximize"
 
 
@@ -139,8 +138,10 @@ def _planned(folder: Path, values: Mapping[str, Any], recipe: Recipe) -> SweepPl
     except ValidationError as error:
         listed = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
         raise StudioError(f"the sweep cannot be used: {listed}") from None
-    if recipe.data.eval is None:
-        raise StudioError("a sweep compares trials on held-out examples; set data.eval in the recipe")
+    if not recipe.data.held_out:
+        raise StudioError(
+            "a sweep compares trials on held-out examples; set data.eval or data.eval_fraction in the recipe"
+        )
     space = read_params(settings.params)
     if not space:
         raise StudioError(
@@ -150,5 +151,24 @@ def _planned(folder: Path, values: Mapping[str, Any], recipe: Recipe) -> SweepPl
         raise StudioError("the sampler grid needs lists alone; write the ranges as lists, or take tpe")
     if settings.metric not in METRICS and "/" not in settings.metric:
         raise StudioError(f"received the metric {settings.metric!r}; allowed: {', '.join(METRICS)}, or TASK/METRIC")
+    if problem := unmeasured(recipe, settings.metric):
+        raise StudioError(f"the sweep's metric is {settings.metric}, but {problem}")
     check_space(recipe, space)
     return SweepPlan(folder, settings, recipe, space)
+
+
+def unmeasured(recipe: Recipe, metric: str) -> str | None:
+    """Why no job of this recipe could measure the metric, as far as that is known without its rows; else None."""
+    name, method = recipe.training.method, METHODS[recipe.training.method]
+    task, slash, _ = metric.partition("/")
+    if metric == "schema_valid" and recipe.evaluation.json_schema is None:
+        return "evaluation.json_schema is not set"
+    if task == "reward" and not method.samples:
+        return f"training.method {name} has no rewards"
+    if slash and task != "reward":
+        return None if recipe.evaluation.tasks else "evaluation.tasks lists none"
+    if metric.startswith(("preference_", "reference_")) and "preference" not in method.rows:
+        return f"training.method {name} reads no pairs"
+    if method.scores and metric not in ("preference_accuracy", "preference_margin"):
+        return "a reward model writes no text; take preference_accuracy or preference_margin"
+    return None

@@ -33,6 +33,9 @@ RESULTS = "results.json"
 PARTS = 10
 """Held-out losses of a trial that are compared, at these parts of its steps."""
 
+NO_NUMBER = 1e30
+"""What Optuna is told of a held-out loss that is none."""
+
 LOOK_SECONDS = 0.5
 MOST_FAILED = 3
 """Trials that fail one after the other before the sweep gives up."""
@@ -144,8 +147,15 @@ def _go_on(plan: SweepPlan, study: optuna.Study) -> None:
         job = _job_of(plan, trial.number)
         if job is None or job.state().status in ("lost", "cancelled"):
             study.tell(trial.number, state=TrialState.FAIL)
-            if trial.params.keys() == plan.space.keys():
-                study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+            _again(plan, study, trial)
+
+
+def _again(plan: SweepPlan, study: optuna.Study, trial: Any) -> None:
+    """Queues the values of a trial once more: those that it had drawn, or those with which it was queued itself."""
+    queued = study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params", {})
+    values = {**queued, **trial.params}
+    if values.keys() == plan.space.keys():
+        study.enqueue_trial(values, user_attrs={"again": trial.number})
 
 
 def _next(plan: SweepPlan, study: optuna.Study) -> optuna.trial.Trial | None:
@@ -202,7 +212,7 @@ def _run_trial(plan: SweepPlan, study: optuna.Study, trial: optuna.trial.Trial, 
     except KeyboardInterrupt:
         _cancel(job)
         study.tell(trial, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+        _again(plan, study, trial)
         write_results(plan, study)
         raise
     _tell(plan, study, trial, job, pruned)
@@ -212,13 +222,15 @@ def _run_trial(plan: SweepPlan, study: optuna.Study, trial: optuna.trial.Trial, 
 def _start(plan: SweepPlan, trial: optuna.trial.Trial) -> Job:
     from studio.data import both_rows
     from studio.jobs import submit
+    from studio.methods import METHODS
     from studio.plan import total_steps
 
     recipe = with_values(plan.recipe, _suggested(plan, trial))
     folder = plan.folder / f"{trial.number:03d}"
     output = recipe.output.model_copy(update={"dir": folder})
-    steps = total_steps(recipe, len(both_rows(recipe)[0]))
-    every = recipe.evaluation.every_steps or max(1, math.ceil(steps / PARTS))
+    every = recipe.evaluation.every_steps
+    if every is None and not METHODS[recipe.training.method].scores:  # a reward model has no held-out loss
+        every = max(1, math.ceil(total_steps(recipe, len(both_rows(recipe)[0])) / PARTS))
     evaluation = recipe.evaluation.model_copy(update={"every_steps": every, "gate": ()})
     return submit(recipe.model_copy(update={"output": output, "evaluation": evaluation}), overwrite=folder.exists())
 
@@ -249,7 +261,7 @@ def parts_of(rows: list[dict[str, Any]], total_steps: int) -> list[tuple[int, fl
     for row in rows:
         if row.get("kind") == "held_out" and total_steps:
             loss = row.get("loss")
-            found.setdefault(PARTS * row["step"] // total_steps, 1e30 if loss is None else float(loss))
+            found.setdefault(PARTS * row["step"] // total_steps, NO_NUMBER if loss is None else float(loss))
     return sorted((part, loss) for part, loss in found.items() if part)
 
 
@@ -265,7 +277,7 @@ def _tell(plan: SweepPlan, study: optuna.Study, trial: optuna.trial.Trial, job: 
         study.tell(trial, metric["value"])
     elif state.status in ("cancelled", "lost"):
         study.tell(trial, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+        _again(plan, study, trial)
         raise JobError(f"trial {job.name} was {state.status}, not by the sweep; go on with: studio sweep {plan.folder}")
     else:
         reason = state.error.message if state.error else f"the job does not measure {plan.settings.metric}"
@@ -309,11 +321,12 @@ def write_results(plan: SweepPlan, study: optuna.Study) -> dict[str, Any]:
 
 
 def _results(plan: SweepPlan, study: optuna.Study) -> dict[str, Any]:
-    """{"sweep", "metric", "direction", "params", "wanted", "best", "trials": [{"number", "state", "value", …}]}."""
+    """{"sweep", "metric", "direction", "params", "wanted", "best", "trials": [{"number", "state", "value", …}]}; "last"
+    of a trial is its newest held-out loss, whatever the metric is."""
     from optuna.trial import TrialState
 
     names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.RUNNING: "running"}
-    trials = []
+    trials, sign = [], 1 if plan.direction == "minimize" else -1
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
             continue
@@ -326,7 +339,7 @@ def _results(plan: SweepPlan, study: optuna.Study) -> dict[str, Any]:
                 "state": state,
                 "value": trial.value if state == "complete" else None,
                 "interval": trial.user_attrs.get("interval"),
-                "last": None if last is None else (last if plan.direction == "minimize" else -last),
+                "last": None if last is None or abs(last) >= NO_NUMBER else sign * last,
                 "part": max(trial.intermediate_values, default=0) / PARTS,
                 "params": trial.params,
                 "seconds": seconds,

@@ -202,9 +202,9 @@ def check_space(recipe: Recipe, space: Space) -> None:
 
 
 def value_of(recipe: Recipe, field: str) -> Any:
-    """What the recipe has in `field`, as JSON."""
+    """What the recipe has in `field`, as JSON; None for an option of `trl` that it does not set."""
     section, _, name = field.rpartition(".")
-    return recipe.model_dump(mode="json")[section][name]
+    return recipe.model_dump(mode="json")[section].get(name)
 
 
 def _near(field: str) -> str:

@@ -30,7 +30,7 @@ from rich.text import Text
 from studio.hyper_view import lr_test_view
 from studio.metric_view import gate_lines, metric_table
 from studio.mixture_view import data_lines
-from studio.progress import ran_for, steps, warnings
+from studio.progress import SIDES, ran_for, steps, warnings
 from studio.quantities import SPARKS, as_bytes, as_count, as_duration, as_percent, sparkline
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ STATUS_STYLES = {
     "cancelled": "dim",
     "lost": "red",
 }
-MEMORY_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace", "logits", "runtime")
+MEMORY_PARTS = (
+    "weights", "adapters", "gradients", "optimizer", "activations", "workspace", "logits", "reward_models", "tasks",
+    "runtime",
+)  # fmt: skip
 MOST_WARNINGS = 10
 """Shown at the end of a run; all of them are in its metrics.jsonl."""
 
@@ -122,7 +125,8 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("Predicted peak memory", as_bytes(peak), "", style="bold")
     for name in (name for name in MEMORY_PARTS if parts[f"{name}_bytes"]):
         count = parts[f"{name}_bytes"]
-        table.add_row(Text(f"  {name}", style="not bold"), as_bytes(count), Text(_bar(count, peak), style="cyan"))
+        label = f"  {name.replace('_', ' ')}"
+        table.add_row(Text(label, style="not bold"), as_bytes(count), Text(_bar(count, peak), style="cyan"))
     at_hand = "not known" if plan.memory_at_hand_bytes is None else as_bytes(plan.memory_at_hand_bytes)
     table.add_row("Memory at hand", at_hand, "")
     if plan.experts:
@@ -212,7 +216,8 @@ def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
     if result.get("generations"):
         parts += [*_generations(result["generations"]), ""]
     if result.get("before") and result.get("after"):
-        parts += [metric_table(result["before"], result["after"], result.get("change") or {}), ""]
+        sides = (result["before"], result["after"], result.get("change") or {}, result.get("start"))
+        parts += [metric_table(*sides), ""]
     if lines := gate_lines(result.get("gate") or []):
         parts += [*lines, ""]
     parts += [Text(line) for line in _rounds(result.get("trained", {}).get("rounds", []))]
@@ -246,7 +251,7 @@ def _generation(row: dict[str, str]) -> Panel:
     reference = row["reference"].strip()
     answers = Table(box=None, expand=True, pad_edge=False)
     cells = []
-    for side in ("base", "tuned"):
+    for side in (name for name in SIDES if name in row):
         right = row[side].strip() == reference
         mark = Text.assemble(side, ("  ✓ matches" if right else "  ✗ differs", "green" if right else "red"))
         answers.add_column(mark, ratio=1, overflow="fold")

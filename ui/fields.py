@@ -40,12 +40,20 @@ ESSENTIAL = {
         "max_rank",
         "experts",
     ),
-    "router": ("mode", "rank", "distill_coef", "load_balance_coef", "z_loss_coef"),
     "training": ("method", "epochs", "learning_rate", "batch_size"),
+    "preference": ("beta", "loss_type"),
+    "rewards": ("rewards",),
+    "sampling": ("completions", "max_new_tokens"),
     "evaluation": ("examples", "generations"),
     "output": ("dir",),
 }
 """What is always in sight; every other field is folded, in its section, in the order of the schema."""
+
+ORDER = (
+    "model", "data", "training", "preference", "rewards", "sampling", "adapter", "placement", "evaluation", "output",
+    "router", "trl",
+)  # fmt: skip
+"""The sections as the form shows them: what everybody sets first, what hardly anybody does last."""
 
 TITLES = {
     "model.base": "Base model",
@@ -146,7 +154,13 @@ class Field:
 
     @property
     def essential(self) -> bool:
-        return self.name in ESSENTIAL.get(self.section, ())
+        return self.name in ESSENTIAL.get(self.section or self.name, ())
+
+    @property
+    def refused_unread(self) -> bool:
+        """Whether a value that nothing reads is an error here; a rank that a placement rule passes over is none."""
+        sections = ("placement", "router", "preference", "rewards", "sampling")
+        return (self.section or self.name) in sections or self.path in ("training.loss_on", "adapter.dense_mlp_rank")
 
     def is_read(self, values: Mapping[str, FormValue]) -> bool:
         """Whether the recipe reads this field while the form has these values."""
@@ -155,7 +169,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the recipe; the top-level fields are one of their own, named ""."""
+    """A section of the recipe; a top-level field is one of its own."""
 
     name: str
     hint: str
@@ -164,10 +178,10 @@ class Section:
 
 @cache
 def sections() -> tuple[Section, ...]:
-    """The sections of the recipe's schema, in its order."""
+    """The sections of the recipe's schema, in the order of the form."""
     root = studio.recipe_schema()
     found = []
-    for name, schema in root["properties"].items():
+    for name, schema in sorted(root["properties"].items(), key=lambda entry: _place(entry[0])):
         inner = _resolved(schema, root)
         if "properties" in inner:
             own = tuple(_field(f"{name}.{key}", value, root) for key, value in inner["properties"].items())
@@ -176,6 +190,10 @@ def sections() -> tuple[Section, ...]:
         else:
             found.append(Section(name, "", (_field(name, schema, root),)))
     return tuple(found)
+
+
+def _place(section: str) -> int:
+    return ORDER.index(section) if section in ORDER else len(ORDER)
 
 
 @cache
@@ -200,9 +218,9 @@ def unread(values: Mapping[str, FormValue]) -> dict[str, str]:
 
 def let_go(before: Mapping[str, FormValue], edits: Mapping[str, FormValue]) -> dict[str, FormValue]:
     """`edits`, and the defaults of the fields that they switch off: a value that nothing reads is an error."""
-    defaults, mine = shown({}), [field for field in fields() if field.section in ("placement", "router", "sampling")]
-    off = unread({**before, **edits}).keys() - unread(before).keys() - edits.keys()
-    return {**edits, **{field.path: defaults[field.path] for field in mine if field.path in off}}
+    defaults, off = shown({}), unread({**before, **edits}).keys() - unread(before).keys() - edits.keys()
+    gone = [field.path for field in fields() if field.path in off and field.refused_unread]
+    return {**edits, **{path: defaults[path] for path in gone}}
 
 
 def written(text: str, values: Mapping[str, FormValue]) -> str:

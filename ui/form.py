@@ -12,7 +12,7 @@ import gradio as gr
 from ui import fields
 from ui.drafts import Draft
 from ui.fields import Field, FormValue, Section
-from ui.html import el, join
+from ui.html import Child, el, join
 from ui.look import show
 
 ALWAYS = "field"
@@ -107,7 +107,7 @@ def build_form() -> Form:
     for section in fields.sections():
         with gr.Column(elem_classes=["card", "section"], visible=_is_shown(section, NOTHING_SHOWN)) as box:
             _build_section(form, section)
-        if any(entry.switch for entry in section.fields) and not any(entry.essential for entry in section.fields):
+        if all(entry.switch for entry in section.fields):
             form.boxes[section.name] = box
     return form
 
@@ -117,13 +117,18 @@ def _build_section(form: Form, section: Section) -> None:
     rare = [entry for entry in section.fields if not entry.essential]
     title = rare[0].title if not essential and len(rare) == 1 else section.name.capitalize()
     if essential:
-        show(join(el("h2", title), el("p", section.hint, cls="quiet-text")))
+        show(join(el("h2", title), el("p", *_words(section.hint), cls="quiet-text") if section.hint else None))
         form.notes[section.name] = show(visible=False)
         _build_fields(form, essential)
     if rare:
         label = f"More {section.name} settings" if essential else title
-        with gr.Accordion(label, open=False, elem_classes="more"):
+        with gr.Accordion(label, open=False, elem_classes=["more"] + ([] if essential else ["alone"])):
             _build_fields(form, rare)
+
+
+def _words(hint: str) -> list[Child]:
+    """A docstring's text, with what stands in backticks as code."""
+    return [el("code", part) if number % 2 else part for number, part in enumerate(hint.split("`"))]
 
 
 def _build_fields(form: Form, entries: Sequence[Field]) -> None:
@@ -132,8 +137,13 @@ def _build_fields(form: Form, entries: Sequence[Field]) -> None:
     narrow = [entry for entry in entries if entry.path not in WIDE]
     for entry in wide:
         form.components[entry.path] = _component(entry)
-    for _, together in groupby(narrow, key=lambda entry: (entry.switch, entry.switched_on)):
+    for _, together in groupby(narrow, key=_company):
         _build_rows(form, list(together))
+
+
+def _company(entry: Field) -> tuple[Any, ...]:
+    """Equal for fields that come and go together; those that are there at first may share a row in any case."""
+    return () if entry.path not in NOTHING_SHOWN["hidden"] else (entry.switch, entry.switched_on)
 
 
 def _build_rows(form: Form, entries: Sequence[Field]) -> None:

@@ -13,7 +13,18 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from studio import Job, JobState
-from studio.progress import PHASES, Rows, count_text, gate_text, metric_rows, phase_counts, phases_over, ran_for
+from studio.progress import (
+    PHASES,
+    SIDES,
+    Rows,
+    count_text,
+    first_measured,
+    gate_text,
+    metric_rows,
+    phase_counts,
+    phases_over,
+    ran_for,
+)
 from studio.quantities import as_bytes, as_count, as_duration, as_percent
 from ui.downloads import has_adapter
 from ui.html import Child, el, join
@@ -237,10 +248,10 @@ def loss_points(rows: Rows, most: int = MOST_POINTS) -> list[tuple[int, float]]:
 
 
 def held_out_points(rows: Rows) -> list[tuple[int, float]]:
-    """(step, held-out loss): of the base at step 0, then as it was measured while training."""
+    """(step, held-out loss): at step 0 of the adapter that was given, else of the base; then as it was measured."""
     during = [(r["step"], r["loss"]) for r in rows if r.get("kind") == "held_out"]
-    before = [(0, r.get("loss")) for r in rows if r.get("kind") == "eval" and r.get("when") == "before"]
-    return [(step, loss) for step, loss in before + during if loss is not None] if during else []
+    first = [(0, row["loss"]) for row in first_measured(rows) if row.get("loss") is not None]
+    return [*first, *((step, loss) for step, loss in during if loss is not None)] if during else []
 
 
 def log_view(lines: Sequence[str]) -> Markup:
@@ -279,29 +290,36 @@ def _rates(job: Job, result: dict[str, Any]) -> Markup | None:
 
 def _metrics(result: dict[str, Any]) -> Markup | None:
     """Every metric, base and tuned, with its interval; what the gate said of them."""
-    before, after = result.get("before"), result.get("after")
+    before, start, after = (result.get(side) for side in ("before", "start", "after"))
     if not before or not after:
         return None
     rows = [
         (
             row.title,
             _with_interval(row.base, row.base_interval),
+            *([_with_interval(row.start, row.start_interval)] if start else []),
             _with_interval(row.tuned, row.tuned_interval),
             el("span", _with_interval(row.change, row.change_interval), cls=f"change {row.verdict}"),
         )
-        for row in metric_rows(before, after, result.get("change"))
+        for row in metric_rows(before, after, result.get("change"), start)
     ]
     count = before.get("examples")
     words = "In small print the interval of 95 % over the examples; the change is paired by example."
+    if start:
+        words += " Start is the adapter that was given; the change is from the base."
     return el(
         "section",
         el("h2", "Base against tuned"),
         el("p", f"On {count:,} held-out examples. {words}" if count else words, cls="quiet-text"),
-        table("Metrics of the base and of the tuned model", ("Metric", "Base", "Tuned", "Change"), rows),
+        table("Metrics of the base and of the tuned model", _columns(start), rows),
         _gate(result.get("gate") or []),
         cls="card metrics",
         aria_label="Metrics",
     )
+
+
+def _columns(start: Row | None) -> tuple[str, ...]:
+    return ("Metric", "Base", *(["Start"] if start else []), "Tuned", "Change")
 
 
 def _with_interval(value: str, interval: str) -> Markup:
@@ -348,9 +366,10 @@ def _adapter(job: Job, result: dict[str, Any]) -> Markup | None:
 def _answers(generations: Sequence[dict[str, str]]) -> Markup | None:
     if not generations:
         return None
-    right = {side: sum(g[side].strip() == g["reference"].strip() for g in generations) for side in ("base", "tuned")}
+    right = {side: sum(g[side].strip() == g["reference"].strip() for g in generations) for side in _sides(generations)}
     count = len(generations)
-    text = f"Answers that match the reference: base {right['base']} of {count}, tuned {right['tuned']} of {count}."
+    said = ", ".join(f"{side} {number} of {count}" for side, number in right.items())
+    text = f"Answers that match the reference: {said}."
     cards = (_answer(number, entry) for number, entry in enumerate(generations, start=1))
     return el(
         "section",
@@ -362,12 +381,16 @@ def _answers(generations: Sequence[dict[str, str]]) -> Markup | None:
     )
 
 
+def _sides(generations: Sequence[dict[str, str]]) -> list[str]:
+    return [side for side in SIDES if side in generations[0]]
+
+
 def _answer(number: int, entry: dict[str, str]) -> Markup:
     reference = entry["reference"].strip()
     return el(
         "article",
         el("p", entry["prompt"].strip(), cls="prompt"),
-        el("div", *(_side(side, entry[side].strip(), reference) for side in ("base", "tuned")), cls="sides"),
+        el("div", *(_side(side, entry[side].strip(), reference) for side in _sides([entry])), cls="sides"),
         el("div", el("span", "Reference", cls="side-name"), el("pre", reference), cls="wanted"),
         cls="card answer",
         aria_label=f"Answer {number}",

@@ -10,8 +10,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
+from markupsafe import Markup
+
 import studio
 from studio import Recipe, StudioError
+from ui.views import meter
 
 LOADING, ROUTING = "Loading the base", "Routing a sample of your data"
 SECONDS_TO_END = 5.0
@@ -38,6 +41,15 @@ def profile_in_child(recipe: Recipe) -> Iterator[tuple[str, int, int]]:
     finally:
         child.terminate()
         child.join(SECONDS_TO_END)
+
+
+def whole_percents(steps: Iterator[tuple[str, int, int]]) -> Iterator[Markup]:
+    """The progress as pictures, one for each whole per cent."""
+    last = None
+    for stage, done, total in steps:
+        if (now := (stage, 100 * done // max(1, total))) != last:
+            last = now
+            yield meter(stage, done, total)
 
 
 def _messages(pipe: Connection) -> Iterator[tuple[str, int, int]]:

@@ -19,6 +19,8 @@ MEMORY_PARTS = {
     "activations": "Activations",
     "workspace": "Dequantised weights",
     "logits": "Logits",
+    "reward_models": "Reward models",
+    "tasks": "lm-eval's tasks",
 }
 """The parts of a MemoryPlan, by the name before `_bytes`, as the legend says them."""
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from adapters.layouts import layout_for
-from adapters.verify.peft_reading import PeftReading
-from adapters.verify.reference import put_on
+from adapters.verify.reference import put_on, reading_on
 from studio.base_model import load_recipe_base
 from studio.data import Example
 from studio.encoding import template
@@ -32,7 +31,9 @@ def scorer(directory: Path) -> Scorer:
     recipe = job.recipe()
     model, tokenizer = load_recipe_base(recipe)
     adapter = job.path / "adapter"
-    put_on(model, PeftReading(adapter, resolve_base(recipe.model.base)), layout_for(model.config.model_type))
+    layout, held = layout_for(model.config.model_type), recipe.model.quantization != "none"
+    on = recipe.model.model_dump(mode="json") if held else None  # of a LoftQ adapter then what was trained alone
+    put_on(model, reading_on(adapter, resolve_base(recipe.model.base), layout, on), layout)
     load_reward_head(model, adapter)
     scoring = RewardModel(model).eval()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from studio import open_job
 from tests.e2e.conftest import REPOSITORY, build_base, studio, write_recipe
@@ -32,17 +33,36 @@ def small(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
     return write_recipe(path, **sections)
 
 
+def foreign_task(folder: Path) -> Path:
+    """A task of text that the tickets make less likely."""
+    rows = [{"text": f"{letter * 3} ## {letter * 2}"} for letter in "QXZJKVWY"]
+    (folder / "foreign.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "foreign",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "foreign.jsonl"}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "%",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    (folder / "foreign.yaml").write_text(yaml.safe_dump(task))
+    return folder / "foreign.yaml"
+
+
 def test_one_job_measures_everything_fails_its_gate_and_loses_nothing(base: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    foreign = foreign_task(tmp_path)
     evaluation = {
         "json_schema": "schema.json",
         "every_steps": 4,
-        "tasks": [str(DOMAINS)],
+        "tasks": [str(DOMAINS), str(foreign)],
         "task_examples": 8,
         "gate": [
             {"metric": "loss", "max_rise": 0.1, "relative": True},
             {"metric": "domains/acc", "max_drop": 1.0},
-            {"metric": "perplexity", "max_drop": 0.0, "certain": True},  # it falls, beyond doubt: this one fails
+            {"metric": "foreign/perplexity", "max_rise": 0.0},  # of what the tickets are not: this one fails
         ],
     }
     recipe = small(
@@ -53,7 +73,8 @@ def test_one_job_measures_everything_fails_its_gate_and_loses_nothing(base: Path
     answer = json.loads(run.stdout)
     assert answer["status"] == "failed" and answer["error"]["type"] == "GateError"
     assert (
-        "perplexity fell from" in answer["error"]["message"] and "may drop by 0 at most" in answer["error"]["message"]
+        "foreign/perplexity rose from" in answer["error"]["message"]
+        and "may rise by 0 at most" in answer["error"]["message"]
     )
 
     job, result = open_job(tmp_path / "job"), answer["result"]
@@ -63,7 +84,8 @@ def test_one_job_measures_everything_fails_its_gate_and_loses_nothing(base: Path
     for side in ("before", "after"):
         metrics = result[side]["metrics"]
         assert metrics.keys() == {
-            *("loss", "perplexity", "exact_match", "json_valid", "schema_valid", "domains/acc", "domains/acc_norm")
+            *("loss", "perplexity", "exact_match", "json_valid", "schema_valid", "domains/acc", "domains/acc_norm"),
+            *("foreign/perplexity", "foreign/acc"),
         }
         assert all(entry["low"] <= entry["value"] <= entry["high"] and entry["n"] == 8 for entry in metrics.values())
     assert result["after"]["loss"] == result["after"]["metrics"]["loss"]["value"] < result["before"]["loss"]

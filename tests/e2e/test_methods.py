@@ -73,8 +73,14 @@ def test_a_job_its_adapter_its_merges_and_its_continuation(method: str, tmp_path
     kept = {name: value for name, value in sections.items() if name == "router"}
     further = {"adapter": {"start_from": str(adapter)}, "training": {"max_steps": 4, "learning_rate": 1e-3}, **kept}
     gone_on = finished(tmp_path, base, "further", **further)["result"]
-    assert gone_on["before"]["loss"] == pytest.approx(result["after"]["loss"], rel=1e-4)
-    assert gone_on["after"]["loss"] < gone_on["before"]["loss"]
+    assert gone_on["start"]["loss"] == pytest.approx(result["after"]["loss"], rel=1e-4)
+    assert gone_on["after"]["loss"] < gone_on["start"]["loss"]
+    assert gone_on["change_from_start"]["loss"]["value"] == gone_on["after"]["loss"] - gone_on["start"]["loss"]
+    assert set(gone_on["generations"][0]) == {"prompt", "reference", "base", "start", "tuned"}
+    alone = json.loads(studio("evaluate", tmp_path / "further", "--examples", "8", "--json").stdout)  # without PEFT
+    for found in (result, gone_on):  # the base is the base, whatever the adapter begins with
+        assert found["before"]["metrics"] == alone["before"]["metrics"]
+    assert alone["after"]["loss"] == pytest.approx(gone_on["after"]["loss"], rel=1e-4)
     assert gone_on["adapter"]["parameters"] == result["adapter"]["parameters"]
     record = json.loads((tmp_path / "further" / "adapter" / "placement.json").read_text())
     assert record["rule"] == "start_from" and record["method"]["start"] == sections["adapter"].get("init", "zero")

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from studio.data import Example, Message
 from studio.defaults import Facts, settled, settled_learning_rate, suggest, suggestions
 from studio.errors import JobError, OutputExistsError, RecipeError, StudioError
-from studio.lr_test import Ramp, Smoother, points, smoothed, suggestion
+from studio.hyper_pictures import _height
+from studio.hyper_view import sweep_table
+from studio.lr_test import Ramp, Smoother, points, smoothed, submit_lr_test, suggestion
 from studio.methods import METHODS
 from studio.plan import recipe_base
 from studio.recipe import Recipe, load_recipe, parse_recipe
 from studio.sweep import plan_sweep
-from studio.sweep_run import _next, _study, _suggested, parts_of
-from studio.sweep_space import Choices, Range, check_space, read_params, split_param, value_of, with_values
+from studio.sweep_run import _go_on, _next, _study, _suggested, parts_of
+from studio.sweep_space import Choices, Range, as_values, check_space, read_params, split_param, value_of, with_values
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SCOUT = Facts("sft", "llama4_text", 5120, 1, 3_000_000, 20_000, 4_000_000)
@@ -118,7 +122,17 @@ def test_a_test_stops_far_above_the_least_loss_or_at_no_number() -> None:
     assert not any(smoother.has_diverged(1.0) for _ in range(20))
     assert any(smoother.has_diverged(50.0) for _ in range(3))
     assert Smoother().has_diverged(math.nan)
+    for losses in ([0.69 - 0.045 * i for i in range(16)] + [0.1] * 20, [0.5 - 0.05 * i for i in range(40)]):
+        smoother = Smoother()  # of a preference loss that is nearly 0, and of one below it
+        assert not any(smoother.has_diverged(loss) for loss in losses)
+        assert any(smoother.has_diverged(60.0) for _ in range(3))
     assert points([{"kind": "lr_test", "rate": 1.0, "loss": None}, {"kind": "train"}]) == []
+
+
+def test_a_loss_that_says_nothing_of_the_answers_gives_no_rate() -> None:
+    recipe = load_recipe(QUICKSTART.with_name("embedded-grpo-sites.yaml"))
+    with pytest.raises(StudioError, match="the metric reward"):
+        submit_lr_test(recipe, Ramp(1e-5, 1.0, 20))
 
 
 # -------------------------------------------------------------------- sweep
@@ -177,6 +191,10 @@ def test_a_sweep_is_planned_from_a_recipe_or_a_file_and_refuses_what_cannot_run(
         ({"training.seed": "0..5"}, {"sampler": "grid"}, "lists alone"),
         ({"training.seed": "0,1"}, {"metric": "lss"}, "received the metric"),
         ({"training.seed": "0,1"}, {"sampler": "best"}, "sampler"),
+        ({"training.seed": "0,1"}, {"metric": "schema_valid"}, "json_schema is not set"),
+        ({"training.seed": "0,1"}, {"metric": "domains/acc"}, "tasks lists none"),
+        ({"training.seed": "0,1"}, {"metric": "reward"}, "has no rewards"),
+        ({"training.seed": "0,1"}, {"metric": "preference_accuracy"}, "reads no pairs"),
     ):
         with pytest.raises(StudioError, match=said):
             plan_sweep(QUICKSTART, params, out=tmp_path / "s", **given)
@@ -194,7 +212,7 @@ def test_held_out_losses_are_compared_at_the_same_share_of_the_steps() -> None:
 
 
 def test_a_recipe_says_the_same_after_a_sweep_has_kept_it(tmp_path: Path) -> None:
-    from studio.sweep_space import as_values, from_values
+    from studio.sweep_space import from_values
 
     recipe: Recipe = load_recipe(QUICKSTART)
     assert from_values(json.loads(json.dumps(as_values(recipe)))) == recipe
@@ -220,3 +238,62 @@ def test_a_sweep_begins_with_the_recipe_as_it_is_where_that_lies_in_the_ranges(t
         trial = _next(plan, _study(plan))
         assert trial is not None
         assert (_suggested(plan, trial)["training.learning_rate"] == 2e-3) is own
+
+
+def test_a_sweep_measures_on_a_held_out_part_too_and_a_reward_model_by_its_pairs(tmp_path: Path) -> None:
+    folder = QUICKSTART.parent
+    for name, changes in (
+        ("quickstart", {"data.eval": None, "data.eval_fraction": 0.1}),
+        ("embedded-reward-experts", {}),
+    ):
+        values = as_values(with_values(load_recipe(folder / f"{name}.yaml"), changes))
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(values))
+    params = {"training.seed": "0,1"}
+    assert plan_sweep(tmp_path / "quickstart.yaml", params, out=tmp_path / "a").recipe.data.eval_fraction == 0.1
+    with pytest.raises(StudioError, match="take preference_accuracy"):
+        plan_sweep(tmp_path / "embedded-reward-experts.yaml", params, out=tmp_path / "b")
+    plan = plan_sweep(
+        tmp_path / "embedded-reward-experts.yaml", params, out=tmp_path / "b", metric="preference_accuracy"
+    )
+    assert plan.direction == "maximize"
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [("t/word_perplexity,strict-filter", "minimize"), ("t/exact_match,my-filter", "maximize"), ("t/acc", "maximize")],
+)
+def test_the_direction_of_a_tasks_metric_is_that_of_its_name_and_not_of_its_filter(
+    metric: str, direction: str, tmp_path: Path
+) -> None:
+    recipe = with_values(load_recipe(QUICKSTART), {"evaluation.tasks": ["t"]})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(as_values(recipe)))
+    plan = plan_sweep(tmp_path / "recipe.yaml", {"training.seed": "0,1"}, out=tmp_path / "s", metric=metric)
+    assert plan.direction == direction
+
+
+def test_an_option_of_trl_can_be_varied(tmp_path: Path) -> None:
+    plan = plan_sweep(QUICKSTART, {"trl.neftune_noise_alpha": "1,5"}, out=tmp_path / "s")
+    trial = _next(plan, _study(plan))
+    assert trial is not None and _suggested(plan, trial)["trl.neftune_noise_alpha"] in (1, 5)
+
+
+def test_values_that_were_queued_are_not_lost_where_a_sweep_is_killed_before_their_job(tmp_path: Path) -> None:
+    params = {"training.seed": "0,1", "adapter.attention_rank": "4,8"}
+    plan = plan_sweep(QUICKSTART, params, out=tmp_path / "s", sampler="grid")
+    assert _next(plan, _study(plan)) is not None  # asked for, and killed before a value was drawn
+    study, seen = _study(plan), []
+    _go_on(plan, study)
+    while (trial := _next(plan, study)) is not None:
+        seen.append(tuple(_suggested(plan, trial).values()))
+        study.tell(trial, 1.0)
+    assert sorted(seen) == [(0, 4), (0, 8), (1, 4), (1, 8)]
+
+
+def test_a_pruned_trials_loss_is_no_value_of_another_metric(tmp_path: Path) -> None:
+    trial = {"number": 0, "state": "pruned", "value": None, "last": 2.5, "part": 0.1, "params": {}, "seconds": 1.0}
+    results = {"metric": "exact_match", "params": {}, "best": None, "trials": [{**trial, "interval": None}]}
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(sweep_table(results))
+    assert "(loss 2.5)" in console.export_text()
+    assert _height(trial, "exact_match") is None and _height(trial, "loss") == 2.5
+    assert _height({**trial, "value": 0.0}, "exact_match") == 0.0

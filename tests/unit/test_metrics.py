@@ -16,6 +16,7 @@ from studio.gate import check_gate, judge, raise_failed
 from studio.json_answers import is_json, read_schema
 from studio.metrics import (
     Measure,
+    Metric,
     Scores,
     as_json,
     changed,
@@ -27,7 +28,7 @@ from studio.metrics import (
     scores_of,
     wilson,
 )
-from studio.progress import metric_rows
+from studio.progress import gate_text, metric_rows
 from studio.recipe import parse_recipe
 from studio.recipe_evaluation import GateRule
 
@@ -127,7 +128,7 @@ def sides(base: list[float], tuned: list[float]) -> tuple[dict[str, Measure], di
 
 
 def verdict(rule: GateRule, before: dict[str, Measure], after: dict[str, Measure]) -> bool:
-    return judge([rule], before, after, changes(before, after))[0].passed
+    return judge([rule], {"base": before}, after)[0].passed
 
 
 def test_a_gate_fails_past_its_limit_alone() -> None:
@@ -136,8 +137,29 @@ def test_a_gate_fails_past_its_limit_alone() -> None:
         assert verdict(GateRule(metric="exact_match", max_drop=limit), before, after) is passed
     assert verdict(GateRule(metric="exact_match", max_drop=0.12, relative=True), before, after) is False  # 12.5 %
     assert verdict(GateRule(metric="exact_match", max_drop=0.13, relative=True), before, after) is True
-    assert verdict(GateRule(metric="exact_match", max_rise=0.0), before, after) is True
-    assert verdict(GateRule(metric="exact_match", max_rise=0.0), after, before) is False
+    assert verdict(GateRule(metric="exact_match", max_drop=0.0), after, before) is True
+    loss = [{"loss": measure(scores_of("loss", [value], [1]))} for value in (1.0, 1.5)]
+    assert verdict(GateRule(metric="loss", max_rise=0.4), loss[0], loss[1]) is False
+    assert verdict(GateRule(metric="loss", max_rise=0.0), loss[1], loss[0]) is True
+
+
+def test_a_gate_is_held_against_the_base_or_the_adapter_that_was_given() -> None:
+    base, start = sides([0, 0, 0, 0], [1, 1, 1, 1])
+    tuned = {"exact_match": measure(scores_of("exact_match", [1, 0, 0, 0]))}
+    rules = [GateRule(metric="exact_match", max_drop=0.5, against=against) for against in ("base", "start")]
+    of_base, of_start = judge(rules, {"base": base, "start": start}, tuned)
+    assert (of_base.passed, of_base.base, of_start.passed, of_start.base) == (True, 0.0, False, 1.0)
+    assert gate_text(vars(of_start)).startswith("exact_match fell from 1 of the adapter that was given to 0.25")
+
+
+def test_a_limit_on_what_gets_better_is_refused() -> None:
+    for metric, limit, other in (("loss", "max_drop", "max_rise"), ("exact_match", "max_rise", "max_drop")):
+        with pytest.raises(ValueError, match=f"{metric} is better when it is .*; write {other}"):
+            GateRule(metric=metric, **{limit: 0.1})
+    falls = {"t/word_perplexity": Measure(Metric(5.0, None, None, 4), "lower")}
+    check_gate([GateRule(metric="t/word_perplexity", max_rise=1.0)], falls)
+    with pytest.raises(TrainingError, match=r"t/word_perplexity is better when it is lower.*Nothing was trained"):
+        check_gate([GateRule(metric="t/word_perplexity", max_drop=1.0)], falls)
 
 
 def test_a_certain_gate_waits_for_the_whole_interval() -> None:
@@ -156,7 +178,7 @@ def test_a_value_that_is_no_number_fails_the_gate() -> None:
 
 def test_a_failed_gate_says_what_and_where_the_adapter_is() -> None:
     before, after = sides([1, 1], [0, 1])
-    verdicts = judge([GateRule(metric="exact_match", max_drop=0.1)], before, after, changes(before, after))
+    verdicts = judge([GateRule(metric="exact_match", max_drop=0.1)], {"base": before}, after)
     with pytest.raises(
         GateError, match=r"exact_match fell from 1 to 0\.5 and may drop by 0\.1 at most.*runs/a/adapter"
     ):
@@ -172,8 +194,10 @@ def test_a_failed_gate_says_what_and_where_the_adapter_is() -> None:
     [
         ("gate: [{metric: los, max_drop: 1}]", 'did you mean "loss"'),
         ("gate: [{metric: loss}]", "one of max_drop and max_rise"),
+        ("gate: [{metric: loss, max_drop: 1}]", "write max_rise"),
+        ("gate: [{metric: loss, max_rise: 1, against: start}]", "start_from names no adapter"),
         ("gate: [{metric: loss, max_drop: 1, max_rise: 1}]", "one of max_drop and max_rise"),
-        ("gate: [{metric: loss, max_drop: -1}]", "max_drop"),
+        ("gate: [{metric: exact_match, max_drop: -1}]", "max_drop"),
         ("gate: [{metric: domains/acc, max_drop: 1}]", "tasks lists none"),
         ("gate: [{metric: schema_valid, max_drop: 1}]", "set it"),
     ],
@@ -252,3 +276,11 @@ def test_a_change_is_a_share_of_the_base_only_where_nought_means_none() -> None:
     before = {"metrics": {name: {"value": -0.5, "low": None, "high": None} for name in ("preference_margin", "reward")}}
     after = {"metrics": {name: {"value": 17.5, "low": None, "high": None} for name in ("preference_margin", "reward")}}
     assert [row.change for row in metric_rows(before, after, None)] == ["+18", "+18"]
+
+
+def test_a_tasks_numbers_that_are_all_0_on_one_side_are_compared_as_means() -> None:
+    base, tuned = Scores("share", "higher", (0.0, 0.0, 0.0)), Scores("mean", "higher", (0.5, 0.25, 0.0))
+    sides = [{"t/f1": Measure(measured(each), "higher", each)} for each in (base, tuned)]
+    change = changes(*sides)["t/f1"]
+    assert change.value == 0.25 and change.low is not None and change.low < 0.25 < change.high
+    assert changes(*sides[::-1])["t/f1"].value == -0.25

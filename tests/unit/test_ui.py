@@ -56,7 +56,8 @@ def test_the_form_has_every_field_of_the_schema_and_every_hint() -> None:
 def test_the_tables_of_titles_and_essential_fields_name_fields_that_exist() -> None:
     paths = {field.path for field in fields.fields()}
     assert set(fields.TITLES) <= paths | {section.name for section in fields.sections()}
-    assert {f"{s}.{n}" for s, names in fields.ESSENTIAL.items() for n in names} <= paths
+    assert {n if n == s else f"{s}.{n}" for s, names in fields.ESSENTIAL.items() for n in names} <= paths
+    assert [section.name for section in fields.sections()] == list(fields.ORDER)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from markupsafe import Markup
 
 import studio
 from studio import OutputExistsError, Plan, ProfileError, Recipe, StudioError
 from ui import drafts, fields
+from ui.draft_views import status_view, verdict_view
 from ui.drafts import Draft
 from ui.form import NOTHING_SHOWN, Form, Shown, build_form, shown_of
-from ui.html import el, join
+from ui.html import el
 from ui.look import show
 from ui.places import Places, Source
-from ui.profiling import profile_in_child
+from ui.profiling import profile_in_child, whole_percents
 from ui.routing_panel import RoutingPanel, build_routing_panel
 from ui.views import error_note, meter, note, page_head, plan_view
 
@@ -160,7 +160,7 @@ class Page:
             **self.form.updates(draft, self.form.values(given), shown, after),
             self.seen: draft.values or self.form.values(given),
             **self._next_step(draft, planned),
-            self.verdict: _verdict(draft),
+            self.verdict: verdict_view(draft),
             self.origin: origin,
             self.shown: after,
             self.kept: {"source": origin, "text": text, "submitted": submitted},
@@ -171,7 +171,7 @@ class Page:
         ready = draft.recipe is not None and planned == draft.text
         label = "See the new plan" if planned else "See the plan"
         return {
-            self.status: _status(draft, planned),
+            self.status: status_view(draft, planned),
             self.see_plan: gr.update(value=label, visible=not ready, interactive=draft.recipe is not None),
             self.start: gr.update(visible=ready),
             self.exists: gr.update(visible=False),
@@ -234,7 +234,7 @@ class Page:
             self.profiled: False,
         }
         try:
-            yield from ({self.profile_text: view} for view in _changes(profile_in_child(recipe)))
+            yield from ({self.profile_text: view} for view in whole_percents(profile_in_child(recipe)))
         except StudioError as error:
             yield {
                 self.profile_text: error_note("The data could not be profiled", error),
@@ -253,7 +253,7 @@ class Page:
         """Starts the job; its name goes into `started`, from where the browser opens its page."""
         draft = drafts.check(text, Source.parse(origin), self.places)
         if draft.recipe is None:
-            return {self.verdict: _verdict(draft)}
+            return {self.verdict: verdict_view(draft)}
         try:
             job = studio.submit(draft.recipe, overwrite=overwrite)
         except OutputExistsError as error:
@@ -393,54 +393,3 @@ def _layout(places: Places) -> Page:
         kept=gr.BrowserState(None, storage_key="moe-studio-draft", secret="moe-studio"),
         started=gr.Textbox(visible="hidden", label="Started job"),
     )
-
-
-def _changes(steps: Iterator[tuple[str, int, int]]) -> Iterator[Markup]:
-    """The progress as pictures, one for each whole per cent."""
-    last = None
-    for stage, done, total in steps:
-        if (now := (stage, 100 * done // max(1, total))) != last:
-            last = now
-            yield meter(stage, done, total)
-
-
-# -------------------------------------------------------------------- what a draft looks like
-
-
-def _verdict(draft: Draft) -> Markup:
-    """Every problem with its line, under the editor, and a style that marks these lines in it."""
-    if not draft.problems:
-        return note("good", "This recipe is valid.")
-    count = len(draft.problems)
-    items = [
-        el(
-            "li",
-            el("span", f"line {p.line}", cls="line") if p.line else None,
-            f"{p.field}: " if p.field else "",
-            p.message,
-        )
-        for p in draft.problems
-    ]
-    locked = el("p", "The form waits until the YAML can be read again.") if draft.values is None else None
-    title = f"{count} problem{'s' if count > 1 else ''} in the recipe"
-    return join(_marks(draft), note("error", title, el("ul", *items), locked))
-
-
-def _marks(draft: Draft) -> Markup:
-    """Numbers of lines alone go into this style."""
-    rules = [
-        f".yaml .cm-line:nth-child({int(line)}), .yaml .cm-lineNumbers .cm-gutterElement:nth-child({int(line) + 1})"
-        for line in draft.lines()
-    ]
-    return el("style", Markup(", ".join(rules) + " { background: var(--mark) !important; }") if rules else "")
-
-
-def _status(draft: Draft, planned: str) -> Markup:
-    if draft.recipe is None:
-        count = len(draft.problems)
-        return el("p", f"{count} problem{'s' if count > 1 else ''} to solve before the plan can be made.", cls="bad")
-    if planned == draft.text:
-        return el("p", f"Ready to train. The job is named {draft.recipe.output.dir.name}.")
-    if planned:
-        return el("p", "The recipe has changed since this plan.")
-    return el("p", "The recipe is valid. Next, see what it will do and what it needs.")
