@@ -22,7 +22,7 @@ from adapters.workspace import fused_experts, lean_rows
 from studio.activations import Pass, Shapes, attention_of, layer_bytes
 from studio.weights import Base
 
-RUNTIME_BYTES = 790_000_000
+RUNTIME_BYTES = 770_000_000
 """Resident memory of a job's process on a CPU beside the model: libraries (500 MB), tokenised data, the trainer, code
 that oneDNN compiles, and freed blocks that the allocator keeps. Fitted to the rows of benchmarks/memory.py."""
 
