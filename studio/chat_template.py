@@ -281,19 +281,20 @@ def _row_problem(renderer: TemplateRenderer, tokenizer: Any, row: Row, max_lengt
 def _turn_problem(renderer: TemplateRenderer, row: Row) -> Problem | None:
     """An assistant's turn in the prompt that cannot be told from the rest: `studio.encoding` needs it as it was."""
     for example in sequences([row]):
-        turns = as_turns(example.turns) if isinstance(example, Example) else []
-        whole = renderer.render(turns, _tools(example)) if turns else ""
-        for number, turn in enumerate(turns[:-1]):
-            if turn["role"] == "assistant":
-                before = renderer.render(turns[:number], _tools(example), answer=True)
-                after = renderer.render(turns[: number + 1], _tools(example))
+        learned = _earlier_turns(example) if isinstance(example, Example) else []
+        if isinstance(example, Example) and learned:
+            turns, tools = as_turns(example.turns), [dict(tool) for tool in example.tools]
+            whole = renderer.render(turns, tools)
+            for number in learned:
+                before = renderer.render(turns[:number], tools, answer=True)
+                after = renderer.render(turns[: number + 1], tools)
                 if not (whole.startswith(after) and after.startswith(before)):
                     return problem_of(row, "", EARLIER_TURN)
     return None
 
 
-def _tools(sequence: Encodable) -> Sequence[Any]:
-    return [dict(tool) for tool in getattr(sequence, "tools", ())]
+def _earlier_turns(example: Example) -> list[int]:
+    return [number for number, turn in enumerate(example.prompt) if turn.role == "assistant" and turn.learned]
 
 
 def template_warnings(base: Path, rows: Sequence[Encodable]) -> tuple[str, ...]:
