@@ -44,8 +44,10 @@ def one_of(values: Values, names: Sequence[str], ours: str) -> str:
 
 def filled_of(values: Values, names: Sequence[str]) -> str:
     """The one of `names` whose column says something, the first of them before the others; "" where none does."""
-    there = [name for name in names if values.get(name) not in (None, "")]
-    if len(there) > 1 and there[0] != names[0]:
+    if values.get(names[0]) not in (None, ""):
+        return names[0]
+    there = [name for name in names[1:] if values.get(name) not in (None, "")]
+    if len(there) > 1:
         raise RowProblems((names[0], f"may be {' or '.join(there)}; say which in data.columns"))
     return there[0] if there else ""
 

@@ -223,6 +223,34 @@ def convert(values: Values, kinds: Sequence[RowKind], form: str = "auto") -> tup
     return name, row
 
 
+def unread_columns(values: Values, form: str, columns: Mapping[str, str]) -> list[str]:
+    """The columns of a good row of the format that hold something and are passed over, by the file's names."""
+    watched = _Watched(mapped(values, columns))
+    FORMATS[form].convert(watched)
+    ours = {theirs: name for name, theirs in columns.items()}
+    return [
+        name
+        for name, value in values.items()
+        if ours.get(name, name) not in watched.read and value not in (None, "", [], {})
+    ]
+
+
+class _Watched(dict[str, Any]):
+    """A row that notes which of its columns are read."""
+
+    def __init__(self, values: Values):
+        super().__init__(values)
+        self.read = {"source", "tests"}  # by studio/data/reading.py
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+
 def mapped(values: Values, columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with its columns under our names, as `data.columns` maps them ({ours: theirs}).
 

@@ -10,11 +10,11 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from studio.data.duplicates import Duplicates, NearDuplicates, Places
 from studio.data.files import Progress, kind_of
-from studio.data.formats import FORMATS, KINDS, fits
+from studio.data.formats import FORMATS, KINDS, fits, unread_columns
 from studio.data.json_text import RowProblems
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import written_by_template
@@ -66,6 +66,7 @@ class DataReport(ReportPart):
         problems: the first 20, and hidden_problems how many more there are.
         format: that most of the first rows fit; "" where none does.
         sure: share of these `detected_rows` rows that fit it and no other.
+        unread: columns that hold something and are passed over: in how many of these rows; the 20 most frequent.
         formats: what the good rows were read as.
         kinds: rows by what they are for training: example, text, preference, labelled.
         traits: rows that have system prompts, several turns, tool calls, tools, reasoning.
@@ -92,6 +93,7 @@ class DataReport(ReportPart):
     format: str
     sure: float
     detected_rows: int
+    unread: dict[str, int]
     formats: tuple[FormatShare, ...]
     kinds: dict[str, int]
     traits: dict[str, int]
@@ -139,6 +141,7 @@ def inspect_data(
     seen = _Seen(TokenCounter(directory), limit)
     detected: Counter[str] = Counter()
     alone: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     for raw, outcome in converted(file, kinds, reading, progress):
         if raw is None:
             assert isinstance(outcome, Problem)
@@ -151,6 +154,8 @@ def inspect_data(
         if isinstance(outcome, RowProblems):
             seen.add_bad(raw.file, raw.line, raw.counted, outcome)
         elif not isinstance(outcome, Problem):
+            if seen.rows < DETECTED_ROWS:
+                unread.update(unread_columns(cast(dict[str, Any], raw.values), outcome[0], reading.columns))
             seen.add(*outcome)
     seen.flush()
     if not seen.rows:
@@ -171,6 +176,7 @@ def inspect_data(
         format=form,
         sure=alone[form] / looked_at if form else 0.0,
         detected_rows=looked_at,
+        unread=dict(unread.most_common(SHOWN)),
         loss_on=loss_on,
         examples=examples,
         notes=(*_notes(seen, reading, looked_at, detected), *notes),

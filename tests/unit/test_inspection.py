@@ -94,6 +94,19 @@ def test_equal_and_similar_rows_are_named(report: DataReport) -> None:
     assert (alike.line, alike.earlier_line) == (6, 5)
 
 
+def test_columns_that_are_passed_over_are_named(tmp_path: Path) -> None:
+    row = {"question": "Where?", "context": "In Ashdown.", "answer": "Ashdown", "id": 3, "source": "x", "tools": []}
+    path = written(tmp_path / "rows.jsonl", row, {**row, "context": "", "system": "be brief"})
+    report = studio.inspect_data(path)
+    assert report.unread == {"id": 2, "context": 1}
+    console = Console(width=120, record=True)
+    console.print(report_view(report))
+    assert "columns, in how many of the first 2 rows: id 2 · context 1" in console.export_text()
+    columns = f"{{train: '{path}', columns: {{input: context, instruction: question, output: answer}}}}"
+    recipe = studio.parse_recipe(f"data: {columns}\noutput: {{dir: x}}\n")
+    assert studio.inspect_data(path, recipe=recipe).unread == {"id": 2}
+
+
 def test_scripts_are_shares_of_letters(report: DataReport) -> None:
     assert list(report.scripts) == ["Latin", "Cyrillic"] and sum(report.scripts.values()) == pytest.approx(1)
     scripts = Scripts()
