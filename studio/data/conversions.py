@@ -11,7 +11,7 @@ from typing import Any
 
 from studio.data.json_text import RowProblems
 from studio.data.rows import Example, Labelled, Message, PlainText, Preference, Row, Turns
-from studio.data.turns import content_problem, from_json, text_or_turns, tools_of, turns
+from studio.data.turns import are_messages, content_problem, from_json, text_or_turns, tools_of, turns
 from studio.recipe_text import describe
 
 Values = Mapping[str, Any]
@@ -169,7 +169,7 @@ _SPEAKERS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 def _whole(field: str, value: Any) -> Turns:
     """A conversation from its start: messages, or a transcript of "\\n\\nHuman: …" and "\\n\\nAssistant: …"."""
-    if not isinstance(value, str) or isinstance(from_json(value), list):
+    if not isinstance(value, str) or are_messages(from_json(value)):
         return turns(field, value)
     parts = _SPEAKERS.split(value)
     if len(parts) < 3 or parts[0].strip():

@@ -20,7 +20,7 @@ from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import written_by_template
 from studio.data.reading import Reading, converted
 from studio.data.rendered import Rendered, ReportPart, rendered_rows
-from studio.data.rows import Message, Place, PlainText, Preference, Row
+from studio.data.rows import Labelled, Message, Place, PlainText, Preference, Row
 from studio.data.scripts import Scripts
 from studio.errors import DataError, Problem
 from studio.methods import METHODS
@@ -225,6 +225,7 @@ class _Seen:
         self.traits.update(traits_of(row, messages))
         text = "\n".join(f"{m.role}: {m.thinking}{m.content}{m.tool_calls or ''}" for m in messages)
         text = text if messages else getattr(row, "text", "")
+        text += f"\n{row.label}" if isinstance(row, Labelled) else ""
         self.places.add(row.place or Place("", good))
         self.same.add(text)
         self.near.add(text)

@@ -73,7 +73,7 @@ def text_or_turns(field: str, value: Any, role: str) -> Turns:
     """A value that is one turn's text, one message, or messages."""
     if isinstance(value, dict):
         return (_message(field, value),)
-    if isinstance(value, str) and not isinstance(from_json(value), list):
+    if isinstance(value, str) and not are_messages(from_json(value)):
         return (_with_content(field, Message(role, value)),)
     return turns(field, value)
 
@@ -88,6 +88,11 @@ def from_json(value: Any) -> Any:
         if found and isinstance(found, list) and all(isinstance(item, dict) for item in found):
             return found
     return value
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a list of objects is meant as messages; a text may well be JSON of something else."""
+    return isinstance(value, list) and all("role" in item or "from" in item for item in value)
 
 
 def content_problem(content: Any) -> str | None:

@@ -85,6 +85,17 @@ TOLD = Message("tool", "2", name="add")
         ("prompt_completion", {"prompt": "hi", "completion": "ho"}, CHAT),
         ("prompt_completion", {"question": "hi", "answer": "ho"}, CHAT),
         ("prompt_completion", {"prompt": [said("user")], "response": BOTH[1:]}, CHAT),
+        ("prompt_completion", {"prompt": json.dumps([said("user")]), "response": json.dumps(BOTH[1:])}, CHAT),
+        (
+            "prompt_completion",
+            {"prompt": "hi", "completion": '[{"asset": "PMP-1"}, {"asset": "PMP-2"}]'},
+            Example((USER,), (Message("assistant", '[{"asset": "PMP-1"}, {"asset": "PMP-2"}]'),)),
+        ),
+        (
+            "preference",
+            {"prompt": '[{"n": 1}]', "chosen": '[{"n": 2}]', "rejected": "no"},
+            Preference((Message("user", '[{"n": 1}]'),), (Message("assistant", '[{"n": 2}]'),), PAIR.rejected),
+        ),
         (
             "prompt_completion",
             {"system_prompt": "be brief", "question": "hi", "response": "ho"},

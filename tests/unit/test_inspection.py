@@ -215,6 +215,12 @@ def test_rows_are_alike_from_four_fifths_of_their_pieces_on() -> None:
     assert NearDuplicates().found(np.array([], dtype=int)).shape == (2, 0)
 
 
+def test_completions_with_opposite_labels_are_not_equal_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, True)]
+    report = studio.inspect_data(written(tmp_path / "rows.jsonl", *rows))
+    assert report.duplicate_rows == 1 and [(p.line, p.earlier_line) for p in report.duplicates] == [(3, 1)]
+
+
 def test_pieces_are_runs_of_words_or_of_letters() -> None:
     assert pieces("One two").tolist() == pieces("one  TWO").tolist() and len(pieces("one two")) == 1
     assert pieces("a b c d")[1:].tolist() == pieces("b c d").tolist() and len(pieces("")) == 1
