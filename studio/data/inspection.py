@@ -1,6 +1,6 @@
 """What a data file holds, before anything is trained on it: `studio data inspect`, and the same for the browser.
 
-One pass over the file, in bounded memory: 22 bytes a row, and for near-duplicates 256 of each of the first NEAR_ROWS.
+One pass over the file, in bounded memory: 24 bytes a row, and for near-duplicates 256 of each of the first NEAR_ROWS.
 """
 
 from __future__ import annotations

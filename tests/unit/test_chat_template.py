@@ -20,7 +20,7 @@ from studio.chat_template import (
     stop_tokens,
     template_warnings,
 )
-from studio.data import Example, Message, Place, PlainText
+from studio.data import Example, Message, Place, PlainText, Preference
 from studio.default_templates import DEFAULTS, default_template
 from studio.encoding import encode
 
@@ -114,6 +114,14 @@ def test_rows_whose_prompt_fills_the_length_or_that_the_template_refuses_are_tol
     assert said.startswith(
         "the chat template refuses 1 of the first 2 conversations: too much talk. The job names each"
     )
+
+
+def test_pairs_that_are_cut_to_the_same_text_are_told_by_line(base: Path) -> None:
+    said = [(Message("assistant", "word " * 40 + end),) for end in ("yes", "no")]
+    pair = Preference(EXAMPLE.prompt, said[0], said[1], place=Place("pairs.jsonl", 9))
+    assert check_rendered(base, [pair], 999) == ([pair], [])
+    good, (problem,) = check_rendered(base, [pair], 32)
+    assert not good and str(problem).startswith("line 9: chosen and rejected are the same once both are cut to data.max")
 
 
 def test_earlier_turns_that_the_template_rewrites_are_told_by_line_where_they_are_learned(base: Path) -> None:
