@@ -275,7 +275,9 @@ def _check_one_split(files: Sequence[Path]) -> None:
     splits = {match.group(1) for file in files if (match := SPLIT.search(file.as_posix().lower()))}
     if "train" in splits and len(splits) > 1:
         listed = ", ".join(sorted(splits))
-        raise Broken(f"holds several splits by the names of its files: {listed}; name one file, or keep one split in it")
+        raise Broken(
+            f"holds several splits by the names of its files: {listed}; name one file, or keep one split in it"
+        )
 
 
 # -------------------------------------------------------------------- text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from studio.data.duplicates import Duplicates, NearDuplicates, Places
 from studio.data.files import Progress, kind_of
-from studio.data.formats import FORMATS, KINDS, fits, unread_columns
+from studio.data.formats import FORMATS, KINDS, fits, mapped, unread_columns
 from studio.data.json_text import RowProblems
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import written_by_template
@@ -148,12 +148,12 @@ def inspect_data(
             seen.add_problems([outcome])
             continue
         if seen.rows < DETECTED_ROWS and not isinstance(raw.values, RowProblems):
-            names = fits(raw.values)
+            names = _fitting(raw.values, reading)
             detected.update(names)
             alone.update(names if len(names) == 1 else [])
         if isinstance(outcome, RowProblems):
             seen.add_bad(raw.file, raw.line, raw.counted, outcome)
-        elif not isinstance(outcome, Problem):
+        elif isinstance(outcome, tuple):
             if seen.rows < DETECTED_ROWS:
                 unread.update(unread_columns(cast(dict[str, Any], raw.values), outcome[0], reading.columns))
             seen.add(*outcome)
@@ -183,6 +183,14 @@ def inspect_data(
         max_length_tokens=limit,
         **seen.facts(),
     )
+
+
+def _fitting(values: dict[str, Any], reading: Reading) -> list[str]:
+    """The formats that a row fits under the names that the recipe gives its columns."""
+    try:
+        return fits(mapped(values, reading.columns))
+    except RowProblems:
+        return []
 
 
 class _Seen:

@@ -158,7 +158,7 @@ def _tools_of(row: Example | Preference | Labelled) -> dict[str, Any]:
 def row_of(values: Mapping[str, Any]) -> Row:
     """What `as_row` was made of, but for its source; with the `Place` under the key "place", if there is one."""
     tools, place = tuple(values.get("tools") or ()), values.get("place")
-    turns = {name: tuple(map(_message, values[name])) for name in _SIDES if name in values}
+    turns: dict[str, Any] = {name: tuple(map(_message, values[name])) for name in _SIDES if name in values}
     if "text" in values:
         return PlainText(values["text"], place=place)
     if "chosen" in values:

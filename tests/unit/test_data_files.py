@@ -205,7 +205,9 @@ def test_what_cannot_be_read_is_named_with_its_place(
     assert said in problem.message
 
 
-@pytest.mark.parametrize("text", ["prompt, completion\na,b\n", "prompt\tcompletion\na\tb\n", "prompt;completion\na;b\n"])
+@pytest.mark.parametrize(
+    "text", ["prompt, completion\na,b\n", "prompt\tcompletion\na\tb\n", "prompt;completion\na;b\n"]
+)
 def test_names_of_columns_may_have_spaces_and_other_signs_between_them(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.csv").write_text(text)
     assert len(read_rows(tmp_path / "a.csv", ("example",))) == 1

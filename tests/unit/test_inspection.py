@@ -104,7 +104,8 @@ def test_columns_that_are_passed_over_are_named(tmp_path: Path) -> None:
     assert "columns, in how many of the first 2 rows: id 2 · context 1" in console.export_text()
     columns = f"{{train: '{path}', columns: {{input: context, instruction: question, output: answer}}}}"
     recipe = studio.parse_recipe(f"data: {columns}\noutput: {{dir: x}}\n")
-    assert studio.inspect_data(path, recipe=recipe).unread == {"id": 2}
+    report = studio.inspect_data(path, recipe=recipe)
+    assert report.unread == {"id": 2} and (report.format, report.sure) == ("alpaca", 1)
 
 
 def test_scripts_are_shares_of_letters(report: DataReport) -> None:
