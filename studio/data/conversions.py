@@ -53,6 +53,10 @@ def filled_of(values: Values, names: Sequence[str]) -> str:
 
 
 def from_conversation(values: Values) -> Row:
+    return _from_turns(values)
+
+
+def _from_turns(values: Values) -> Example:
     name = one_of(values, CONVERSATIONS, "messages")
     found = _with_system(values, turns(name, values[name]), name)
     if len(found) < 2 or found[-1].role != "assistant":
@@ -83,6 +87,9 @@ _PAIR = (("prompt", PROMPTS), ("completion", COMPLETIONS))
 def from_kto(values: Values) -> Row:
     if "label" not in values:
         raise RowProblems(("label", "is missing"))
+    if first_of(values, CONVERSATIONS) and not first_of(values, COMPLETIONS):
+        whole = _from_turns(values)
+        return Labelled(whole.prompt, whole.completion, _label(values["label"]), tools=whole.tools)
     instruction = "instruction" in values and not first_of(values, PROMPTS)
     parts = (*_instruction(values), one_of(values, COMPLETIONS, "completion")) if instruction else ()
     example = _example(values, *(parts or _prompt_and_completion(values)))

@@ -101,16 +101,23 @@ def fits(values: Values) -> list[str]:
 def _is_sharegpt(values: Values) -> bool:
     value = from_json(values.get(first_of(values, CONVERSATIONS)))
     first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and "from" in first and "role" not in first and not _is_pair(values)
+    shared = isinstance(first, dict) and "from" in first and "role" not in first
+    return shared and not _is_pair(values) and not _is_labelled_conversation(values)
 
 
 def _is_messages(values: Values) -> bool:
-    return bool(first_of(values, CONVERSATIONS)) and not _is_sharegpt(values) and not _continues_a_conversation(values)
+    others = (_is_sharegpt, _continues_a_conversation, _is_labelled_conversation)
+    return bool(first_of(values, CONVERSATIONS)) and not any(other(values) for other in others)
 
 
 def _continues_a_conversation(values: Values) -> bool:
     """Whether conversation, chosen and rejected are the three parts of one pair."""
     return _is_pair(values) and not first_of(values, PROMPTS)
+
+
+def _is_labelled_conversation(values: Values) -> bool:
+    """Whether a conversation has a label for its last turn: true or false, and no number, as classes have."""
+    return bool(first_of(values, CONVERSATIONS)) and str(values.get("label")).strip().lower() in ("true", "false")
 
 
 def _is_pair(values: Values) -> bool:
@@ -140,7 +147,8 @@ def _is_prompt_completion(values: Values) -> bool:
 
 
 def _is_kto(values: Values) -> bool:
-    return bool(first_of(values, (*PROMPTS, "instruction")) and first_of(values, COMPLETIONS)) and "label" in values
+    parts = first_of(values, (*PROMPTS, "instruction")) and first_of(values, COMPLETIONS)
+    return bool(parts and "label" in values) or _is_labelled_conversation(values)
 
 
 def _is_text(values: Values) -> bool:

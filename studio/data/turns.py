@@ -169,8 +169,8 @@ def _message(where: str, item: Any) -> Message:
         if isinstance(given, str) and given.lower() in CALL_ROLES:
             calls, content = _calls(f"{where}.{text_key}", content), ""
         elif given_calls:
-            calls = _calls(f"{where}.{'tool_calls' if item.get('tool_calls') else 'function_call'}", given_calls)
             content = "" if content is None else content
+            calls = _calls(f"{where}.{'tool_calls' if item.get('tool_calls') else 'function_call'}", given_calls)
     except RowProblems as error:
         problems += error.problems
     if calls and role != "assistant":
@@ -259,12 +259,12 @@ def _split(field: str, message: Message) -> Message:
     thinking, closed, answer = start.removeprefix(OPEN).partition(CLOSE)
     if not closed:
         raise RowProblems((field, f"opens {OPEN} and does not close it; the reasoning may have been cut"))
+    if not answer.strip() and not message.tool_calls:
+        raise RowProblems((field, f"has nothing after {CLOSE}; the answer is missing"))
     if not thinking.strip():
         return message
     if message.thinking:
         raise RowProblems((field, "has reasoning, and the message has reasoning beside it; keep one of them"))
-    if not answer.strip() and not message.tool_calls:
-        raise RowProblems((field, f"has nothing after {CLOSE}; the answer is missing"))
     return replace(message, content=answer.strip("\n"), thinking=thinking.strip())
 
 

@@ -135,6 +135,13 @@ TOLD = Message("tool", "2", name="add")
         ("kto", {"prompt": "hi", "completion": "ho", "label": False}, Labelled((USER,), CHAT.completion, False)),
         ("kto", {"question": "hi", "answer": "ho", "label": "True"}, Labelled((USER,), CHAT.completion, True)),
         ("kto", {"instruction": "hi", "output": "ho", "label": 1}, Labelled((USER,), CHAT.completion, True)),
+        ("kto", {"messages": BOTH, "label": False}, Labelled((USER,), CHAT.completion, False)),
+        (
+            "kto",
+            {"conversations": [shared("human", "hi"), shared("gpt", "ho")], "label": "true"},
+            Labelled((USER,), CHAT.completion, True),
+        ),
+        ("messages", {"messages": BOTH, "label": 3}, CHAT),
         ("kto", {"prompt": "hi", "completion": "ho", "label": 0.0}, Labelled((USER,), CHAT.completion, False)),
         ("kto", {"prompt": "hi", "completion": "ho", "label": "1.0"}, Labelled((USER,), CHAT.completion, True)),
         (
@@ -262,6 +269,12 @@ def test_a_template_that_writes_no_tools_is_not_given_any(tmp_path: Path) -> Non
         ({"messages": [said("user"), said("assistant", "x", weight=0.5)]}, "messages[1].weight", "is 0 or 1, false or"),
         ({"messages": [said("user"), said("assistant", "x", train=False)]}, "messages", "not to be learned (weight 0)"),
         ({"messages": BOTH, "system_prompt": "a", "system_message": "b"}, "system", "may be system_prompt or system_m"),
+        ({"messages": [said("user"), said("assistant", "<think> </think>")]}, "messages[1].content", "nothing after"),
+        (
+            {"messages": [said("user"), said("assistant", None, tool_calls=[{"name": "f", "arguments": "x"}])]},
+            "messages[1].tool_calls[0].arguments",
+            "is not valid JSON",
+        ),
         ({"messages": [said("system")]}, "messages", "needs a user turn and, last, an assistant turn"),
         ({"messages": [said("system"), said("assistant")]}, "messages", "the turn before the answer is the user's"),
         ({"messages": [said("tool"), said("assistant")]}, "messages", "needs a user turn"),
