@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from adapters.fingerprint import file_sha256
 from studio.data.json_text import (
     LONGEST_ROW_BYTES,
+    OF_ROWS,
     PIECE_BYTES,
     TOO_LONG,
     Broken,
@@ -242,7 +243,9 @@ def _one_object_a_line(start: bytes) -> bool:
 
 
 def _holds_a_list(value: dict[str, Any]) -> bool:
-    return any(isinstance(item, list) and item and isinstance(item[0], dict) for item in value.values())
+    """Whether an object holds rows, and is not one itself."""
+    lists = [name for name, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    return bool(lists) and not any(name in OF_ROWS for name in lists)
 
 
 def _folder(path: Path) -> tuple[str, list[Path]]:

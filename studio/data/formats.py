@@ -152,8 +152,8 @@ def _is_kto(values: Values) -> bool:
 
 
 def _is_text(values: Values) -> bool:
-    """Of a row that fits no other format: many of these have a column text besides."""
-    return bool(first_of(values, TEXTS)) and "prompt" not in values and "completion" not in values
+    """Of a row that fits no other format: many of these have a column text besides. A message alone is no text."""
+    return bool(first_of(values, TEXTS)) and not any(name in values for name in ("prompt", "completion", "role"))
 
 
 FORMATS: dict[str, Format] = {

@@ -23,6 +23,8 @@ from studio.errors import FileProblem, Problem
 
 ROWS = [{"prompt": f'question {i},\n"quoted"', "completion": f"answer {i} — ü"} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+KINDS = ("example", "text", "preference", "labelled")
 GOOD = b'{"prompt": "2 + 2 =", "completion": "4"}\n'
 
 
@@ -328,6 +330,20 @@ def test_any_bytes_are_rows_or_problems_and_never_an_error(tmp_path: Path, conte
     if name == "a.jsonl" and not any(isinstance(problem, FileProblem) for problem in problems):
         lines = [n for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
         assert sorted({row.place.line for row in rows if row.place} | {p.line for p in problems if p.line}) == lines
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": TURNS}, {"chosen": TURNS, "rejected": [TURNS[0], {**TURNS[1], "content": "x"}]}]
+)
+def test_a_file_of_one_conversation_is_one_row_and_no_list_of_texts(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(row))
+    assert [found.kind for found in read_rows(path, KINDS)] == ["example" if "messages" in row else "preference"]
+    path.write_text(json.dumps(row, indent=1))
+    rows, (problem,) = check_rows(path, KINDS)
+    assert not rows and "is one row, whose" in problem.message and problem.line == 2
+    path.write_text(json.dumps({"data": [row]}))
+    assert len(read_rows(path, KINDS)) == 1
 
 
 def test_kinds_have_names(tmp_path: Path) -> None:

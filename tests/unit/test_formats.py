@@ -275,6 +275,7 @@ def test_a_template_that_writes_no_tools_is_not_given_any(tmp_path: Path) -> Non
             "messages[1].tool_calls[0].arguments",
             "is not valid JSON",
         ),
+        (said("user", "a message alone"), "", "needs messages, or prompt and completion; received role"),
         ({"messages": [said("system")]}, "messages", "needs a user turn and, last, an assistant turn"),
         ({"messages": [said("system"), said("assistant")]}, "messages", "the turn before the answer is the user's"),
         ({"messages": [said("tool"), said("assistant")]}, "messages", "needs a user turn"),
