@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 DETECTED_ROWS = 1000
 """Rows that the detection of the format looks at."""
 
+MOST_SOURCES, OTHER_SOURCES = 10_000, "(other sources)"
+"""Sources that are told apart: some data sets name one in every row."""
+
 SHOWN = 20
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 EXAMPLES = 3
@@ -227,7 +230,8 @@ class _Seen:
         good = self.rows - self.bad_rows
         self.formats[form] += 1
         self.kinds[row.kind] += 1
-        self.sources[row.source] += 1
+        known = row.source in self.sources or len(self.sources) < MOST_SOURCES
+        self.sources[row.source if known else OTHER_SOURCES] += 1
         messages = turns_of(row)
         self.roles.update(message.role for message in messages)
         self.traits.update(traits_of(row, messages))

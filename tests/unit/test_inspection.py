@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import studio
 from studio.cli import app
+from studio.data import inspection
 from studio.data.duplicates import Duplicates, NearDuplicates, pieces
 from studio.data.inspection import DataReport
 from studio.data.scripts import Scripts, script_of
@@ -214,6 +215,13 @@ def test_rows_are_alike_from_four_fifths_of_their_pieces_on() -> None:
     assert near.found(np.array([3])).T.tolist() == [[1, 0]], "the third shares about half of its three-word pieces"
     assert near.found(np.array([9])).T.tolist() == [[1, 0], [3, 0]]
     assert NearDuplicates().found(np.array([], dtype=int)).shape == (2, 0)
+
+
+def test_a_source_in_every_row_costs_no_memory_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "MOST_SOURCES", 3)
+    rows = [{"prompt": f"a{n}", "completion": "b", "source": f"s{n % 9}"} for n in range(18)]
+    report = studio.inspect_data(written(tmp_path / "rows.jsonl", *rows))
+    assert report.sources == {"(other sources)": 12, "s0": 2, "s1": 2, "s2": 2}
 
 
 def test_completions_with_opposite_labels_are_not_equal_rows(tmp_path: Path) -> None:
