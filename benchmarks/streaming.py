@@ -102,11 +102,17 @@ def measure(way: str, path: Path, rows: int) -> dict[str, Any]:
 
 def opened(way: str, path: Path) -> Iterator[dict[str, Any]]:
     if way == "ours":
-        from studio.recipe import parse_recipe
-        from studio.trainers.common import training_dataset
+        from datasets import IterableDataset
 
-        text = f"data: {{train: '{path}', streaming: true}}\ntraining: {{max_steps: 1}}\noutput: {{dir: unused}}\n"
-        return iter(training_dataset(parse_recipe(text), []))
+        from studio.data.mixture import Phase
+        from studio.data.reading import Reading
+        from studio.data.streaming import endless_rows
+        from studio.recipe_mixture import DataSource
+
+        source, kinds = DataSource(path=path), ("example", "text")
+        return iter(
+            IterableDataset.from_generator(lambda: endless_rows([source], [Phase((1.0,))], kinds, Reading(), seed=0))
+        )
     from datasets import load_dataset
 
     plain: Any = load_dataset("json", data_files=str(path), split="train", streaming=True)
@@ -115,7 +121,7 @@ def opened(way: str, path: Path) -> Iterator[dict[str, Any]]:
 
 def text_length(row: dict[str, Any]) -> int:
     """Characters of a row's turns, however they are grouped: the same of all ways where all read the same."""
-    parts: Iterable[list[dict[str, str]]] = row.values()
+    parts: Iterable[list[dict[str, str]]] = (turns for name, turns in row.items() if name != "place")
     return sum(len(turn["content"]) for turns in parts for turn in turns)
 
 

@@ -1,7 +1,7 @@
 """The examples from which the GGUF quantiser learns what matters: any data that a recipe can train on. No torch.
 
-    calibration(file, origin) ─▶ prompts                  refused before anything is written
-    handed_over(options, origin) ─▶ options               with the prompts in a file that the exporter reads
+calibration(file, origin) ─▶ prompts                  refused before anything is written
+handed_over(options, origin) ─▶ options               with the prompts in a file that the exporter reads
 """
 
 from __future__ import annotations

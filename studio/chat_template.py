@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.checkpoint import read_json_object
 from adapters.errors import CheckpointError
 from adapters.verify.tokenizer import named_ends
-from studio.data import Example, PlainText, RecipeRows, Row, recipe_rows, sequences
+from studio.data import Example, PlainText, Preference, RecipeRows, Row, recipe_rows, sequences
 from studio.data import Sequence as Encodable
 from studio.data.lengths import problem_of, too_long
 from studio.data.of_recipe import refused
@@ -53,6 +53,9 @@ BROKEN = ("TemplateSyntaxError", "SecurityError")
 EARLIER_TURN = (
     "this model's chat template writes an assistant's turn differently once others follow it, so that it cannot be "
     "learned; set training.loss_on to completion, or split the conversation"
+)
+CUT_ALIKE = (
+    "chosen and rejected are the same once both are cut to data.max_length_tokens, {}; raise it, or leave the pair out"
 )
 SAMPLED_ROWS = 64
 """Rows that a plan renders."""
@@ -247,7 +250,8 @@ def check_rendered(
     Returns:
         The rows that can be trained on, and what is wrong with the others: the template refuses the conversation, or
         the prompt alone fills `max_length_tokens`, so that nothing of the answer would be learned; or it writes an
-        earlier turn, where those are learned, otherwise once others follow it.
+        earlier turn, where those are learned, otherwise once others follow it; or both sides of a pair are the same
+        where they are cut.
 
     Raises:
         CheckpointError: the template does not stand the rows.
@@ -271,29 +275,41 @@ def check_rendered(
 
 def _row_problem(renderer: TemplateRenderer, tokenizer: Any, row: Row, max_length_tokens: int) -> Problem | None:
     try:
-        prompts = [rendered(renderer, side).prompt for side in sequences([row])]
+        sides = [rendered(renderer, side) for side in sequences([row])]
     except _RefusedError as error:
         return problem_of(row, "", f"the chat template refuses the conversation: {error.said}")
-    tokens = len(tokenizer.encode(prompts[0], add_special_tokens=False).ids)
-    return problem_of(row, "prompt", too_long(tokens, max_length_tokens)) if tokens >= max_length_tokens else None
+    tokens = len(tokenizer.encode(sides[0].prompt, add_special_tokens=False).ids)
+    if tokens >= max_length_tokens:
+        return problem_of(row, "prompt", too_long(tokens, max_length_tokens))
+    if isinstance(row, Preference) and _cut_alike(tokenizer, sides, max_length_tokens):
+        return problem_of(row, "", CUT_ALIKE.format(max_length_tokens))
+    return None
+
+
+def _cut_alike(tokenizer: Any, sides: Sequence[Rendered], max_length_tokens: int) -> bool:
+    if min(len(side.whole.encode()) for side in sides) < max_length_tokens:  # a token is a byte at least: none is cut
+        return False
+    one, other = (tokenizer.encode(side.whole, add_special_tokens=False).ids[:max_length_tokens] for side in sides)
+    return bool(one == other)
 
 
 def _turn_problem(renderer: TemplateRenderer, row: Row) -> Problem | None:
     """An assistant's turn in the prompt that cannot be told from the rest: `studio.encoding` needs it as it was."""
     for example in sequences([row]):
-        turns = as_turns(example.turns) if isinstance(example, Example) else []
-        whole = renderer.render(turns, _tools(example)) if turns else ""
-        for number, turn in enumerate(turns[:-1]):
-            if turn["role"] == "assistant":
-                before = renderer.render(turns[:number], _tools(example), answer=True)
-                after = renderer.render(turns[: number + 1], _tools(example))
+        learned = _earlier_turns(example) if isinstance(example, Example) else []
+        if isinstance(example, Example) and learned:
+            turns, tools = as_turns(example.turns), [dict(tool) for tool in example.tools]
+            whole = renderer.render(turns, tools)
+            for number in learned:
+                before = renderer.render(turns[:number], tools, answer=True)
+                after = renderer.render(turns[: number + 1], tools)
                 if not (whole.startswith(after) and after.startswith(before)):
                     return problem_of(row, "", EARLIER_TURN)
     return None
 
 
-def _tools(sequence: Encodable) -> Sequence[Any]:
-    return [dict(tool) for tool in getattr(sequence, "tools", ())]
+def _earlier_turns(example: Example) -> list[int]:
+    return [number for number, turn in enumerate(example.prompt) if turn.role == "assistant" and turn.learned]
 
 
 def template_warnings(base: Path, rows: Sequence[Encodable]) -> tuple[str, ...]:

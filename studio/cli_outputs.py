@@ -113,7 +113,10 @@ def export(
     ] = "auto",
     base: Annotated[str | None, typer.Option(help="The base of an adapter, if not the one that it names.")] = None,
     importance: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Data, or an importance matrix, that tell the GGUF quantiser which weights matter.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Data, or an importance matrix, that tell the GGUF quantiser which weights matter."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Examples to verify with, if not the job's held-out ones.")

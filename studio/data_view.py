@@ -51,6 +51,9 @@ def _facts(report: DataReport) -> Iterator[tuple[str, RenderableType]]:
     yield "Format", _format(report)
     bad = Text(f", {report.bad_rows:,} of them bad", "bold red") if report.bad_rows else Text(", all good")
     yield "Rows", Text.assemble(f"{report.rows:,}", bad, _listed(_kinds(report)))
+    if report.unread:
+        columns = " · ".join(f"{clean(name)} {count:,}" for name, count in report.unread.items())
+        yield "Not read", Text(f"columns, in how many of the first {report.detected_rows:,} rows: {columns}")
     if report.traits:
         yield "With", Text(" · ".join(f"{name} {count:,}" for name, count in report.traits.items()))
     if report.roles:

@@ -26,7 +26,7 @@ def encode(
 
     Args:
         loss_on: completion: what comes after the prompt. assistant: every turn of the assistant, those in the prompt
-            too. all: every token. Of a PlainText every token is learned.
+            too that are `learned`. all: every token. Of a PlainText every token is learned.
 
     Raises:
         DataError: the template writes a turn differently once others follow it, so that the assistant's earlier turns
@@ -47,10 +47,10 @@ def encode(
 
 
 def _earlier_turns(tokenizer: PreTrainedTokenizerBase, example: Example, whole: list[int]) -> list[int]:
-    """Places of the tokens that the assistant wrote in the prompt."""
+    """Places of the tokens that the assistant wrote in the prompt, in turns that are learned."""
     found: list[int] = []
     for number, turn in enumerate(example.prompt):
-        if turn.role != "assistant":
+        if turn.role != "assistant" or not turn.learned:
             continue
         before = template(tokenizer, example, example.prompt[:number], add_generation_prompt=True)
         after = template(tokenizer, example, example.prompt[: number + 1], add_generation_prompt=False)

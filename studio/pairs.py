@@ -6,10 +6,11 @@ from collections.abc import Sequence as Many
 
 from transformers import PreTrainedTokenizerBase
 
+from studio.chat_template import CUT_ALIKE
 from studio.data import Example, Preference, Row, sequences
-from studio.data.rows import Place
+from studio.data.lengths import problem_of
 from studio.encoding import prompt_and_whole
-from studio.errors import SHOWN_PROBLEMS, DataError, Problem
+from studio.errors import SHOWN_PROBLEMS, DataError
 
 PairIds = tuple[list[int], list[int], list[int]]
 """Token ids of the prompt, of the preferred answer, and of the other."""
@@ -48,12 +49,7 @@ def check_pairs(tokenizer: PreTrainedTokenizerBase, rows: Many[Row], max_length_
         DataError: the first 20 of them, and how many more.
     """
     same = [row for row in rows if isinstance(row, Preference) and _alike(tokenizer, row, max_length_tokens)]
-    advice = f"once both are cut to data.max_length_tokens, {max_length_tokens}; raise it, or leave the pair out"
-    places = [row.place or Place("", 0) for row in same[:SHOWN_PROBLEMS]]
-    problems = [
-        Problem("", place.line, f"chosen and rejected are the same {advice}", place.file, place.counted)
-        for place in places
-    ]
+    problems = [problem_of(row, "", CUT_ALIKE.format(max_length_tokens)) for row in same[:SHOWN_PROBLEMS]]
     if problems:
         raise DataError(problems, len(same) - len(problems))
 

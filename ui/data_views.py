@@ -112,6 +112,7 @@ def _details(report: DataReport) -> Markup:
         table("How long the rows are", ("Share of the rows", "At most, tokens"), quantiles, total),
         _counts("Turns", report.roles),
         _counts("Rows with", report.traits),
+        _counts(f"Columns that are not read, of the first {report.detected_rows:,} rows", report.unread),
         _counts("Sources", dict(list(report.sources.items())[:SHOWN_SOURCES])),
         _counts("Scripts", {name: as_percent(share) for name, share in report.scripts.items()}),
         _pairs("Equal to an earlier row", report.duplicates),

@@ -11,7 +11,7 @@ from typing import Any
 
 from studio.data.json_text import RowProblems
 from studio.data.rows import Example, Labelled, Message, PlainText, Preference, Row, Turns
-from studio.data.turns import content_problem, from_json, text_or_turns, tools_of, turns
+from studio.data.turns import are_messages, content_problem, from_json, text_or_turns, tools_of, turns
 from studio.recipe_text import describe
 
 Values = Mapping[str, Any]
@@ -42,13 +42,27 @@ def one_of(values: Values, names: Sequence[str], ours: str) -> str:
     return there[0]
 
 
+def filled_of(values: Values, names: Sequence[str]) -> str:
+    """The one of `names` whose column says something, the first of them before the others; "" where none does."""
+    if values.get(names[0]) not in (None, ""):
+        return names[0]
+    there = [name for name in names[1:] if values.get(name) not in (None, "")]
+    if len(there) > 1:
+        raise RowProblems((names[0], f"may be {' or '.join(there)}; say which in data.columns"))
+    return there[0] if there else ""
+
+
 def from_conversation(values: Values) -> Row:
+    return _from_turns(values)
+
+
+def _from_turns(values: Values) -> Example:
     name = one_of(values, CONVERSATIONS, "messages")
     found = _with_system(values, turns(name, values[name]), name)
     if len(found) < 2 or found[-1].role != "assistant":
         raise RowProblems((name, "needs a user turn and, last, an assistant turn"))
     _check_prompt(name, found[:-1])
-    return Example(found[:-1], found[-1:], tools=_tools(values))
+    return Example(found[:-1], _learned(name, found[-1:]), tools=_tools(values))
 
 
 def from_alpaca(values: Values) -> Row:
@@ -73,6 +87,9 @@ _PAIR = (("prompt", PROMPTS), ("completion", COMPLETIONS))
 def from_kto(values: Values) -> Row:
     if "label" not in values:
         raise RowProblems(("label", "is missing"))
+    if first_of(values, CONVERSATIONS) and not first_of(values, COMPLETIONS):
+        whole = _from_turns(values)
+        return Labelled(whole.prompt, whole.completion, _label(values["label"]), tools=whole.tools)
     instruction = "instruction" in values and not first_of(values, PROMPTS)
     parts = (*_instruction(values), one_of(values, COMPLETIONS, "completion")) if instruction else ()
     example = _example(values, *(parts or _prompt_and_completion(values)))
@@ -83,11 +100,14 @@ def from_kto(values: Values) -> Row:
 def _label(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    words = {"true": True, "false": False, "1": True, "0": False}
-    named = value.strip().lower() if isinstance(value, str) else str(value) if type(value) is int else ""
-    if named not in words:
+    named = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if named not in LABELS:
         raise RowProblems(("label", f"is true or false, received {describe(value)}"))
-    return words[named]
+    return LABELS[named]
+
+
+LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+"""Tables hold labels as numbers with a point where one of the column is missing."""
 
 
 def from_preference(values: Values) -> Row:
@@ -138,7 +158,9 @@ def from_implicit(values: Values) -> Row:
     _check_stated_prompt(values, chosen[:start])
     prompt = _with_system(values, chosen[:start], "chosen")
     _check_prompt("chosen", prompt)
-    return _preference(prompt, chosen[start:], rejected[start:], _tools(values))
+    return _preference(
+        prompt, _learned("chosen", chosen[start:]), _learned("rejected", rejected[start:]), _tools(values)
+    )
 
 
 def _check_stated_prompt(values: Values, prompt: Turns) -> None:
@@ -154,7 +176,7 @@ _SPEAKERS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 def _whole(field: str, value: Any) -> Turns:
     """A conversation from its start: messages, or a transcript of "\\n\\nHuman: …" and "\\n\\nAssistant: …"."""
-    if not isinstance(value, str) or isinstance(from_json(value), list):
+    if not isinstance(value, str) or are_messages(from_json(value)):
         return turns(field, value)
     parts = _SPEAKERS.split(value)
     if len(parts) < 3 or parts[0].strip():
@@ -179,11 +201,12 @@ def _instruction(values: Values) -> tuple[str, Any]:
     """Alpaca's prompt: earlier turns in `history`, then the instruction and, below an empty line, its input."""
     if "instruction" not in values:
         raise RowProblems(("instruction", "is missing"))
-    text, more = values["instruction"], values.get(first_of(values, INPUTS))
+    input_name = filled_of(values, INPUTS)
+    text, more = values["instruction"], values.get(input_name)
     if message := content_problem(text):
         raise RowProblems(("instruction", message))
     if more is not None and not isinstance(more, str):
-        raise RowProblems((first_of(values, INPUTS), f"is text, received {describe(more)}"))
+        raise RowProblems((input_name, f"is text, received {describe(more)}"))
     text = f"{text}\n\n{more}" if more and more.strip() else text
     history = values.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -210,7 +233,14 @@ def _example(values: Values, prompt_name: str, prompt: Any, completion_name: str
     _check_prompt(prompt_name, before)
     if any(message.role != "assistant" for message in found[completion_name]):
         raise RowProblems((completion_name, "holds assistant turns alone"))
-    return Example(before, found[completion_name], tools=_tools(values))
+    return Example(before, _learned(completion_name, found[completion_name]), tools=_tools(values))
+
+
+def _learned(field: str, completion: Turns) -> Turns:
+    """A completion as it is; what comes last in a row is what the row is for."""
+    if not all(turn.learned for turn in completion):
+        raise RowProblems((field, "ends with a turn that is not to be learned (weight 0); leave that turn out"))
+    return completion
 
 
 def _check_prompt(field: str, prompt: Turns) -> None:
@@ -224,10 +254,10 @@ def _check_prompt(field: str, prompt: Turns) -> None:
 
 def _with_system(values: Values, prompt: Turns, field: str) -> Turns:
     """The turns after the row's system prompt, if it has one in a column of its own."""
-    name = first_of(values, SYSTEMS)
-    value = values.get(name)
-    if value is None or value == "":
+    name = filled_of(values, SYSTEMS)
+    if not name:
         return prompt
+    value = values[name]
     if message := content_problem(value):
         raise RowProblems((name, message))
     if prompt[0].role != "system":

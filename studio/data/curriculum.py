@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from studio.data.mixture import Order, Phase, mixed_order, shares
 from studio.data.rows import Row, sides_apart
+from studio.errors import DataError, Problem
 
 if TYPE_CHECKING:
     from studio.recipe import Recipe
@@ -113,14 +114,31 @@ def as_read(recipe: Recipe, rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def order_of(recipe: Recipe, rows: Sequence[Row], steps: int | None = None) -> Order:
-    """The order in which a mixture that is held in memory is read. The same every time for one recipe."""
+    """The order in which a mixture that is held in memory is read. The same every time for one recipe.
+
+    Raises:
+        DataError: a source that is to be read has no row left.
+    """
     from studio.plan import row_tokens, total_steps
 
     sizes, total = sizes_of(recipe, rows), (steps or total_steps(recipe, len(rows))) * rows_per_step(recipe)
+    phases = phases_of(recipe, sizes)
+    _check_not_empty(recipe, sizes, phases)
     tokens_of: Callable[[int], int] | None = None
     if any(phase.until_tokens for phase in recipe.data.phases):
         tokens_of = row_tokens(recipe, list(rows)).__getitem__
-    return mixed_order(sizes, phases_of(recipe, sizes), total, recipe.training.seed, tokens_of)
+    return mixed_order(sizes, phases, total, recipe.training.seed, tokens_of)
+
+
+def _check_not_empty(recipe: Recipe, sizes: Sequence[int], phases: Sequence[Phase]) -> None:
+    said = "has no row left to train on, and a weight above 0; see which rows were dropped, or take the source out"
+    problems = [
+        Problem("", None, said, str(source.path))
+        for place, source in enumerate(recipe.data.sources)
+        if not sizes[place] and any(phase.shares[place] for phase in phases)
+    ]
+    if problems:
+        raise DataError(problems)
 
 
 def contributions(recipe: Recipe, rows: Sequence[Row]) -> Mixed | None:

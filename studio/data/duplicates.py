@@ -33,18 +33,18 @@ MOST_UNITS = 2000
 
 
 class Places:
-    """Where the rows of a file or folder stand, in 10 bytes a row."""
+    """Where the rows of a file or folder stand, in 12 bytes a row."""
 
     def __init__(self) -> None:
         self.files: dict[str, int] = {}
-        self.of_file, self.lines = array("H"), array("Q")
+        self.of_file, self.lines = array("I"), array("Q")
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def add(self, place: Place) -> int:
         """The number of the row, from 0."""
-        self.of_file.append(min(self.files.setdefault(place.file, len(self.files)), 65535))
+        self.of_file.append(self.files.setdefault(place.file, len(self.files)))
         self.lines.append(place.line)
         return len(self.lines) - 1
 

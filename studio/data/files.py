@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from adapters.fingerprint import file_sha256
 from studio.data.json_text import (
     LONGEST_ROW_BYTES,
+    OF_ROWS,
     PIECE_BYTES,
     TOO_LONG,
     Broken,
@@ -176,13 +178,33 @@ class _Watched:
         elif start.startswith(ZSTD):
             import zstandard
 
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            whole = cast(Any, _WithEnd(file))
+            reader = zstandard.ZstdDecompressor().stream_reader(whole, read_across_frames=True)
             self.opened = cast(BinaryIO, io.BufferedReader(cast(Any, reader), PIECE_BYTES))
 
     def tell(self) -> None:
         if self.progress and self.file.tell() - self.said >= PIECE_BYTES:
             self.said = self.file.tell()
             self.progress(self.said, self.size_bytes)
+
+
+class _WithEnd:
+    """A zstd file with bytes after it that are passed over as a frame, or break off a frame that has not ended.
+
+    The library ends in silence where a file was cut, and the rows of the rest would be missing. What follows here is a
+    frame to be skipped (RFC 8878, 3.1.2), longer than a block, of bytes that no block can begin with.
+    """
+
+    END = b"\x50\x2a\x4d\x18" + (2**18).to_bytes(4, "little") + b"\xff" * 2**18
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.left = file, self.END
+
+    def read(self, size: int) -> bytes:
+        if data := self.file.read(size):
+            return data
+        data, self.left = self.left[:size], self.left[size:]
+        return data
 
 
 def _zstd_error() -> type[Exception]:
@@ -221,7 +243,9 @@ def _one_object_a_line(start: bytes) -> bool:
 
 
 def _holds_a_list(value: dict[str, Any]) -> bool:
-    return any(isinstance(item, list) and item and isinstance(item[0], dict) for item in value.values())
+    """Whether an object holds rows, and is not one itself."""
+    lists = [name for name, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    return bool(lists) and not any(name in OF_ROWS for name in lists)
 
 
 def _folder(path: Path) -> tuple[str, list[Path]]:
@@ -240,8 +264,23 @@ def _folder(path: Path) -> tuple[str, list[Path]]:
         raise Broken(f"holds files of several kinds: {', '.join(data)}; name one file, or keep one kind in the folder")
     if not found:
         raise Broken(f"is a folder without data; expected {FOLDERS}")
+    if data:
+        _check_one_split([file.relative_to(path) for file in found[data[0]]])
     kind = data[0] if data else "text"
     return kind, found[kind]
+
+
+SPLIT = re.compile(r"(?:^|[-_./])(train|test|validation|valid|val|dev|eval)(?=[-_./0-9]|$)")
+
+
+def _check_one_split(files: Sequence[Path]) -> None:
+    """Refuses a folder as hubs have them, with the rows to be tested on beside those to be trained on."""
+    splits = {match.group(1) for file in files if (match := SPLIT.search(file.as_posix().lower()))}
+    if "train" in splits and len(splits) > 1:
+        listed = ", ".join(sorted(splits))
+        raise Broken(
+            f"holds several splits by the names of its files: {listed}; name one file, or keep one split in it"
+        )
 
 
 # -------------------------------------------------------------------- text
@@ -282,13 +321,14 @@ def _csv_rows(file: BinaryIO, name: str, kind: str) -> Iterator[Raw]:
     csv.field_size_limit(LONGEST_ROW_BYTES)
     feed = _CsvLines(file)
     first = next(feed, "")
-    delimiter = "\t" if kind == "tsv" else ";" if ";" in first and "," not in first else ","
+    delimiter = _delimiter(first, kind)
     try:
-        (names,) = csv.reader([first], delimiter=delimiter)
+        names = [cell.strip() for row in csv.reader([first], delimiter=delimiter) for cell in row]
     except csv.Error as error:
         raise Broken(f"its first line names the columns; it is not valid {kind.upper()}: {error}", 1) from None
-    if first and (len(set(names)) < len(names) or not all(cell.strip() for cell in names)):
-        raise Broken(f"its first line names the columns; received {', '.join(map(repr, names[:8]))}", 1)
+    if first and (len(set(names)) < len(names) or not all(names) or not names):
+        listed = ", ".join(map(repr, names[:8])) or "an empty line"
+        raise Broken(f"its first line names the columns; received {listed}", 1)
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
     while True:
         line = feed.number + 1
@@ -305,6 +345,13 @@ def _csv_rows(file: BinaryIO, name: str, kind: str) -> Iterator[Raw]:
         if not problems and len(cells) != len(names):
             problems = [("", f"has {len(cells)} cells, the first line names {len(names)} columns")]
         yield Raw(name, line, RowProblems(*problems) if problems else dict(zip(names, cells, strict=True)))
+
+
+def _delimiter(first: str, kind: str) -> str:
+    """What parts the cells, by the first line: files called .csv have semicolons or tabs where there is no comma."""
+    if kind == "tsv":
+        return "\t"
+    return next((sign for sign in ",;\t" if sign in first), ",")
 
 
 class _CsvLines:

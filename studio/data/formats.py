@@ -101,16 +101,23 @@ def fits(values: Values) -> list[str]:
 def _is_sharegpt(values: Values) -> bool:
     value = from_json(values.get(first_of(values, CONVERSATIONS)))
     first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and "from" in first and "role" not in first and not _is_pair(values)
+    shared = isinstance(first, dict) and "from" in first and "role" not in first
+    return shared and not _is_pair(values) and not _is_labelled_conversation(values)
 
 
 def _is_messages(values: Values) -> bool:
-    return bool(first_of(values, CONVERSATIONS)) and not _is_sharegpt(values) and not _continues_a_conversation(values)
+    others = (_is_sharegpt, _continues_a_conversation, _is_labelled_conversation)
+    return bool(first_of(values, CONVERSATIONS)) and not any(other(values) for other in others)
 
 
 def _continues_a_conversation(values: Values) -> bool:
     """Whether conversation, chosen and rejected are the three parts of one pair."""
     return _is_pair(values) and not first_of(values, PROMPTS)
+
+
+def _is_labelled_conversation(values: Values) -> bool:
+    """Whether a conversation has a label for its last turn: true or false, and no number, as classes have."""
+    return bool(first_of(values, CONVERSATIONS)) and str(values.get("label")).strip().lower() in ("true", "false")
 
 
 def _is_pair(values: Values) -> bool:
@@ -140,12 +147,13 @@ def _is_prompt_completion(values: Values) -> bool:
 
 
 def _is_kto(values: Values) -> bool:
-    return bool(first_of(values, (*PROMPTS, "instruction")) and first_of(values, COMPLETIONS)) and "label" in values
+    parts = first_of(values, (*PROMPTS, "instruction")) and first_of(values, COMPLETIONS)
+    return bool(parts and "label" in values) or _is_labelled_conversation(values)
 
 
 def _is_text(values: Values) -> bool:
-    """Of a row that fits no other format: many of these have a column text besides."""
-    return bool(first_of(values, TEXTS)) and "prompt" not in values and "completion" not in values
+    """Of a row that fits no other format: many of these have a column text besides. A message alone is no text."""
+    return bool(first_of(values, TEXTS)) and not any(name in values for name in ("prompt", "completion", "role"))
 
 
 FORMATS: dict[str, Format] = {
@@ -221,6 +229,34 @@ def convert(values: Values, kinds: Sequence[RowKind], form: str = "auto") -> tup
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         raise RowProblems(("", f"is {KINDS[row.kind]}; this training method reads {wanted}"))
     return name, row
+
+
+def unread_columns(values: Values, form: str, columns: Mapping[str, str]) -> list[str]:
+    """The columns of a good row of the format that hold something and are passed over, by the file's names."""
+    watched = _Watched(mapped(values, columns))
+    FORMATS[form].convert(watched)
+    ours = {theirs: name for name, theirs in columns.items()}
+    return [
+        name
+        for name, value in values.items()
+        if ours.get(name, name) not in watched.read and value not in (None, "", [], {})
+    ]
+
+
+class _Watched(dict[str, Any]):
+    """A row that notes which of its columns are read."""
+
+    def __init__(self, values: Values):
+        super().__init__(values)
+        self.read = {"source", "tests"}  # by studio/data/reading.py
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
 
 
 def mapped(values: Values, columns: Mapping[str, str]) -> dict[str, Any]:

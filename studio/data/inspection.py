@@ -1,6 +1,6 @@
 """What a data file holds, before anything is trained on it: `studio data inspect`, and the same for the browser.
 
-One pass over the file, in bounded memory: 22 bytes a row, and for near-duplicates 256 of each of the first NEAR_ROWS.
+One pass over the file, in bounded memory: 24 bytes a row, and for near-duplicates 256 of each of the first NEAR_ROWS.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from studio.data.duplicates import Duplicates, NearDuplicates, Places
 from studio.data.files import Progress, kind_of
-from studio.data.formats import FORMATS, KINDS, fits
+from studio.data.formats import FORMATS, KINDS, fits, mapped, unread_columns
 from studio.data.json_text import RowProblems
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import written_by_template
 from studio.data.reading import Reading, converted
 from studio.data.rendered import Rendered, ReportPart, rendered_rows
-from studio.data.rows import Message, Place, PlainText, Preference, Row
+from studio.data.rows import Labelled, Message, Place, PlainText, Preference, Row
 from studio.data.scripts import Scripts
 from studio.errors import DataError, Problem
 from studio.methods import METHODS
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 DETECTED_ROWS = 1000
 """Rows that the detection of the format looks at."""
+
+MOST_SOURCES, OTHER_SOURCES = 10_000, "(other sources)"
+"""Sources that are told apart: some data sets name one in every row."""
 
 SHOWN = 20
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -66,6 +69,7 @@ class DataReport(ReportPart):
         problems: the first 20, and hidden_problems how many more there are.
         format: that most of the first rows fit; "" where none does.
         sure: share of these `detected_rows` rows that fit it and no other.
+        unread: columns that hold something and are passed over: in how many of these rows; the 20 most frequent.
         formats: what the good rows were read as.
         kinds: rows by what they are for training: example, text, preference, labelled.
         traits: rows that have system prompts, several turns, tool calls, tools, reasoning.
@@ -92,6 +96,7 @@ class DataReport(ReportPart):
     format: str
     sure: float
     detected_rows: int
+    unread: dict[str, int]
     formats: tuple[FormatShare, ...]
     kinds: dict[str, int]
     traits: dict[str, int]
@@ -139,18 +144,21 @@ def inspect_data(
     seen = _Seen(TokenCounter(directory), limit)
     detected: Counter[str] = Counter()
     alone: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     for raw, outcome in converted(file, kinds, reading, progress):
         if raw is None:
             assert isinstance(outcome, Problem)
             seen.add_problems([outcome])
             continue
         if seen.rows < DETECTED_ROWS and not isinstance(raw.values, RowProblems):
-            names = fits(raw.values)
+            names = _fitting(raw.values, reading)
             detected.update(names)
             alone.update(names if len(names) == 1 else [])
         if isinstance(outcome, RowProblems):
             seen.add_bad(raw.file, raw.line, raw.counted, outcome)
-        elif not isinstance(outcome, Problem):
+        elif isinstance(outcome, tuple):
+            if seen.rows < DETECTED_ROWS:
+                unread.update(unread_columns(cast(dict[str, Any], raw.values), outcome[0], reading.columns))
             seen.add(*outcome)
     seen.flush()
     if not seen.rows:
@@ -171,12 +179,21 @@ def inspect_data(
         format=form,
         sure=alone[form] / looked_at if form else 0.0,
         detected_rows=looked_at,
+        unread=dict(unread.most_common(SHOWN)),
         loss_on=loss_on,
         examples=examples,
         notes=(*_notes(seen, reading, looked_at, detected), *notes),
         max_length_tokens=limit,
         **seen.facts(),
     )
+
+
+def _fitting(values: dict[str, Any], reading: Reading) -> list[str]:
+    """The formats that a row fits under the names that the recipe gives its columns."""
+    try:
+        return fits(mapped(values, reading.columns))
+    except RowProblems:
+        return []
 
 
 class _Seen:
@@ -213,12 +230,14 @@ class _Seen:
         good = self.rows - self.bad_rows
         self.formats[form] += 1
         self.kinds[row.kind] += 1
-        self.sources[row.source] += 1
+        known = row.source in self.sources or len(self.sources) < MOST_SOURCES
+        self.sources[row.source if known else OTHER_SOURCES] += 1
         messages = turns_of(row)
         self.roles.update(message.role for message in messages)
         self.traits.update(traits_of(row, messages))
         text = "\n".join(f"{m.role}: {m.thinking}{m.content}{m.tool_calls or ''}" for m in messages)
         text = text if messages else getattr(row, "text", "")
+        text += f"\n{row.label}" if isinstance(row, Labelled) else ""
         self.places.add(row.place or Place("", good))
         self.same.add(text)
         self.near.add(text)

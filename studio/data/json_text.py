@@ -20,6 +20,8 @@ LONGEST_ROW_BYTES = 16 * 2**20
 """A row may have this many bytes in its file: 16 MiB, more than a million tokens. Nothing longer is held in memory."""
 
 PIECE_BYTES = 2**20
+OF_ROWS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "tools")
+"""Lists that a row has, so that an object with one of them is a row and no file of rows."""
 BOM = codecs.BOM_UTF8
 OTHER_BOMS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"} | {
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -159,6 +161,10 @@ def _list_in_object(text: _Text) -> Iterator[tuple[int, Any | RowProblems]]:
         key = text.value()
         text.take(":")
         if text.peek() == "[":
+            if key in OF_ROWS:
+                raise Broken(
+                    f"is one row, whose {key} is a list; put [ ] around it, or write it as one line", text.line
+                )
             lists.append(str(key))
             if len(lists) > 1:
                 raise Broken(

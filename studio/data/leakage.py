@@ -102,7 +102,7 @@ def leak_plan(train: Sequence[Row], held_out: Sequence[Row], most_near_rows: int
 
 
 def _kept_at(train: Sequence[Row], held_out: Sequence[Row], most_near_rows: int | None) -> Path:
-    """By the contents of the files and the rows of them that are on each side."""
+    """By the contents of the files, the rows of them that are on each side, and how the first of these were read."""
     from adapters.fingerprint import sha256
     from adapters.packed_cache import default_cache_dir
     from studio.profile import quick_digest
@@ -110,8 +110,11 @@ def _kept_at(train: Sequence[Row], held_out: Sequence[Row], most_near_rows: int 
     parts = [json.dumps([VERSION, NEAR, PERMUTATIONS, most_near_rows]).encode()]
     for side in (train, held_out):
         files: dict[str, array[int]] = {}
-        for place in (row.place for row in side):
-            files.setdefault(place.file if place else "", array("q")).append(place.line if place else 0)
+        for row in side:
+            file, line, _ = row.place or Place("", 0)
+            if file not in files:
+                parts.append(json.dumps(row.as_row()).encode())
+            files.setdefault(file, array("q")).append(line)
         for file, lines in files.items():
             parts += [Path(file).name.encode(), quick_digest(Path(file)).encode(), lines.tobytes()]
         parts.append(b"|")

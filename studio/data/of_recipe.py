@@ -9,6 +9,7 @@ Which of the training rows are read when, and how often, is said by studio/data/
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +184,11 @@ def written_by_template(base: str) -> tuple[str, ...]:
         text = chat_template(resolve_base(base)).text
     except (StudioError, OSError, UnicodeDecodeError):
         return WRITTEN  # whoever needs the base says what is wrong with it
-    return tuple(name for name in WRITTEN if name in text)
+    return tuple(name for name in WRITTEN if name in text or (name == WRITTEN[0] and THINKING.search(text)))
+
+
+THINKING = re.compile(r"[.]thinking\b|['\"]thinking['\"]")
+"""How gpt-oss's template asks for a turn's reasoning; a switch called enable_thinking is something else."""
 
 
 def _rows(recipe: Recipe, path: Path | None, reading: Reading) -> tuple[list[Row], list[Problem]]:

@@ -38,6 +38,7 @@ class Message:
         thinking: an assistant's reasoning before the answer, for templates that read `reasoning_content`.
         tool_calls: an assistant's calls, each {"type": "function", "function": {"name": …, "arguments": {…}}}.
         name: of the tool that answers.
+        learned: of an assistant's turn before the last one: whether `training.loss_on: assistant` learns it.
     """
 
     role: str
@@ -45,16 +46,19 @@ class Message:
     thinking: str = ""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     name: str = ""
+    learned: bool = True
 
     def as_turn(self) -> dict[str, Any]:
-        """The turn as chat templates and TRL read it; what is empty is left out."""
+        """The turn as chat templates read it, some of which call the reasoning thinking; what is empty is left out."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.thinking:
-            turn["reasoning_content"] = self.thinking
+            turn["reasoning_content"] = turn["thinking"] = self.thinking
         if self.tool_calls:
             turn["tool_calls"] = [dict(call) for call in self.tool_calls]
         if self.name:
             turn["name"] = self.name
+        if not self.learned:
+            turn["weight"] = 0
         return turn
 
 
@@ -154,7 +158,7 @@ def _tools_of(row: Example | Preference | Labelled) -> dict[str, Any]:
 def row_of(values: Mapping[str, Any]) -> Row:
     """What `as_row` was made of, but for its source; with the `Place` under the key "place", if there is one."""
     tools, place = tuple(values.get("tools") or ()), values.get("place")
-    turns = {name: tuple(map(_message, values[name])) for name in _SIDES if name in values}
+    turns: dict[str, Any] = {name: tuple(map(_message, values[name])) for name in _SIDES if name in values}
     if "text" in values:
         return PlainText(values["text"], place=place)
     if "chosen" in values:
@@ -169,7 +173,7 @@ _SIDES = ("prompt", "completion", "chosen", "rejected")
 
 def _message(turn: Mapping[str, Any]) -> Message:
     thinking, calls = turn.get("reasoning_content") or "", tuple(turn.get("tool_calls") or ())
-    return Message(turn["role"], turn["content"], thinking, calls, turn.get("name") or "")
+    return Message(turn["role"], turn["content"], thinking, calls, turn.get("name") or "", turn.get("weight") != 0)
 
 
 def as_turns(messages: Turns) -> list[dict[str, Any]]:

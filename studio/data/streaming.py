@@ -68,7 +68,8 @@ def trl_rows(path: Path, kinds: Sequence[RowKind], reading: Reading, apart: bool
     found = False
     for raw, outcome in converted(path, kinds, reading, quick=plain_conversation if quick else None):
         found = True
-        if isinstance(outcome, dict) and raw is not None:
+        if isinstance(outcome, dict):
+            assert raw is not None
             outcome["place"] = Place(raw.file, raw.line, raw.counted)
             yield outcome
         elif isinstance(outcome, tuple):

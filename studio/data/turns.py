@@ -3,7 +3,9 @@
     {"role": "user", "content": "…"}                    content: text, or parts {"type": "text", "text": "…"}
     {"from": "human", "value": "…"}                     ShareGPT
     {"role": "assistant", "tool_calls": [{"function": {"name": "…", "arguments": {…} or JSON text}}]}
+    {"role": "assistant", "function_call": {"name": "…", "arguments": {…} or JSON text}}      the older form
     {"role": "assistant", "content": "<think>…</think>…"}, or beside the content reasoning_content, reasoning, thinking
+    {"role": "assistant", "content": "…", "weight": 0}, or "train": false                     a turn that is not learned
 
 Every problem is a (field, message) pair of a `RowProblems`.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from studio.data.json_text import RowProblems
@@ -70,7 +73,7 @@ def text_or_turns(field: str, value: Any, role: str) -> Turns:
     """A value that is one turn's text, one message, or messages."""
     if isinstance(value, dict):
         return (_message(field, value),)
-    if isinstance(value, str) and not isinstance(from_json(value), list):
+    if isinstance(value, str) and not are_messages(from_json(value)):
         return (_with_content(field, Message(role, value)),)
     return turns(field, value)
 
@@ -85,6 +88,11 @@ def from_json(value: Any) -> Any:
         if found and isinstance(found, list) and all(isinstance(item, dict) for item in found):
             return found
     return value
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a list of objects is meant as messages; a text may well be JSON of something else."""
+    return isinstance(value, list) and all("role" in item or "from" in item for item in value)
 
 
 def content_problem(content: Any) -> str | None:
@@ -155,19 +163,21 @@ def _message(where: str, item: Any) -> Message:
         said = "system, user, assistant or tool"
         problems.append((f"{where}.{role_key}", f"is {said}, received {describe(given)}"))
     content = item.get(text_key)
+    given_calls = item.get("tool_calls") or item.get("function_call")
+    learned = _is_learned(where, item, problems)
     try:
         if isinstance(given, str) and given.lower() in CALL_ROLES:
             calls, content = _calls(f"{where}.{text_key}", content), ""
-        elif item.get("tool_calls"):
-            calls = _calls(f"{where}.tool_calls", item["tool_calls"])
+        elif given_calls:
             content = "" if content is None else content
+            calls = _calls(f"{where}.{'tool_calls' if item.get('tool_calls') else 'function_call'}", given_calls)
     except RowProblems as error:
         problems += error.problems
     if calls and role != "assistant":
         problems.append((f"{where}.tool_calls", "belong to an assistant's turn"))
-    if text_key not in item and not item.get("tool_calls"):
+    if text_key not in item and not given_calls:
         problems.append((f"{where}.{text_key}", "is missing"))
-    elif problem := _text_problem(content, bool(calls or item.get("tool_calls"))):
+    elif problem := _text_problem(content, bool(calls or given_calls)):
         problems.append((f"{where}.{text_key}", problem))
     name = item.get("name") if role == "tool" else ""
     name = name if isinstance(name, str) else ""
@@ -178,11 +188,23 @@ def _message(where: str, item: Any) -> Message:
     message = Message(
         role or "",
         _as_text(content),
-        _thinking(where, item),
+        _thinking(where, item, role),
         calls,
         name,
+        learned,
     )
     return _split(f"{where}.{text_key}", message)
+
+
+def _is_learned(where: str, item: Mapping[str, Any], problems: list[tuple[str, str]]) -> bool:
+    """What a turn's `weight` (0 or 1) or `train` (true or false) says; what else they hold is a problem."""
+    said = {name: item[name] for name in ("weight", "train") if item.get(name) is not None}
+    problems += [
+        (f"{where}.{name}", f"is 0 or 1, false or true, received {describe(value)}")
+        for name, value in said.items()
+        if value not in (0, 1)
+    ]
+    return all(said.values())
 
 
 def _role(given: Any) -> str | None:
@@ -216,14 +238,16 @@ def _with_content(field: str, message: Message) -> Message:
 # -------------------------------------------------------------------- reasoning
 
 
-def _thinking(where: str, item: Mapping[str, Any]) -> str:
+def _thinking(where: str, item: Mapping[str, Any], role: str | None) -> str:
     """The reasoning that a message has beside its content."""
     for name in THINKING:
         value = item.get(name)
-        if isinstance(value, str) and value.strip():
+        if value and not (isinstance(value, str) and not value.strip()):
             if problem := content_problem(value):
                 raise RowProblems((f"{where}.{name}", problem))
-            return value.strip()
+            if role != "assistant":
+                raise RowProblems((f"{where}.{name}", "belongs to an assistant's turn"))
+            return str(value).strip()
     return ""
 
 
@@ -235,13 +259,13 @@ def _split(field: str, message: Message) -> Message:
     thinking, closed, answer = start.removeprefix(OPEN).partition(CLOSE)
     if not closed:
         raise RowProblems((field, f"opens {OPEN} and does not close it; the reasoning may have been cut"))
+    if not answer.strip() and not message.tool_calls:
+        raise RowProblems((field, f"has nothing after {CLOSE}; the answer is missing"))
     if not thinking.strip():
         return message
     if message.thinking:
         raise RowProblems((field, "has reasoning, and the message has reasoning beside it; keep one of them"))
-    if not answer.strip() and not message.tool_calls:
-        raise RowProblems((field, f"has nothing after {CLOSE}; the answer is missing"))
-    return Message(message.role, answer.strip("\n"), thinking.strip(), message.tool_calls, message.name)
+    return replace(message, content=answer.strip("\n"), thinking=thinking.strip())
 
 
 def thinking_as_text(message: Message) -> Message:
@@ -249,7 +273,7 @@ def thinking_as_text(message: Message) -> Message:
     if not message.thinking:
         return message
     content = f"{OPEN}\n{message.thinking}\n{CLOSE}\n\n{message.content}"
-    return Message(message.role, content, "", message.tool_calls, message.name)
+    return replace(message, content=content, thinking="")
 
 
 # -------------------------------------------------------------------- tool calls

@@ -52,8 +52,8 @@ def dataset(recipe: Recipe, rows: Iterable[Row], encoded: Callable[[Row], Column
 
 
 NOTHING_LEARNED = (
-    "holds nothing to learn once it is cut to data.max_length_tokens, {}: its prompt fills that, or chosen and rejected "
-    "begin alike so far; raise it, or leave the row out"
+    "holds nothing to learn once it is cut to data.max_length_tokens, {}: its prompt fills that, or both sides "
+    "of the pair begin alike so far; raise it, or leave the row out"
 )
 
 
@@ -85,9 +85,7 @@ def streamed_rows(recipe: Recipe) -> Iterator[Row]:
 # -------------------------------------------------------------------- what a method reads of a row
 
 
-def labelled_tokens(
-    tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, loss_on: LossOn, row: Row
-) -> Columns:
+def labelled_tokens(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, loss_on: LossOn, row: Row) -> Columns:
     """`input_ids` and `labels`, for SFT: what `encode` gives."""
     (sequence,) = sequences([row])
     ids, labels = encode(tokenizer, sequence, max_length_tokens, loss_on)

@@ -53,7 +53,8 @@ TURNS = [
     Example(
         (
             Message("system", "Be brief."),
-            *(Message(role, f"{said} {n}") for role, said in (("user", "Hello"), ("assistant", "Hello, what about"))),
+            Message("user", f"Hello {n}"),
+            Message("assistant", f"Hello, what about {n}", learned=n > 1),
             Message("user", f"It leaks. {'Really. ' * n}"),
         ),
         (Message("assistant", f"ticket {n}"),),
@@ -106,7 +107,7 @@ def _parts(tokenizer: Any, row: Any, loss_on: str) -> list[tuple[list[int], bool
             written = asked
         whole = tokenizer.apply_chat_template(as_turns(row.turns[: number + 1]), tokenize=False)
         last = number == len(row.turns) - 1
-        learned = loss_on == "all" or (turn.role == "assistant" and (loss_on == "assistant" or last))
+        learned = loss_on == "all" or (turn.role == "assistant" and ((loss_on == "assistant" and turn.learned) or last))
         parts.append((_ids(tokenizer, whole.removeprefix(written)), learned))
         written = whole
     return parts

@@ -20,7 +20,7 @@ from studio.chat_template import (
     stop_tokens,
     template_warnings,
 )
-from studio.data import Example, Message, Place, PlainText
+from studio.data import Example, Message, Place, PlainText, Preference
 from studio.default_templates import DEFAULTS, default_template
 from studio.encoding import encode
 
@@ -116,15 +116,29 @@ def test_rows_whose_prompt_fills_the_length_or_that_the_template_refuses_are_tol
     )
 
 
+def test_pairs_that_are_cut_to_the_same_text_are_told_by_line(base: Path) -> None:
+    said = [(Message("assistant", "word " * 40 + end),) for end in ("yes", "no")]
+    pair = Preference(EXAMPLE.prompt, said[0], said[1], place=Place("pairs.jsonl", 9))
+    assert check_rendered(base, [pair], 999) == ([pair], [])
+    good, (problem,) = check_rendered(base, [pair], 32)
+    assert not good and str(problem).startswith(
+        "line 9: chosen and rejected are the same once both are cut to data.max"
+    )
+
+
 def test_earlier_turns_that_the_template_rewrites_are_told_by_line_where_they_are_learned(base: Path) -> None:
     turns = (Message("user", "hi"), Message("assistant", "ho", "because"), Message("user", "2 + 2 ="))
     several = replace(EXAMPLE, prompt=turns, place=Place("rows.jsonl", 3))
     assert check_rendered(base, [several, EXAMPLE], 999, earlier_turns=True) == ([several, EXAMPLE], [])
     text = "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }}"
-    with_template(base, text + "{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    with_template(
+        base, text + "{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     assert check_rendered(base, [several], 999) == ([several], [])
     good, (problem,) = check_rendered(base, [several, EXAMPLE], 999, earlier_turns=True)
-    assert good == [EXAMPLE] and str(problem).startswith("line 3: this model's chat template writes an assistant's turn")
+    assert good == [EXAMPLE] and str(problem).startswith(
+        "line 3: this model's chat template writes an assistant's turn"
+    )
     with pytest.raises(DataError, match="line 3: this model's chat template writes"):
         encode(AutoTokenizer.from_pretrained(base), several, 999, "assistant")
 

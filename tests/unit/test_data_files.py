@@ -23,6 +23,8 @@ from studio.errors import FileProblem, Problem
 
 ROWS = [{"prompt": f'question {i},\n"quoted"', "completion": f"answer {i} — ü"} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+KINDS = ("example", "text", "preference", "labelled")
 GOOD = b'{"prompt": "2 + 2 =", "completion": "4"}\n'
 
 
@@ -97,6 +99,31 @@ def test_a_folder_holds_files_of_one_kind_or_text(tmp_path: Path) -> None:
     (texts / "x.csv").write_text("a,b\n")
     (problem,) = check_rows(texts)[1]
     assert "holds files of several kinds: .jsonl, .csv; name one file" in problem.message
+
+
+def test_a_folder_with_the_test_rows_beside_the_training_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"):
+        (tmp_path / "data" / name).write_bytes(LINES)
+    assert len(read_rows(tmp_path, ("example",))) == 2 * len(ROWS)
+    (tmp_path / "data" / "test-00000-of-00001.jsonl").write_bytes(LINES)
+    ((problem,), rows) = reversed(check_rows(tmp_path, ("example",)))
+    assert not rows and "holds several splits by the names of its files: test, train" in problem.message
+    (tmp_path / "texts").mkdir()
+    for name in ("train-driver.md", "test-plan.md"):
+        (tmp_path / "texts" / name).write_text("text")
+    assert len(read_rows(tmp_path / "texts", ("text",))) == 2
+
+
+def test_a_zstd_file_that_was_cut_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
+    """The library itself ends in silence, so that with rows cut at their ends nobody would miss the others."""
+    frame = zstandard.compress(b"".join(b'{"text": "row %d"}\n' % number for number in range(300)))
+    path = tmp_path / "rows.jsonl.zst"
+    for cut in (*range(5, len(frame), 17), len(frame) - 1, len(frame) + 1, len(frame) + 30):
+        path.write_bytes((frame * 2)[:cut])
+        assert isinstance(check_rows(path, ("text",))[1][-1], FileProblem), cut
+    path.write_bytes(frame * 2)
+    assert len(read_rows(path, ("text",))) == 600
 
 
 def test_one_of_several_data_sets_must_be_named(tmp_path: Path) -> None:
@@ -178,6 +205,20 @@ def test_what_cannot_be_read_is_named_with_its_place(
     (problem,) = problems_of(tmp_path / name, content)
     assert (problem.file, problem.line) == (str(tmp_path / name), line)
     assert said in problem.message
+
+
+@pytest.mark.parametrize(
+    "text", ["prompt, completion\na,b\n", "prompt\tcompletion\na\tb\n", "prompt;completion\na;b\n"]
+)
+def test_names_of_columns_may_have_spaces_and_other_signs_between_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    assert len(read_rows(tmp_path / "a.csv", ("example",))) == 1
+
+
+def test_a_table_that_begins_with_an_empty_line_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\nprompt,completion\na,b\n")
+    ((problem,), _) = reversed(check_rows(tmp_path / "a.csv", ("example",)))
+    assert problem.line == 1 and "received an empty line" in problem.message
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
@@ -289,6 +330,20 @@ def test_any_bytes_are_rows_or_problems_and_never_an_error(tmp_path: Path, conte
     if name == "a.jsonl" and not any(isinstance(problem, FileProblem) for problem in problems):
         lines = [n for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
         assert sorted({row.place.line for row in rows if row.place} | {p.line for p in problems if p.line}) == lines
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": TURNS}, {"chosen": TURNS, "rejected": [TURNS[0], {**TURNS[1], "content": "x"}]}]
+)
+def test_a_file_of_one_conversation_is_one_row_and_no_list_of_texts(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(row))
+    assert [found.kind for found in read_rows(path, KINDS)] == ["example" if "messages" in row else "preference"]
+    path.write_text(json.dumps(row, indent=1))
+    rows, (problem,) = check_rows(path, KINDS)
+    assert not rows and "is one row, whose" in problem.message and problem.line == 2
+    path.write_text(json.dumps({"data": [row]}))
+    assert len(read_rows(path, KINDS)) == 1
 
 
 def test_kinds_have_names(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,12 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from studio.base import EMBEDDED_DIR
 from studio.data import Example, Labelled, Message, PlainText, Preference, Reading, Row, check_rows, iter_rows
 from studio.data.files import raw_rows
 from studio.data.formats import COLUMNS, FORMATS, KINDS, convert
 from studio.data.json_text import RowProblems
+from studio.data.of_recipe import written_by_template
 from studio.data.reading import WRITTEN
-from studio.data.rows import RowKind
+from studio.data.rows import RowKind, row_of
 from studio.errors import Problem
 from studio.recipe_data import DataSettings
 
@@ -82,6 +85,17 @@ TOLD = Message("tool", "2", name="add")
         ("prompt_completion", {"prompt": "hi", "completion": "ho"}, CHAT),
         ("prompt_completion", {"question": "hi", "answer": "ho"}, CHAT),
         ("prompt_completion", {"prompt": [said("user")], "response": BOTH[1:]}, CHAT),
+        ("prompt_completion", {"prompt": json.dumps([said("user")]), "response": json.dumps(BOTH[1:])}, CHAT),
+        (
+            "prompt_completion",
+            {"prompt": "hi", "completion": '[{"asset": "PMP-1"}, {"asset": "PMP-2"}]'},
+            Example((USER,), (Message("assistant", '[{"asset": "PMP-1"}, {"asset": "PMP-2"}]'),)),
+        ),
+        (
+            "preference",
+            {"prompt": '[{"n": 1}]', "chosen": '[{"n": 2}]', "rejected": "no"},
+            Preference((Message("user", '[{"n": 1}]'),), (Message("assistant", '[{"n": 2}]'),), PAIR.rejected),
+        ),
         (
             "prompt_completion",
             {"system_prompt": "be brief", "question": "hi", "response": "ho"},
@@ -121,6 +135,31 @@ TOLD = Message("tool", "2", name="add")
         ("kto", {"prompt": "hi", "completion": "ho", "label": False}, Labelled((USER,), CHAT.completion, False)),
         ("kto", {"question": "hi", "answer": "ho", "label": "True"}, Labelled((USER,), CHAT.completion, True)),
         ("kto", {"instruction": "hi", "output": "ho", "label": 1}, Labelled((USER,), CHAT.completion, True)),
+        ("kto", {"messages": BOTH, "label": False}, Labelled((USER,), CHAT.completion, False)),
+        (
+            "kto",
+            {"conversations": [shared("human", "hi"), shared("gpt", "ho")], "label": "true"},
+            Labelled((USER,), CHAT.completion, True),
+        ),
+        ("messages", {"messages": BOTH, "label": 3}, CHAT),
+        ("kto", {"prompt": "hi", "completion": "ho", "label": 0.0}, Labelled((USER,), CHAT.completion, False)),
+        ("kto", {"prompt": "hi", "completion": "ho", "label": "1.0"}, Labelled((USER,), CHAT.completion, True)),
+        (
+            "messages",
+            {"messages": BOTH, "system": None, "system_prompt": "be brief"},
+            Example((SYSTEM, USER), CHAT.completion),
+        ),
+        (
+            "alpaca",
+            {"instruction": "add", "input": "", "context": "1, 2", "output": "3"},
+            Example((Message("user", "add\n\n1, 2"),), (Message("assistant", "3"),)),
+        ),
+        (
+            "messages",
+            {"messages": [said("user"), said("assistant", "ho", weight=0), said("user", "more"), said("model", "a")]},
+            Example((USER, Message("assistant", "ho", learned=False), MORE), (Message("assistant", "a"),)),
+        ),
+        ("messages", {"messages": [said("user"), said("assistant", "ho", weight=1, train=True)]}, CHAT),
     ],
 )  # fmt: skip
 def test_a_row_is_recognised_and_converted(name: str, values: dict[str, Any], row: Row) -> None:
@@ -140,6 +179,32 @@ def test_a_row_is_recognised_and_converted(name: str, values: dict[str, Any], ro
 def test_tool_calls_come_in_one_form(calls: Any, content: Any) -> None:
     turns = [said("user"), said("assistant", content, tool_calls=calls), said("tool", "2", name="add"), BOTH[1]]
     assert convert({"messages": turns}, ALL)[1] == Example((USER, CALLING, TOLD), CHAT.completion)
+
+
+@pytest.mark.parametrize("content", [None, "", "I look."])
+def test_the_older_form_of_a_call_is_no_less_a_call(content: str | None) -> None:
+    older = said("assistant", content, function_call={"name": "add", "arguments": '{"a": 1}'})
+    turns = [said("user"), older, said("function", "2", name="add"), BOTH[1]]
+    calling = replace(CALLING, content=content or "")
+    assert convert({"messages": turns}, ALL)[1] == Example((USER, calling, TOLD), CHAT.completion)
+
+
+def test_a_turn_that_is_not_learned_is_so_on_the_way_to_trl_and_back() -> None:
+    row = Example((USER, Message("assistant", "ho", learned=False), MORE), CHAT.completion)
+    assert row_of(row.as_row()) == row and row.as_row()["prompt"][1]["weight"] == 0
+
+
+@pytest.mark.parametrize("text", ["m['thinking']", "m.thinking", '"thinking" in m', "m.reasoning_content"])
+def test_templates_that_write_reasoning_are_told_from_others(tmp_path: Path, text: str) -> None:
+    files = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in files:
+        (tmp_path / name).write_bytes((EMBEDDED_DIR / name).read_bytes())
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "chat_template.jinja").write_text(f"{{% for m in messages %}}{{{{ {text} }}}}{{% endfor %}}")
+    assert written_by_template(str(tmp_path)) == ("reasoning_content",)
+    (tmp_path / "chat_template.jinja").write_text("{% if enable_thinking %}x{% endif %}{{ messages }}")
+    assert written_by_template(str(tmp_path)) == ()
+    assert Message("assistant", "a", "why").as_turn()["thinking"] == "why"  # under both names that templates have
 
 
 @pytest.mark.parametrize(
@@ -195,6 +260,22 @@ def test_a_template_that_writes_no_tools_is_not_given_any(tmp_path: Path) -> Non
     [
         ({"messages": BOTH, "instruction": "a", "output": "b"}, "", "fits the formats messages and alpaca; keep one"),
         ({"question": "a", "answer": "b", "response": "c"}, "completion", "may be response or answer; say which in"),
+        (
+            {"messages": [said("user"), said("assistant", "x", reasoning=["why"])]},
+            "messages[1].reasoning",
+            "is text, received a list",
+        ),
+        ({"messages": [said("user", thinking="hm"), BOTH[1]]}, "messages[0].thinking", "belongs to an assistant's"),
+        ({"messages": [said("user"), said("assistant", "x", weight=0.5)]}, "messages[1].weight", "is 0 or 1, false or"),
+        ({"messages": [said("user"), said("assistant", "x", train=False)]}, "messages", "not to be learned (weight 0)"),
+        ({"messages": BOTH, "system_prompt": "a", "system_message": "b"}, "system", "may be system_prompt or system_m"),
+        ({"messages": [said("user"), said("assistant", "<think> </think>")]}, "messages[1].content", "nothing after"),
+        (
+            {"messages": [said("user"), said("assistant", None, tool_calls=[{"name": "f", "arguments": "x"}])]},
+            "messages[1].tool_calls[0].arguments",
+            "is not valid JSON",
+        ),
+        (said("user", "a message alone"), "", "needs messages, or prompt and completion; received role"),
         ({"messages": [said("system")]}, "messages", "needs a user turn and, last, an assistant turn"),
         ({"messages": [said("system"), said("assistant")]}, "messages", "the turn before the answer is the user's"),
         ({"messages": [said("tool"), said("assistant")]}, "messages", "needs a user turn"),

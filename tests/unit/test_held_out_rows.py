@@ -157,6 +157,11 @@ def test_the_plan_lists_leaks_by_line_and_a_switch_refuses_them(tmp_path: Path) 
     with pytest.raises(DataError, match=r"held.jsonl line 3: the same prompt as train.jsonl line 8\n.*data.leakage"):
         make_plan(recipe(tmp_path, rows, f"eval: '{held}', leakage: refuse"))
     assert make_plan(recipe(tmp_path, rows, f"eval: '{held}', leakage: 'off'")).leaks is None
+    wanted = recipe(tmp_path, rows, f"eval: '{held}'")
+    swapped = wanted.data.model_copy(update={"columns": {"prompt": "completion", "completion": "prompt"}})
+    plans = [make_plan(each) for each in (wanted, wanted.model_copy(update={"data": swapped}))]
+    found = [each.leaks.found for each in plans if each.leaks]
+    assert found == [1, 0], "the same files, read in another way"
     changed = recipe(tmp_path, [*rows[:7], *rows[8:]], f"eval: '{held}'")
     assert make_plan(changed).leaks.found == 0  # type: ignore[union-attr]  # what was found before is not reused
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import studio
 from studio.cli import app
+from studio.data import inspection
 from studio.data.duplicates import Duplicates, NearDuplicates, pieces
 from studio.data.inspection import DataReport
 from studio.data.scripts import Scripts, script_of
@@ -92,6 +93,20 @@ def test_equal_and_similar_rows_are_named(report: DataReport) -> None:
     (equal,), (alike,) = report.duplicates, report.near_duplicates
     assert (equal.line, equal.earlier_line) == (3, 1)
     assert (alike.line, alike.earlier_line) == (6, 5)
+
+
+def test_columns_that_are_passed_over_are_named(tmp_path: Path) -> None:
+    row = {"question": "Where?", "context": "In Ashdown.", "answer": "Ashdown", "id": 3, "source": "x", "tools": []}
+    path = written(tmp_path / "rows.jsonl", row, {**row, "context": "", "system": "be brief"})
+    report = studio.inspect_data(path)
+    assert report.unread == {"id": 2, "context": 1}
+    console = Console(width=120, record=True)
+    console.print(report_view(report))
+    assert "columns, in how many of the first 2 rows: id 2 · context 1" in console.export_text()
+    columns = f"{{train: '{path}', columns: {{input: context, instruction: question, output: answer}}}}"
+    recipe = studio.parse_recipe(f"data: {columns}\noutput: {{dir: x}}\n")
+    report = studio.inspect_data(path, recipe=recipe)
+    assert report.unread == {"id": 2} and (report.format, report.sure) == ("alpaca", 1)
 
 
 def test_scripts_are_shares_of_letters(report: DataReport) -> None:
@@ -200,6 +215,19 @@ def test_rows_are_alike_from_four_fifths_of_their_pieces_on() -> None:
     assert near.found(np.array([3])).T.tolist() == [[1, 0]], "the third shares about half of its three-word pieces"
     assert near.found(np.array([9])).T.tolist() == [[1, 0], [3, 0]]
     assert NearDuplicates().found(np.array([], dtype=int)).shape == (2, 0)
+
+
+def test_a_source_in_every_row_costs_no_memory_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "MOST_SOURCES", 3)
+    rows = [{"prompt": f"a{n}", "completion": "b", "source": f"s{n % 9}"} for n in range(18)]
+    report = studio.inspect_data(written(tmp_path / "rows.jsonl", *rows))
+    assert report.sources == {"(other sources)": 12, "s0": 2, "s1": 2, "s2": 2}
+
+
+def test_completions_with_opposite_labels_are_not_equal_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, True)]
+    report = studio.inspect_data(written(tmp_path / "rows.jsonl", *rows))
+    assert report.duplicate_rows == 1 and [(p.line, p.earlier_line) for p in report.duplicates] == [(3, 1)]
 
 
 def test_pieces_are_runs_of_words_or_of_letters() -> None:

@@ -19,7 +19,7 @@ from studio.cli import app
 from studio.data import both_rows
 from studio.data.curriculum import contributions, in_training_order
 from studio.data.mixture import Chooser, Phase, mixed_order, passes, shares
-from studio.errors import RecipeError
+from studio.errors import DataError, RecipeError
 from studio.plan import make_plan, row_tokens
 from studio.profile import sample_fingerprint
 from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_to_yaml
@@ -129,6 +129,14 @@ def test_the_plan_says_what_each_source_gives_and_the_order_keeps_to_it(tmp_path
     assert [s.share for s in plan.mixture.sources] == [0.5, 0.5] and [s.epochs for s in plan.mixture.sources] == [1, 3]
     assert [(p.steps, p.rows) for p in plan.mixture.phases] == [(10, 40), (20, 80)]
     assert plan.mixture.phases[1].shares == {"a": 0.25, "more": 0.75}
+
+
+def test_a_source_of_which_every_row_is_dropped_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    sources = {"a": {"weight": 1}, "b": {"weight": 1}}
+    recipe = mixture(tmp_path, {"sources": sources, "bad_rows": "drop", "max_length_tokens": 32})
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "long " * 99, "completion": "x"}) + "\n")
+    with pytest.raises(DataError, match=r"b\.jsonl: 1 problem\n.*has no row left to train on"):
+        make_plan(recipe)
 
 
 def test_plan_and_validate_show_sources_phases_and_leaks(tmp_path: Path) -> None:
@@ -245,6 +253,18 @@ TWO = "train: [{path: a.jsonl}, {path: b.jsonl}]"
             "trl.packing",
         ),
         ("train: a.jsonl, streaming: true", "", "data.streaming", "set training.max_steps"),
+        (
+            "train: a.jsonl, streaming: true",
+            "training: {method: orpo, max_steps: 5}",
+            "data.streaming",
+            "is read by sft, dpo, kto, reward; TRL's trainer for orpo needs all rows before its first step",
+        ),
+        (
+            "train: a.jsonl, streaming: true",
+            "training: {method: dpo, max_steps: 5}\ntrl: {precompute_ref_log_probs: true}",
+            "data.streaming",
+            "leave trl.precompute_ref_log_probs out",
+        ),
         (f"{TWO}, streaming: true", "training: {max_steps: 5}", "data.streaming", "give each source a weight"),
         ("train: a.jsonl, streaming: true, eval_fraction: 0.1", "", "data.eval_fraction", "all rows at once"),
         ("train: a.jsonl, streaming: true, drop_easiest: 0.1", "", "data.drop_easiest", "all rows at once"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 
 import gradio as gr
 import pytest
@@ -21,6 +22,7 @@ from ui.form import NOTHING_SHOWN, shown_of
 from ui.guard import LocalOnly
 from ui.html import el
 from ui.job_views import _metrics, held_out_points, loss_points, seconds_left
+from ui.pages import data
 from ui.pages.export import _layout
 from ui.places import RECIPES, Places, Source, checked_name
 
@@ -40,6 +42,35 @@ def text(places: Places) -> str:
 
 def line_of(text: str, start: str) -> int:
     return next(i for i, line in enumerate(text.splitlines(), start=1) if line.strip().startswith(start))
+
+
+# -------------------------------------------------------------------- the page Data
+
+
+def data_page(places: Places) -> data.Page:
+    return data.Page(places, *(name for name in ("source", "file", "format", "columns", "start", "stop", "report")))
+
+
+def test_one_file_of_a_curriculum_can_be_inspected(places: Places, tmp_path: Path) -> None:
+    recipe = data_page(places)._changed("recipe:embedded-sft-curriculum", str(tmp_path / "rows.jsonl"), "auto", "")
+    assert recipe.data.train == tmp_path / "rows.jsonl" and not recipe.data.phases
+
+
+def test_who_stops_an_inspection_stops_the_reading(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n' * 60_000)  # two pieces
+    stopped = Event()
+    stopped.set()
+    with pytest.raises(data._StoppedError):
+        data._inspect(parse_recipe(f"data: {{train: '{file}'}}\noutput: {{dir: x}}\n"), [0, 0], stopped)
+    told: list[bool] = []
+    monkeypatch.setattr(data, "_inspect", lambda recipe, read, stopped: told.append(stopped.wait(20)))
+    updates = data_page(places).on_inspect("recipe:quickstart", str(file), "auto", "")
+    next(updates), next(updates)
+    updates.close()  # type: ignore[attr-defined]
+    assert told == [True]
 
 
 # -------------------------------------------------------------------- form ⇄ YAML

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -85,12 +86,15 @@ class Page:
             yield {self.report: error_note("This cannot be inspected", error)}
             return
         yield {self.report: meter("Reading", 0, 0), **_running(self, True)}
-        read = [0, 0]
+        read, stopped = [0, 0], Event()
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(_inspect, recipe, read)
-            while not future.done():
-                time.sleep(LOOK_SECONDS)
-                yield {self.report: meter("Reading", read[0], read[1])}
+            future = pool.submit(_inspect, recipe, read, stopped)
+            try:
+                while not future.done():
+                    time.sleep(LOOK_SECONDS)
+                    yield {self.report: meter("Reading", read[0], read[1])}
+            finally:  # the button Stop ends this generator, and the pool waits for the reading
+                stopped.set()
         yield {self.report: _outcome(future, recipe), **_running(self, False)}
 
     def _changed(self, source: str, file: str, form: str, columns: str) -> Recipe:
@@ -101,7 +105,7 @@ class Page:
         """
         recipe = self._recipe(source)
         values = recipe.model_dump(mode="json")
-        values["data"] |= {"train": file, "format": form, "columns": _pairs(columns)}
+        values["data"] |= {"train": file, "format": form, "columns": _pairs(columns), "phases": [], "temperature": None}
         return studio.parse_recipe(json.dumps(values), self.places.file_of(Source.parse(source)))
 
 
@@ -123,9 +127,15 @@ def _pairs(text: str) -> dict[str, str]:
     return {ours.strip(): theirs.strip() for ours, theirs in named}
 
 
-def _inspect(recipe: Recipe, read: list[int]) -> DataReport:
+class _StoppedError(Exception):
+    """Nobody waits for the report any longer."""
+
+
+def _inspect(recipe: Recipe, read: list[int], stopped: Event) -> DataReport:
     def progress(done: int, total: int) -> None:
         read[:] = [done, total]
+        if stopped.is_set():
+            raise _StoppedError
 
     return studio.inspect_data(_first_file(recipe.data), recipe=recipe, progress=progress)
 
