@@ -71,7 +71,8 @@ class Dora(LoraVariant):
 
     def _norm(self, module: nn.Module, base: nn.Module, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """(out,) ‖W + scale · B A‖ of each row; where nothing is trained, known from the last time if A and B are."""
-        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        # outside inference mode, since what it makes could not be remembered for a forward that has a backward
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             if not module.training and (known := self._known) and torch.equal(known[0], a) and torch.equal(known[1], b):
                 return known[2]
             norm = torch.addmm(dense_weight(base), b.float(), a.float(), alpha=scale).norm(dim=1)

@@ -25,8 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adapters.placement import LINEAR
 from studio.data.rows import Example, PlainText, Row, sequences
 from studio.errors import StudioError
+from studio.starting import continued
 
 if TYPE_CHECKING:
     from studio.recipe import Recipe
@@ -63,7 +65,7 @@ class Facts:
         top_k: experts of a token, 0 for a dense model.
         parameters_a_rank: trainable parameters with rank 1 on everything that the recipe adapts.
         rows: of training. learned_tokens: about how many tokens one pass over them learns.
-        alpha: of the recipe's adapter.
+        alpha: of the adapter, for a scale of alpha / rank.
     """
 
     method: str
@@ -104,7 +106,7 @@ def _rate(facts: Facts) -> Suggested:
         why = f"10 · {full:g}, TRL's for full fine-tuning, scaled from width {REFERENCE_HIDDEN:,}, {family}"
     if facts.alpha != REFERENCE_ALPHA:
         rate *= REFERENCE_ALPHA / facts.alpha
-        why += f"; times 32 / alpha ({facts.alpha:g})"
+        why += f"; times 32 / alpha ({facts.alpha:.3g})"
     return Suggested("training.learning_rate", _rounded(min(rate, 0.1)), why, source)
 
 
@@ -173,8 +175,23 @@ def facts_of(recipe: Recipe, base: Base, rows: Sequence[Row]) -> Facts:
         parameters_a_rank=_parameters_a_rank(recipe, base),
         rows=len(rows),
         learned_tokens=sum(map(_learned_characters, rows)) // CHARACTERS_A_TOKEN,
-        alpha=recipe.adapter.alpha,
+        alpha=_alpha(recipe, base),
     )
+
+
+def _alpha(recipe: Recipe, base: Base) -> float:
+    """The alpha with which alpha / rank is the adapter's scale, of the one that is trained further where there is one.
+
+    rsLoRA's alpha / sqrt(rank) is that of alpha · sqrt(rank); where ranks differ, the largest counts.
+    """
+    going_on = continued(recipe, base)
+    if going_on is None:
+        adapter, rslora = recipe.adapter, recipe.adapter.rslora
+        alpha, ranks = adapter.alpha, [getattr(adapter, f"{name}_rank") for name in (*LINEAR, "routed_experts")]
+    else:
+        placed, rslora = going_on.placement, going_on.placement.method.rslora
+        alpha, ranks = placed.alpha, [*(getattr(placed, name) for name in LINEAR), placed.routed_rank]
+    return float(alpha * math.sqrt(max(1, *ranks)) if rslora else alpha)
 
 
 def settled(recipe: Recipe, base: Base, rows: Sequence[Row]) -> Recipe:

@@ -91,7 +91,7 @@ def _recipe(
     held = dict((origin.sidecar.held if origin.sidecar else None) or {"quantization": "none"})
     held.pop("dtype", None)
     model = {"model.base": str(origin.base), **{f"model.{name}": value for name, value in held.items()}}
-    like = job or Recipe.model_validate({"data": {"train": "unused"}, "output": {"dir": "unused"}})
+    like = job or Recipe.model_validate({"data": {"train": "no rows"}, "output": {"dir": "no job"}})
     settings = like.evaluation
     given: dict[str, Any] = {"json_schema": json_schema}
     given |= {"task_examples": examples, "task_chat_template": chat_template} if tasks else {}

@@ -6,6 +6,7 @@ python -m studio.hyper_pictures sweep SWEEP_DIR       SWEEP_DIR/sweep.png
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from studio import job_files as files
 from studio.pictures import DPI, INK, QUIET, quiet_frame, written
 
 ACCENT, BAD, PALE = "#0f766e", "#c2571a", "#b8c4cf"
 STATES = {"complete": (ACCENT, "o"), "pruned": (PALE, "X"), "failed": (BAD, "x")}
+MOST_TICKS = 3
+"""Decades of an axis up to which there is a tick between two powers of ten."""
 
 
 def draw_lr_test(path: Path, report: dict[str, Any]) -> Path:
@@ -34,6 +37,7 @@ def draw_lr_test(path: Path, report: dict[str, Any]) -> Path:
         colour = INK if name == "suggested" else QUIET
         axes.axvline(report[name], color=colour, linestyle=style, linewidth=1.2, label=f"{name} {report[name]:.2g}")
     axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(top=max(smooth[: max(2, len(smooth) // 2)]) * 1.3)
     _label(axes, "Learning-rate range test", "learning rate", "training loss, nats a token")
     axes.legend(fontsize=8.5, frameon=False, loc="lower left")
@@ -48,6 +52,8 @@ def draw_sweep(path: Path, table: dict[str, Any]) -> Path:
     grid = figure.subplots(-(-panels // 3), min(3, panels), squeeze=False).flat
     first, *others = list(grid)
     _scatter(first, table["trials"], [trial["number"] for trial in table["trials"]], title)
+    for trial in (trial for trial in table["trials"] if trial["number"] == table["best"]):
+        first.scatter(trial["number"], trial["value"], s=120, facecolors="none", edgecolors=INK, label="best", zorder=4)
     done = [trial for trial in table["trials"] if trial["state"] == "complete"]
     best: list[float] = []
     choose = min if table["direction"] == "minimize" else max
@@ -84,12 +90,15 @@ def _by_parameter(axes: Axes, table: dict[str, Any], name: str, title: str) -> N
     if "choices" in kind:
         places = [str(choice) for choice in kind["choices"]]
         axes.set_xticks(range(len(places)), places)
+        axes.set_xlim(-0.5, len(places) - 0.5)
         values = [places.index(str(value)) for value in values]
     elif kind["log"]:
+        decades = math.log10(kind["high"] / kind["low"])
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.set_xlim(kind["low"] / 1.3, kind["high"] * 1.3)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if decades <= MOST_TICKS else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
     _scatter(axes, trials, values, title)
     _label(axes, name.rpartition(".")[2].replace("_", " "), name, title)
 
@@ -110,7 +119,8 @@ def _scatter(axes: Axes, trials: Sequence[dict[str, Any]], places: Sequence[Any]
         found = [(place, value) for place, value in found if value is not None]
         if found:
             xs, ys = zip(*found, strict=True)
-            axes.scatter(xs, ys, color=colour, marker=marker, s=34, label=state, zorder=3)
+            label = "pruned: its last loss" if state == "pruned" else state
+            axes.scatter(xs, ys, color=colour, marker=marker, s=34, label=label, zorder=3)
 
 
 def _label(axes: Axes, title: str, below: str, beside: str) -> None:

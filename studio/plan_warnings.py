@@ -119,5 +119,7 @@ def _going_on(recipe: Recipe, base: Base, placement: Placement) -> list[str]:
         return []
     ignored = [f"adapter.{name}_rank" for name in differing_ranks(recipe, placement)]
     ignored += ["adapter.alpha"] if recipe.adapter.alpha != placement.alpha else []
-    taken = f"not read: {', '.join(ignored)}; adapter.start_from has ranks and an alpha of its own"
+    ignored += ["placement.rule"] if recipe.placement.rule != "all_experts" else []
+    ignored += ["router.rank"] if recipe.router.mode == "lora" and recipe.router.rank != placement.router else []
+    taken = f"not read: {', '.join(ignored)}; adapter.start_from has ranks, an alpha and experts of its own"
     return [*found.warnings, *([taken] if ignored else [])]

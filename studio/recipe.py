@@ -134,6 +134,21 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _the_job_replaces_nothing_that_it_reads(self) -> Self:
+        read = [
+            *(("data.train", source.path) for source in self.data.sources),
+            ("data.eval", self.data.eval),
+            ("adapter.start_from", self.adapter.start_from),
+            ("evaluation.json_schema", self.evaluation.json_schema),
+            *((f"rewards.{number}.job", reward.job) for number, reward in enumerate(self.rewards)),
+        ]
+        inside = [name for name, path in read if path and self.output.dir in (path, *path.parents)]
+        if inside:
+            words = f"received {self.output.dir}, where {', '.join(inside)} lies: the job would replace what it reads"
+            raise refused_keys({"output.dir": words})
+        return self
+
+    @model_validator(mode="after")
     def _the_method_fits(self) -> Self:
         adapter = self.adapter
         if adapter.init == "loftq" and self.model.quantization == "none":

@@ -60,6 +60,7 @@ def run_sweep(plan: SweepPlan, shown: Shown | None = None) -> dict[str, Any]:
     except BlockingIOError:
         raise JobError(f"the sweep in {plan.folder} runs already in another process") from None
     try:
+        _write_settings(plan)  # with the number of trials that is wanted now
         _go_on(plan, study)
         while (trial := _next(plan, study)) is not None:
             _run_trial(plan, study, trial, shown)

@@ -28,6 +28,9 @@ from studio.trainers.router import RouterWatch, WatchesRouter
 STEP_SECONDS = 0.5
 """How often the step in state.json is brought up to date; each time is a write that reaches the disk."""
 
+SCHEDULES = {"constant": "constant_with_warmup"}
+"""`training.lr_scheduler` → transformers' name, where that is another: its "constant" passes over the warm-up."""
+
 LOGGED = ("loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy", "entropy")
 """What is kept of each line that Trainer logs; a method may name more."""
 
@@ -43,7 +46,7 @@ def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "learning_rate": settled_learning_rate(recipe),
-        "lr_scheduler_type": training.lr_scheduler,
+        "lr_scheduler_type": SCHEDULES.get(training.lr_scheduler, training.lr_scheduler),
         "warmup_steps": training.warmup_fraction,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,

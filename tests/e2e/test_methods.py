@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from studio import open_job
 from tests.e2e.conftest import build_base, studio, write_recipe
@@ -80,6 +82,8 @@ def test_a_job_its_adapter_its_merges_and_its_continuation(method: str, tmp_path
     alone = json.loads(studio("evaluate", tmp_path / "further", "--examples", "8", "--json").stdout)  # without PEFT
     for found in (result, gone_on):  # the base is the base, whatever the adapter begins with
         assert found["before"]["metrics"] == alone["before"]["metrics"]
+    routed, again = (load_file(tmp_path / name / "profile.safetensors") for name in ("job", "further"))
+    assert all(torch.equal(routed[name], again[name]) for name in routed)  # "use" in the pictures: of the base, too
     assert alone["after"]["loss"] == pytest.approx(gone_on["after"]["loss"], rel=1e-4)
     assert gone_on["adapter"]["parameters"] == result["adapter"]["parameters"]
     record = json.loads((tmp_path / "further" / "adapter" / "placement.json").read_text())

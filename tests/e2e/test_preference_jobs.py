@@ -43,6 +43,15 @@ def test_a_shipped_recipe_trains_and_says_what_came_of_it(shipped: Path, tmp_pat
         export = studio("export", job.path, "--for", "transformers", "--out", tmp_path / "out")
         assert export.returncode == 1 and "is a reward model" in " ".join(export.stderr.split())
         assert not (tmp_path / "out").exists()
+        recipe["adapter"] = {"start_from": str(job.path)}
+        recipe["training"] |= {"max_steps": 1, "learning_rate": 1e-9}
+        recipe["output"] = {"dir": str(tmp_path / "further")}
+        (tmp_path / "further.yaml").write_text(yaml.safe_dump(recipe))
+        run = studio("run", tmp_path / "further.yaml")
+        assert run.returncode == 0, run.stdout + run.stderr
+        gone_on = json.loads((tmp_path / "further" / "result.json").read_text())  # with its head, not a new one
+        given, was = (found["metrics"]["preference_margin"] for found in (gone_on["start"], result["after"]))
+        assert given["value"] == pytest.approx(was["value"], rel=1e-4) and was["value"] != 0
     else:
         kl = {side: result[side]["metrics"]["reference_kl"]["value"] for side in ("before", "after")}
         assert abs(kl["before"]) < 1e-6 < kl["after"]

@@ -153,3 +153,14 @@ def test_other_forms_and_combining_refuse_it(tmp_path: Path) -> None:
     assert read is not None
     with pytest.raises(AdapterFileError, match="its change is no product of two thin factors"):
         parts_of(read)
+
+
+def test_the_norm_that_an_evaluation_left_serves_a_backward(tmp_path: Path, ids: Tensor) -> None:
+    model = attach(load_plain(save(LLAMA4, tmp_path)), Placement(attention=4, method=DORA)).eval()
+    randomise(model, std=0.1)
+    with torch.inference_mode():
+        before = model(ids).logits.clone()
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, before, rtol=0, atol=0)
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)

@@ -19,6 +19,7 @@ from studio.hyper_pictures import _height
 from studio.hyper_view import sweep_table
 from studio.lr_test import Ramp, Smoother, points, smoothed, submit_lr_test, suggestion
 from studio.methods import METHODS
+from studio.placing import placement_record, plan_placement
 from studio.plan import recipe_base
 from studio.recipe import Recipe, load_recipe, parse_recipe
 from studio.sweep import plan_sweep
@@ -84,6 +85,27 @@ def test_auto_is_settled_from_the_base_and_the_data() -> None:
         RecipeError, match=r"training\.learning_rate: received the text \"hot\"; allowed: a number, above 0"
     ):
         with_values(recipe, {"training.learning_rate": "hot"})
+
+
+def test_the_rate_goes_by_the_scale_that_the_adapter_has(tmp_path: Path) -> None:
+    quick = load_recipe(QUICKSTART)
+    rows = [Example((Message("user", "q"),), (Message("assistant", "a"),))] * 10
+
+    def rate(**adapter: object) -> float:
+        values = {"training.learning_rate": "auto", **{f"adapter.{name}": value for name, value in adapter.items()}}
+        recipe = with_values(quick, values)
+        return settled_learning_rate(settled(recipe, recipe_base(recipe), rows))
+
+    assert rate(rslora=True, alpha=8.0) == rate(alpha=32.0)  # 8 / sqrt(16) = 32 / 16
+    folder = tmp_path / "given"
+    folder.mkdir()
+    recipe = with_values(quick, {"adapter.alpha": 16.0})
+    base = recipe_base(recipe)
+    record = placement_record(recipe, base, plan_placement(recipe, base))
+    (folder / "placement.json").write_text(json.dumps(record))
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").touch()
+    assert rate(start_from=str(folder)) == rate(alpha=16.0)  # of the adapter, not the recipe's 64
 
 
 # -------------------------------------------------------------------- range test
@@ -278,7 +300,7 @@ def test_an_option_of_trl_can_be_varied(tmp_path: Path) -> None:
 
 
 def test_values_that_were_queued_are_not_lost_where_a_sweep_is_killed_before_their_job(tmp_path: Path) -> None:
-    params = {"training.seed": "0,1", "adapter.attention_rank": "4,8"}
+    params = {"training.seed": "0,1,2,3", "adapter.attention_rank": "4,8,16"}
     plan = plan_sweep(QUICKSTART, params, out=tmp_path / "s", sampler="grid")
     assert _next(plan, _study(plan)) is not None  # asked for, and killed before a value was drawn
     study, seen = _study(plan), []
@@ -286,7 +308,7 @@ def test_values_that_were_queued_are_not_lost_where_a_sweep_is_killed_before_the
     while (trial := _next(plan, study)) is not None:
         seen.append(tuple(_suggested(plan, trial).values()))
         study.tell(trial, 1.0)
-    assert sorted(seen) == [(0, 4), (0, 8), (1, 4), (1, 8)]
+    assert sorted(seen) == [(seed, rank) for seed in range(4) for rank in (4, 8, 16)]
 
 
 def test_a_pruned_trials_loss_is_no_value_of_another_metric(tmp_path: Path) -> None:

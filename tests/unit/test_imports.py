@@ -49,6 +49,8 @@ LIGHT = (
     "studio.sweep_space",
     "studio.hyper_view",
     "studio.plan",
+    "studio.plan_warnings",
+    "studio.beside",
     "studio.methods",
     "studio.packed_plan",
     "studio.preference_losses",

@@ -134,7 +134,7 @@ preferences = st.one_of(
 recipes = st.fixed_dictionaries(
     {
         "data": st.fixed_dictionaries({"train": names}, optional={"eval": st.none() | names}),
-        "output": st.fixed_dictionaries({"dir": names}),
+        "output": st.fixed_dictionaries({"dir": names.map(lambda name: f"/else{name}")}),
     },
     optional={
         "model": fields(

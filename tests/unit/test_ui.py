@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from io import StringIO
 from pathlib import Path
 from threading import Event
 
@@ -9,19 +11,22 @@ import gradio as gr
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from studio import ExportRequest, JobError, StudioError, parse_recipe
-from studio.jobs import JobState
+from studio.card import _metrics as card_metrics
+from studio.jobs import Job, JobState
+from studio.metric_view import metric_table
 from ui import drafts, fields
 from ui.exporting import Exports, Run
 from ui.form import NOTHING_SHOWN, shown_of
 from ui.guard import LocalOnly
 from ui.html import el
-from ui.job_views import _metrics, held_out_points, loss_points, seconds_left
+from ui.job_views import _metrics, held_out_points, loss_points, result_view, seconds_left
 from ui.pages import data
 from ui.pages.export import _layout
 from ui.places import RECIPES, Places, Source, checked_name
@@ -375,4 +380,49 @@ def test_metrics_are_shown_with_intervals_and_the_gate_and_names_of_tasks_are_te
 def test_the_curve_has_a_held_out_line_where_there_were_losses_on_the_way() -> None:
     ends = [{"kind": "eval", "when": when, "loss": loss} for when, loss in (("before", 2.0), ("after", 1.0))]
     assert held_out_points(ends) == []
-    assert held_out_points([*ends, {"kind": "held_out", "step": 4, "loss": 1.5}]) == [(0, 2.0), (4, 1.5)]
+    during = {"kind": "held_out", "step": 4, "loss": 1.5}
+    assert held_out_points([*ends, during]) == [(0, 2.0), (4, 1.5)]
+    begun = {"kind": "eval", "when": "start", "loss": 1.75}  # what is trained begins there, and not at the base
+    assert held_out_points([ends[0], begun, ends[1], during]) == [(0, 1.75), (4, 1.5)]
+
+
+def test_the_adapter_that_was_given_stands_between_base_and_tuned_everywhere(tmp_path: Path) -> None:
+    def side(value: float) -> dict[str, object]:
+        return {"examples": 9, "metrics": {"loss": {"value": value, "low": None, "high": None, "n": 9}}}
+
+    answers = {"prompt": "p", "reference": "r", "base": "bbb", "start": "sss", "tuned": "r"}
+    result = {"before": side(3.0), "start": side(2.5), "after": side(2.0), "generations": [answers]}
+    page = str(result_view(Job(tmp_path), result))
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(metric_table(result["before"], result["after"], {}, result["start"]))
+    for text in (page, console.export_text(), card_metrics(result)):
+        assert re.search(r"\b3\b.*\b2\.5\b.*\b2\b", text, re.DOTALL), text
+    assert "base 0 of 1, start 0 of 1, tuned 1 of 1" in page and "sss" in page
+    old = {name: entry for name, entry in result.items() if name != "start"}
+    assert "Start" not in str(result_view(Job(tmp_path), {**old, "generations": []}))
+    assert "| | base | start | tuned |" in card_metrics(result) and "| | base | tuned |" in card_metrics(old)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        "training: {method: dpo}\npreference: {beta: 0.2, loss_type: [ipo]}\nadapter: {attention_rank: 4}",
+        "training: {method: grpo}\nrewards: [{function: exact_match}]\nsampling: {completions: 4}",
+    ],
+)
+def test_another_method_lets_go_of_what_only_the_old_one_read(sections: str) -> None:
+    text = f"data: {{train: a}}\noutput: {{dir: b}}\n{sections}\n"
+    parse_recipe(text)
+    after = parse_recipe(drafts.from_form(text, {"training.method": "sft"}))
+    assert after.rewards == () and after.preference.beta == 0.1 and after.sampling.completions == 8
+    assert after.adapter.attention_rank in (4, 16)
+    back = parse_recipe(
+        drafts.from_form("data: {train: a}\noutput: {dir: b}\ntraining: {loss_on: all}\n", {"training.method": "dpo"})
+    )
+    assert back.training.loss_on == "completion"
+
+
+def test_a_rank_that_a_rule_passes_over_is_kept_for_another_rule() -> None:
+    text = "data: {train: a}\noutput: {dir: b}\nadapter: {shared_expert_rank: 4}\n"
+    after = parse_recipe(drafts.from_form(text, {"placement.rule": "attention"}))
+    assert after.adapter.shared_expert_rank == 4
