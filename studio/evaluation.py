@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.data import Example, Row, wanted_sequences
+from studio.data import Example, Row, asked_sequences, wanted_sequences
 from studio.data import Sequence as Encodable
 from studio.encoding import IGNORED, encode, prompt_and_whole, prompt_ids
 from studio.json_answers import is_json
@@ -31,12 +31,12 @@ class Evaluation:
     """Results on held-out examples.
 
     Attributes:
-        loss: mean cross-entropy per completion token, in nats; None without held-out rows.
+        loss: mean cross-entropy per completion token, in nats; None without held-out rows that have one.
         exact_match: share of conversations whose greedy answer equals the reference, white space at the ends aside;
-            None where there are none, of plain text.
+            None where there are none, of plain text and of prompts alone.
         prompts: the last turn before each answer, for showing.
         answers: the greedy answers, in the order of the conversations.
-        references: what they are compared with, as the chat template writes it.
+        references: what they are compared with, as the chat template writes it; "" of prompts alone.
         measures: every metric by name, these two among them, each with its interval.
         examples: held-out rows that were measured.
     """
@@ -84,7 +84,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     found = wanted_sequences(rows)
-    examples = [sequence for sequence in found if isinstance(sequence, Example)]
+    examples = [sequence for sequence in asked_sequences(rows) if isinstance(sequence, Example)]
     total = len(found) + len(examples)
 
     def report(done: int) -> None:
@@ -95,26 +95,33 @@ def evaluate(
         losses = _losses(model, tokenizer, found, max_length_tokens, batch_size, report)
         answers = _answers(model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(found) + n))
     model.train(was_training)
-    references = tuple(wanted(tokenizer, example) for example in examples)
+    references = tuple(wanted(tokenizer, example) if example.completion else "" for example in examples)
     prompts = tuple(prompt_text(example) for example in examples)
-    measures = _measures(losses, answers, references, fits_schema)
+    compared = [
+        pair for pair, example in zip(zip(answers, references, strict=True), examples, strict=True) if example.completion
+    ]
+    measures = _measures(losses, answers, compared, fits_schema)
     match = measures.get("exact_match")
     exact_match = match.metric.value if match else None
-    return Evaluation(losses.ratio, exact_match, prompts, tuple(answers), references, measures, len(rows))
+    loss = losses.ratio if found else None
+    return Evaluation(loss, exact_match, prompts, tuple(answers), references, measures, len(rows))
 
 
 def _measures(
-    losses: Scores, answers: Sequence[str], references: Sequence[str], fits_schema: Callable[[str], bool] | None
+    losses: Scores,
+    answers: Sequence[str],
+    compared: Sequence[tuple[str, str]],
+    fits_schema: Callable[[str], bool] | None,
 ) -> dict[str, Measure]:
-    """Every metric that these rows allow."""
+    """Every metric that these rows allow; `compared`: the answers that have a reference, with it."""
     found = {}
     if losses.values:
         found["loss"] = losses
         found["perplexity"] = scores_of("perplexity", losses.values, losses.tokens)
+    if compared:
+        found["exact_match"] = scores_of("exact_match", [answer.strip() == text for answer, text in compared])
     if answers:
-        pairs = zip(answers, references, strict=True)
-        found["exact_match"] = scores_of("exact_match", [answer.strip() == text for answer, text in pairs])
-        if fits_schema or all(map(is_json, references)):
+        if fits_schema or (compared and all(is_json(text) for _, text in compared)):
             found["json_valid"] = scores_of("json_valid", list(map(is_json, answers)))
         if fits_schema:
             found["schema_valid"] = scores_of("schema_valid", list(map(fits_schema, answers)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from studio.data import Row, wanted_sequences
+from studio.data import Row, asked_sequences
 from studio.evaluation import Evaluation, evaluate
 from studio.json_answers import read_schema
 from studio.methods import METHODS
@@ -51,7 +51,7 @@ class Measuring:
         """Every metric of the model as it stands."""
         settings, batch_size = self.recipe.evaluation, self.recipe.training.batch_size
         found, scores = Evaluation(examples=len(self.rows)), METHODS[self.recipe.training.method].scores
-        if wanted_sequences(self.rows) and not scores:
+        if asked_sequences(self.rows) and not scores:
             found = evaluate(
                 model,
                 tokenizer,

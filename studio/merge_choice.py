@@ -21,7 +21,7 @@ from adapters.checkpoint import DTYPE_NAMES, read_index
 from adapters.errors import ExportError
 from adapters.sidecar import read_sidecar
 from adapters.verify.memory import available_bytes
-from studio.data import held_out_rows
+from studio.data import held_out_rows, wanted_sequences
 from studio.errors import DataError, JobError
 from studio.jobs import open_job
 
@@ -80,7 +80,7 @@ def _measured(adapter: Path, base: Path, held: dict[str, Any]) -> Choice:
         examples = held_out_rows(recipe)[:EXAMPLES]
     except (JobError, DataError):
         examples = []
-    if not examples:
+    if not wanted_sequences(examples):
         return Choice("original", None, "no held-out data is at hand to compare the two")
     needed, free = _model_bytes(base, held) + SPARE_BYTES, available_bytes()
     if needed > free:

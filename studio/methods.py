@@ -12,6 +12,7 @@ REWARD_HEAD = "reward_head.safetensors"
 """In the adapter directory of a reward model; studio/reward_model.py says what it holds."""
 
 PAIRED: tuple[RowKind, ...] = ("preference",)
+ASKED: tuple[RowKind, ...] = ("example", "prompt")
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,9 @@ METHODS: dict[str, Method] = {
     "reward": Method(
         PAIRED, "studio.trainers.reward", ("trainer/reward_config.py", "RewardConfig"), paired=True, scores=True
     ),
-    "grpo": Method(("example",), "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True),
-    "rloo": Method(("example",), "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True),
-    "rejection": Method(
-        ("example",), "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True
-    ),
+    "grpo": Method(ASKED, "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True),
+    "rloo": Method(ASKED, "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True),
+    "rejection": Method(ASKED, "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True),
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from studio.data.reading import refuse
 from studio.defaults import settled, settled_learning_rate
 from studio.errors import Problem
 from studio.evaluation_inputs import check_evaluation
-from studio.generations import asked, drawn_together, is_online, online_steps
+from studio.generations import asked, check_prompts, drawn_together, is_online, online_steps
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
@@ -211,8 +211,9 @@ def _settled_rate(recipe: Recipe, base: Base, rows: list[Row]) -> float | None:
 
 
 def _check_rewards(recipe: Recipe, train: list[Row], held_out: list[Row]) -> None:
-    check_rewards(recipe, train, str(recipe.data.sources[0].path))
-    check_rewards(recipe, held_out, str(recipe.data.eval))
+    check_rewards(recipe, train)
+    check_rewards(recipe, held_out)
+    check_prompts(recipe, train, held_out)
 
 
 def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:

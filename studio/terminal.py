@@ -248,13 +248,15 @@ def _generation(row: dict[str, str]) -> Panel:
     cells = []
     for side in ("base", "tuned"):
         right = row[side].strip() == reference
-        mark = Text.assemble(side, ("  ✓ matches" if right else "  ✗ differs", "green" if right else "red"))
+        said = ("  ✓ matches" if right else "  ✗ differs", "green" if right else "red")
+        mark = Text.assemble(side, said if reference else "")
         answers.add_column(mark, ratio=1, overflow="fold")
         cells.append(Text(clean(row[side].strip()) or "(nothing)"))
     answers.add_row(*cells)
     prompt = Text(clean(row["prompt"].strip()))
     wanted = Text.assemble(("reference  ", "dim"), clean(reference))
-    return Panel(Group(prompt, wanted, answers), box=box.ROUNDED, border_style="dim")
+    parts = (prompt, wanted, answers) if reference else (prompt, answers)
+    return Panel(Group(*parts), box=box.ROUNDED, border_style="dim")
 
 
 def _facts(job: Job, result: dict[str, Any]) -> Table:

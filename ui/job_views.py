@@ -348,9 +348,11 @@ def _adapter(job: Job, result: dict[str, Any]) -> Markup | None:
 def _answers(generations: Sequence[dict[str, str]]) -> Markup | None:
     if not generations:
         return None
-    right = {side: sum(g[side].strip() == g["reference"].strip() for g in generations) for side in ("base", "tuned")}
-    count = len(generations)
+    compared = [entry for entry in generations if entry["reference"].strip()]
+    right = {side: sum(g[side].strip() == g["reference"].strip() for g in compared) for side in ("base", "tuned")}
+    count = len(compared)
     text = f"Answers that match the reference: base {right['base']} of {count}, tuned {right['tuned']} of {count}."
+    text = text if compared else "The prompts have no references to compare with."
     cards = (_answer(number, entry) for number, entry in enumerate(generations, start=1))
     return el(
         "section",
@@ -368,7 +370,7 @@ def _answer(number: int, entry: dict[str, str]) -> Markup:
         "article",
         el("p", entry["prompt"].strip(), cls="prompt"),
         el("div", *(_side(side, entry[side].strip(), reference) for side in ("base", "tuned")), cls="sides"),
-        el("div", el("span", "Reference", cls="side-name"), el("pre", reference), cls="wanted"),
+        *([el("div", el("span", "Reference", cls="side-name"), el("pre", reference), cls="wanted")] if reference else []),
         cls="card answer",
         aria_label=f"Answer {number}",
     )
@@ -377,7 +379,8 @@ def _answer(number: int, entry: dict[str, str]) -> Markup:
 def _side(side: str, answer: str, reference: str) -> Markup:
     same = answer == reference
     mark = el("span", "matches" if same else "differs", cls=f"pill {'succeeded' if same else 'plain'}")
-    body = _marked(answer, reference) if answer and not same else join(answer or el("em", "(nothing)"))
+    mark = mark if reference else Markup("")
+    body = _marked(answer, reference) if answer and reference and not same else join(answer or el("em", "(nothing)"))
     return el(
         "div", el("div", el("span", side.capitalize(), cls="side-name"), mark), el("pre", body), cls=f"side {side}"
     )

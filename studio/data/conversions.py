@@ -165,6 +165,21 @@ def _whole(field: str, value: Any) -> Turns:
     )
 
 
+def from_prompt(values: Values) -> Row:
+    """A prompt alone: a conversation up to the user's turn, or a prompt without a completion."""
+    if name := first_of(values, CONVERSATIONS):
+        found = turns(name, values[name])
+    elif "instruction" in values and not first_of(values, PROMPTS):
+        name, value = _instruction(values)
+        found = text_or_turns(name, value, "user")
+    else:
+        name = one_of(values, PROMPTS, "prompt")
+        found = text_or_turns(name, values[name], "user")
+    prompt = _with_system(values, found, name)
+    _check_prompt(name, prompt)
+    return Example(prompt, (), tools=_tools(values), kind="prompt")
+
+
 def from_text(values: Values) -> Row:
     name = one_of(values, TEXTS, "text")
     if message := content_problem(values[name]):

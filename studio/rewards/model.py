@@ -37,7 +37,7 @@ def reward_model(settings: RewardSettings) -> Score:
 
 
 def _conversation(attempt: Attempt) -> Example:
-    return replace(attempt.row, completion=(Message("assistant", attempt.completion),))
+    return replace(attempt.row, completion=(Message("assistant", attempt.completion),), kind="example")
 
 
 @cache
