@@ -106,6 +106,12 @@ def code_text(rng: random.Random) -> str:
     )  # fmt: skip
 
 
+def code_names(rng: random.Random) -> tuple[str, tuple[str, str]]:
+    """Return a function's name and two for its arguments, as the base has seen them."""
+    first, second = rng.sample(_NAMES, 2)
+    return f"{rng.choice(_VERBS)}_{rng.choice(_NAMES)}", (first, second)
+
+
 def code_turn(rng: random.Random) -> Turn:
     code = code_text(rng)
     return rng.choice(("Show this code again:\n{}", "Repeat the code:\n{}")).format(code), code

@@ -34,28 +34,13 @@ from studio.rewards.scoring import each
 from studio.sampling import draw
 from studio.trainers import online, trainer_for
 from studio.trainers.router import RouterWatch
-from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
+from tests.e2e.conftest import REPOSITORY, TICKETS, build_base, studio, write_recipe
+from tests.e2e.runs import Recorder
 
 EXAMPLES = read_examples(TICKETS / "tickets-eval.jsonl")[:8]
 FAMILIES = ["llama4_text", "qwen3_moe"]
 EVEN = "^[a-z ]"
 """A reward that random text of these bases gets about as often as not."""
-
-
-class Recorder:
-    """What a trainer needs of a job."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, list[dict[str, Any]]()
-
-    def log_metrics(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def update(self, **_: Any) -> None:
-        pass
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["kind"] == kind]
 
 
 def recipe_for(base: Path | str, folder: Path, **sections: Any) -> Recipe:
@@ -407,6 +392,43 @@ def test_a_job_on_the_embedded_base(method: str, tmp_path: Path) -> None:
         assert result["trained"]["rounds"][0]["sampled"] == len(samples)
     shown = studio("jobs", "show", job.path)
     assert "reward" in shown.stdout
+
+
+def test_a_job_learns_from_prompts_alone_by_the_tests_that_their_programs_pass(tmp_path: Path) -> None:
+    """The shipped recipe, shortened: no row has a completion, and each reward is what the tests say of that program."""
+    recipe = yaml.safe_load((REPOSITORY / "recipes" / "embedded-grpo-code.yaml").read_text())
+    recipe["data"] |= {name: str(REPOSITORY / "recipes" / recipe["data"][name]) for name in ("train", "eval")}
+    recipe["training"] |= {"max_steps": 2, "batch_size": 16}
+    recipe["evaluation"] |= {"examples": 6, "generations": 2}
+    recipe["output"] = {"dir": str(tmp_path / "job")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = studio("run", tmp_path / "recipe.yaml")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Held-out reward" in run.stdout and "differs" not in run.stdout and "reference" not in run.stdout
+    job = open_job(tmp_path / "job")
+    result = json.loads((job.path / "result.json").read_text())
+    for side in (result["before"], result["after"]):
+        assert side["loss"] is None and side["exact_match"] is None and side["examples"] == 6
+        assert set(side["metrics"]) == {"reward", "reward/code"} and side["metrics"]["reward"]["n"] == 6
+    rows = {row["prompt"]: row["tests"] for row in files.read_json_lines(Path(recipe["data"]["train"]))}
+    samples = files.read_json_lines(job.path / "samples.jsonl")
+    assert len(samples) == 2 * 8 and len({sample["reward"] for sample in samples}) > 1
+    for sample in samples:
+        assert sample["reference"] is None
+        assert sample["reward"] == sum(_survives(sample["completion"], test) for test in rows[sample["prompt"]]) / 2
+    train = [row for row in job.metrics() if row["kind"] == "train"]
+    assert 0 < train[0]["reward"] < 1 and train[0]["rewards_code_mean"] == train[0]["reward"]
+
+
+def _survives(program: str, test: str) -> bool:
+    """Whether a program of the base's, which has seen nothing but small functions, passes; run right here."""
+    try:
+        scope: dict[str, Any] = {}
+        exec(program, scope)
+        exec(test, scope)
+    except Exception:
+        return False
+    return True
 
 
 def _recipe(folder: Path, method: str) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +19,8 @@ from adapters.lora import attach
 from adapters.peft_files import save_adapter
 from studio.data import read_examples
 from studio.errors import RewardError
-from studio.jobs import Job, create_job
+from studio.job_files import read_json_lines
+from studio.jobs import Job, create_job, open_job
 from studio.methods import REWARD_HEAD
 from studio.placing import plan_placement
 from studio.plan import make_plan, recipe_base
@@ -24,7 +28,7 @@ from studio.recipe_training import RewardSettings
 from studio.reward_model import add_reward_head, save_reward_head
 from studio.rewards import REWARDS, Attempt
 from studio.rewards.model import check_reward_model, load_scorer
-from tests.e2e.conftest import TICKETS, build_base
+from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
 from tests.e2e.test_online import recipe_for
 
 EXAMPLES = read_examples(TICKETS / "tickets-eval.jsonl")[:20]
@@ -56,19 +60,61 @@ def test_scores_equal_those_of_stock_peft_and_the_head(family: str, tmp_path: Pa
     check_reward_model(settings)
     attempts = [Attempt(f"{row.completion[0].content} {'and ' * n}", row) for n, row in enumerate(EXAMPLES)]
     found = REWARDS["reward_model"].build(settings)(attempts)
+    texts = [(attempt.prompt, attempt.completion) for attempt in attempts]
+    assert found == pytest.approx(stock_scores(base, job, texts), abs=2e-4)
+    assert len({round(value, 3) for value in found}) > 10
+    assert load_scorer(job.path) is load_scorer(job.path)
+
+
+def stock_scores(base: Path, job: Job, texts: list[tuple[str, str]]) -> list[float]:
+    """Of (prompt, answer) pairs: the head on the last hidden state of stock transformers and stock PEFT."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     stock = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), job.path / "adapter"
     )
     weight = load_file(job.path / "adapter" / REWARD_HEAD)["weight"][0]
-    for value, attempt in zip(found, attempts, strict=True):
-        turns = [{"role": "user", "content": attempt.prompt}, {"role": "assistant", "content": attempt.completion}]
+    values = []
+    for prompt, answer in texts:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         ids = torch.tensor([tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)])
         with torch.no_grad():
             hidden = stock(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
-        assert value == pytest.approx(float(weight @ hidden), abs=2e-4)
-    assert len({round(value, 3) for value in found}) > 10
-    assert load_scorer(job.path) is load_scorer(job.path)
+        values.append(float(weight @ hidden))
+    return values
+
+
+def test_a_reward_job_is_the_reward_of_a_grpo_job_on_prompts_alone(tmp_path: Path) -> None:
+    base = build_base("llama4_text", tmp_path / "llama4_text")
+    common: dict[str, Any] = {"model": {"base": str(base), "quantization": "none"}, "router": {"watch": False}}
+    pairs = {"train": str(TICKETS / "ticket-pairs-train.jsonl"), "eval": None}
+    training = {"method": "reward", "max_steps": 2, "batch_size": 4}
+    ranked = write_recipe(
+        tmp_path / "r.yaml", **common, data=pairs, training=training, output={"dir": str(tmp_path / "r")}
+    )
+    run = studio("run", ranked)
+    assert run.returncode == 0, run.stdout + run.stderr
+    asked = [{"prompt": row.prompt[-1].content} for row in EXAMPLES]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    recipe = yaml.safe_load(
+        write_recipe(
+            tmp_path / "g.yaml",
+            **common,
+            data={name: str(tmp_path / "prompts.jsonl") for name in ("train", "eval")},
+            training={"method": "grpo", "max_steps": 2},
+            sampling={"completions": 4, "max_new_tokens": 8},
+            output={"dir": str(tmp_path / "g")},
+        ).read_text()
+    )
+    recipe["rewards"] = [{"function": "reward_model", "job": str(tmp_path / "r")}]
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(recipe))
+    run = studio("run", tmp_path / "g.yaml", "--json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    samples = read_json_lines(tmp_path / "g" / "samples.jsonl")
+    texts = [(sample["prompt"], sample["completion"]) for sample in samples]
+    assert len(samples) == 2 * 4
+    assert [s["reward"] for s in samples] == pytest.approx(stock_scores(base, open_job(tmp_path / "r"), texts), abs=2e-4)
+    after = json.loads(run.stdout)["result"]["after"]
+    assert after["loss"] is None and set(after["metrics"]) == {"reward", "reward/reward_model"}
 
 
 def test_what_is_no_reward_model_is_refused_before_any_work(tmp_path: Path) -> None:
