@@ -150,7 +150,7 @@ class RewardSettings(Settings):
     """Answers up to here get the full reward of length."""
 
     job: InputPath | None = None
-    """Job directory of a trained reward model. A relative path starts at the recipe file."""
+    """Job directory of a trained reward model, or its merged model. A relative path starts at the recipe file."""
 
     @field_validator("tests", mode="before")
     @classmethod

@@ -2,8 +2,9 @@
 
     python -m studio.base.functions --out recipes/data
 
-The base has seen such code and such requests; of what it samples about two in five pass. Nothing says what the right
-answer is but the tests, which the program of an answer must survive. No function comes twice.
+The base has seen such code and such requests, but no argument with one of these names, and it likes to write one that it
+knows instead. Nothing says what the right answer is but the tests, which the program of an answer must survive. No
+function comes twice.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 from studio.base.plain_text import code_names
 
 ROWS = {"functions-train.jsonl": 400, "functions-eval.jsonl": 120}
+WORDS = ("lamp", "door", "wheel", "price", "speed", "pressure", "depth", "width", "angle", "weight")
 PAIRS = ((7, 3), (2, 5))
 """What a function is called with; no two of +, - and * agree on either."""
 
@@ -24,7 +26,8 @@ def functions(seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(f"functions/{seed}")
     found: dict[str, dict[str, Any]] = {}
     while len(found) < sum(ROWS.values()):
-        name, (a, b) = code_names(rng)
+        name, a = code_names(rng)
+        b = rng.choice(WORDS)
         op = rng.choice("+-*")
         code = f"def {name}({a}, {b}):\n    return {a} {op} {b}"
         tests = [f"assert {name}{pair} == {_value(op, *pair)}" for pair in PAIRS]

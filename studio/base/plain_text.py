@@ -106,10 +106,9 @@ def code_text(rng: random.Random) -> str:
     )  # fmt: skip
 
 
-def code_names(rng: random.Random) -> tuple[str, tuple[str, str]]:
-    """Return a function's name and two for its arguments, as the base has seen them."""
-    first, second = rng.sample(_NAMES, 2)
-    return f"{rng.choice(_VERBS)}_{rng.choice(_NAMES)}", (first, second)
+def code_names(rng: random.Random) -> tuple[str, str]:
+    """Return the names of a function and of an argument, as the base has seen them."""
+    return f"{rng.choice(_VERBS)}_{rng.choice(_NAMES)}", rng.choice(_NAMES)
 
 
 def code_turn(rng: random.Random) -> Turn:

@@ -12,8 +12,9 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from adapters.fingerprint import file_sha256
 from adapters.loading import load_base
 from adapters.lora import attach
 from adapters.peft_files import save_adapter
@@ -21,6 +22,7 @@ from studio.data import read_examples
 from studio.errors import RewardError
 from studio.job_files import read_json_lines
 from studio.jobs import Job, create_job, open_job
+from studio.merging import merge
 from studio.methods import REWARD_HEAD
 from studio.placing import plan_placement
 from studio.plan import make_plan, recipe_base
@@ -28,6 +30,7 @@ from studio.recipe_training import RewardSettings
 from studio.reward_model import add_reward_head, save_reward_head
 from studio.rewards import REWARDS, Attempt
 from studio.rewards.model import check_reward_model, load_scorer
+from studio.score_head import WRITTEN
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
 from tests.e2e.test_online import recipe_for
 
@@ -81,6 +84,58 @@ def stock_scores(base: Path, job: Job, texts: list[tuple[str, str]]) -> list[flo
             hidden = stock(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
         values.append(float(weight @ hidden))
     return values
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "qwen3_moe"])
+def test_a_merged_reward_model_scores_as_its_adapter_does(family: str, tmp_path: Path) -> None:
+    base = build_base(family, tmp_path / family)
+    job, out = reward_job(base, tmp_path), tmp_path / "merged"
+    merged = merge(job.path, out, dtype="float32")
+    assert merged["head"] == {"class": None if family == "llama4_text" else "Qwen3MoeForSequenceClassification"}
+    assert {check["status"] for check in merged["checks"]} <= {"passed", "not run"} and merged["checks"][-1][
+        "name"
+    ] == WRITTEN
+    assert merged["sha256"] == {file.name: file_sha256(file) for file in sorted(out.iterdir())}
+    settings = RewardSettings(function="reward_model", job=out)
+    check_reward_model(settings)
+    texts = [(row.prompt[-1].content, f"{row.completion[0].content} {'and ' * n}") for n, row in enumerate(EXAMPLES)]
+    attempts = [Attempt(text, row) for (_, text), row in zip(texts, EXAMPLES, strict=True)]
+    wanted = stock_scores(base, job, texts)
+    assert REWARDS["reward_model"].build(settings)(attempts) == pytest.approx(wanted, abs=2e-4)
+    if family == "llama4_text":
+        return
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in texts]
+    batch = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
+    stock = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+    assert stock.config.num_labels == 1 and stock.config.id2label == {0: "reward"}
+    with torch.no_grad():
+        assert stock(**batch).logits[:, 0].tolist() == pytest.approx(wanted, abs=2e-4)
+
+
+def test_what_a_killed_merge_left_of_a_head_is_no_part_of_the_next(tmp_path: Path) -> None:
+    base = build_base("qwen3_moe", tmp_path / "qwen3_moe")
+    job, out, left = reward_job(base, tmp_path), tmp_path / "merged", tmp_path / ".merged.partial"
+    whole = merge(job.path, out, dtype="float32")
+    out.rename(left)  # killed after the head was written and before the folder had its name
+    assert merge(job.path, out, dtype="float32")["sha256"] == whole["sha256"]
+
+
+def test_a_head_where_conversations_end_with_the_padding_is_read_by_transformers_one_at_a_time(tmp_path: Path) -> None:
+    base = build_base("qwen3_moe", tmp_path / "qwen3_moe")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    last = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)[-1]
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(last)
+    tokenizer.save_pretrained(base)
+    job = reward_job(base, tmp_path)
+    merge(job.path, tmp_path / "merged", dtype="float32")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_tensors="pt", return_dict=False)
+    with torch.no_grad():
+        assert stock(ids).logits[0].tolist() == pytest.approx(stock_scores(base, job, [("a", "b")]), abs=2e-4)
+        with pytest.raises(ValueError, match="batch sizes > 1"):
+            stock(ids.repeat(2, 1))
 
 
 def test_a_reward_job_is_the_reward_of_a_grpo_job_on_prompts_alone(tmp_path: Path) -> None:
