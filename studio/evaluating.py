@@ -88,7 +88,7 @@ def _recipe(
     values: dict[str, Any] = {"model": model, "data": {"train": "unused"}, "output": {"dir": "unused"}}
     job = origin.job.recipe() if origin.job else None
     if job:
-        values = {**job.model_dump(mode="json", include={"data", "training"}), **values, "model": model}
+        values = {**job.model_dump(mode="json", include={"data", "training", "rewards", "sampling"}), **values, "model": model}
         values["data"] = job.data.model_dump(mode="json")
     settings = job.evaluation.model_dump(mode="json") if job else {}
     settings |= {"tasks": list(tasks), "gate": [], "every_steps": None}
@@ -101,6 +101,9 @@ def _recipe(
         settings["json_schema"] = None
     training = {**values.get("training", {}), "learning_rate": 1e-4}
     training["batch_size"] = batch_size or training.get("batch_size", 8)
+    if batch_size and job:  # what the method asks of a batch is about learning
+        training["batch_size"] = max(batch_size, 2) if job.training.method == "kto" else batch_size
+        training["gradient_accumulation_steps"] = job.sampling.completions
     return Recipe.model_validate({**values, "training": training, "evaluation": settings}), file
 
 

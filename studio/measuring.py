@@ -12,7 +12,7 @@ from studio.data import Row, asked_sequences
 from studio.evaluation import Evaluation, evaluate
 from studio.json_answers import read_schema
 from studio.methods import METHODS
-from studio.preference import evaluate_preferences
+from studio.preference import evaluate_labels, evaluate_preferences
 from studio.recipe import Recipe
 from studio.rewards import rewards_of
 from studio.rewards.samples import reward_measures
@@ -73,6 +73,9 @@ class Measuring:
                 progress=progress,
             )
         )
+        sizes = {"max_length_tokens": self.recipe.data.max_length_tokens, "batch_size": batch_size}
+        if hasattr(model, "disable_adapter"):  # else there is no base to compare with
+            found = found.with_measures(evaluate_labels(model, tokenizer, self.rows, **sizes, progress=progress))
         if self.rewards and found.answers:
             found = found.with_measures(reward_measures(self.rewards, self.rows, found.answers))
         if self.tasks is None:

@@ -418,6 +418,9 @@ def test_a_job_learns_from_prompts_alone_by_the_tests_that_their_programs_pass(t
         assert sample["reward"] == sum(_survives(sample["completion"], test) for test in rows[sample["prompt"]]) / 2
     train = [row for row in job.metrics() if row["kind"] == "train"]
     assert 0 < train[0]["reward"] < 1 and train[0]["rewards_code_mean"] == train[0]["reward"]
+    again = studio("evaluate", job.path, "--batch-size", "3", "--json")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads(again.stdout)["after"]["metrics"]["reward"] == result["after"]["metrics"]["reward"]
 
 
 def _survives(program: str, test: str) -> bool:

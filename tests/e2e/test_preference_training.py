@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from studio.methods import METHODS
 from studio.pairs import check_pairs, pair_ids
 from studio.placing import plan_placement
 from studio.plan import recipe_base
-from studio.preference import answer_logps, batches, evaluate_preferences, reference_kl
+from studio.preference import answer_logps, batches, evaluate_labels, evaluate_preferences, reference_kl
 from studio.reward_model import RewardModel, load_reward_head, save_reward_head
 from tests.e2e.conftest import build_base
 from tests.e2e.runs import Run
@@ -191,6 +192,27 @@ def test_accuracy_margin_and_kl_are_those_of_a_slow_loop(base: Path, tmp_path: P
     assert found["preference_accuracy"].value == (margins > 0).double().mean().item()
     assert found["preference_accuracy"].n == len(PAIRS)
     assert found["reference_kl"].value == pytest.approx(slow_kl(run), rel=1e-3) and found["reference_kl"].value > 1e-3
+
+
+def test_labelled_rows_are_measured_by_what_the_model_adds_to_the_base(base: Path, tmp_path: Path) -> None:
+    """Against a slow loop; half of the rows have the label that goes against what the adapter says."""
+    run = Run(base, LABELLED, tmp_path, "kto")
+    sizes = {"max_length_tokens": 96, "batch_size": 3}
+    fresh = evaluate_labels(run.model, run.tokenizer, LABELLED, **sizes)
+    assert fresh["label_auc"].metric.value == 0.5 and fresh["label_accuracy"].metric.value == 0  # all are ties
+    run.randomised()
+    rewards = {side: logps(run, side, True) - logps(run, side, False) for side in ("chosen", "rejected")}
+    scores = torch.cat([rewards["chosen"], rewards["rejected"]])
+    assert scores.abs().min() > 1e-3 and (scores > scores.median()).sum() == 4
+    for flips in ((), (0, 5), (1, 2, 4)):
+        rows = [replace(cast(Labelled, row), label=cast(Labelled, row).label ^ (n in flips)) for n, row in enumerate(LABELLED)]
+        labels = torch.tensor([row.label for row in rows])
+        found = evaluate_labels(run.model, run.tokenizer, rows, **sizes)
+        wins = (scores[labels][:, None] > scores[~labels][None, :]).double().mean()
+        assert found["label_auc"].metric.value == pytest.approx(wins.item(), abs=1e-9)
+        assert found["label_accuracy"].metric.value == ((scores > 0) == labels).double().mean().item()
+    assert "label_auc" not in evaluate_labels(run.model, run.tokenizer, LABELLED[:4], **sizes)
+    assert not evaluate_labels(run.model, run.tokenizer, PAIRS, **sizes)
 
 
 def slow_kl(run: Run) -> float:
