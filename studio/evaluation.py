@@ -186,9 +186,13 @@ def _losses(
 
 
 def decoder_and_head(model: Any) -> tuple[Any, Any]:
-    """The decoder below the output head, and the head; a PeftModel's adapters stay as they are set."""
+    """The decoder below the output head, and what makes logits of its states; a PeftModel's adapters stay as they are.
+
+    GraniteMoE divides its logits by `logits_scaling`; no other family does anything after the head.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.model, inner.get_output_embeddings()
+    head, scale = inner.get_output_embeddings(), getattr(inner.config.get_text_config(), "logits_scaling", None) or 1.0
+    return inner.model, head if scale == 1 else lambda hidden: head(hidden) / scale
 
 
 def _cross_entropies(head: Any, hidden_PH: Tensor, targets_P: Tensor) -> Tensor:

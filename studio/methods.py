@@ -31,6 +31,8 @@ class Method:
         scores: what it trains is a reward model, which writes no text.
         streams: its trainer reads rows while it trains (`data.streaming`).
         samples: it lets the model write completions, and learns from their rewards.
+        beta: of its comparison with what the training begins with, where `trl.beta` or `preference.beta` does not say;
+            None where it compares with nothing.
     """
 
     rows: tuple[RowKind, ...]
@@ -44,6 +46,7 @@ class Method:
     scores: bool = False
     streams: bool = False
     samples: bool = False
+    beta: float | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -59,6 +62,7 @@ METHODS: dict[str, Method] = {
             "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
         ),
         smoothed=("robust", "exo_pair", "aot", "aot_unpaired"),
+        beta=0.1,
     ),
     "kto": Method(
         ("labelled", "preference"),
@@ -66,6 +70,7 @@ METHODS: dict[str, Method] = {
         ("trainer/kto_config.py", "KTOConfig"),
         reads=("beta", "loss_type"),
         losses=("kto", "apo_zero_unpaired"),
+        beta=0.1,
     ),
     "orpo": Method(
         PAIRED,
@@ -88,8 +93,8 @@ METHODS: dict[str, Method] = {
     "reward": Method(
         PAIRED, "studio.trainers.reward", ("trainer/reward_config.py", "RewardConfig"), paired=True, scores=True
     ),
-    "grpo": Method(ASKED, "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True),
-    "rloo": Method(ASKED, "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True),
+    "grpo": Method(ASKED, "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True, beta=0.0),
+    "rloo": Method(ASKED, "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True, beta=0.05),
     "rejection": Method(ASKED, "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True),
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ from studio.recipe import Recipe
 from studio.rewards import check_rewards
 from studio.rewards.programs import missing_protections
 from studio.shapes import published_shape
-from studio.starting import continued, differing_ranks
+from studio.starting import continued, differing_ranks, reference_parameters
 from studio.weights import BYTES, Base, HeldAs, TensorClass, base_in, expert_grid, start_parameters, tensor_classes
 
 if TYPE_CHECKING:
@@ -313,7 +313,7 @@ def _choose_path(
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=training.gradient_checkpointing,
         full_logits=METHODS[training.method].full_logits,
-        start_parameters=start_parameters(base, placement),
+        start_parameters=start_parameters(base, placement) + reference_parameters(recipe, trainable),
     )
     limit = longest_tokens if is_online(recipe) else recipe.data.max_length_tokens
     drawn = drawn_together(recipe, longest_tokens)

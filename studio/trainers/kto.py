@@ -23,7 +23,7 @@ from studio.trainers.reference import as_reference
 def train(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row], job: Job
 ) -> dict[str, Any]:
-    """Trains the adapters of `model` in place, against the base as reference.
+    """Trains the adapters of `model` in place, against what they begin with as reference.
 
     Returns, raises:
         as `studio.trainers.common.finish`; and
@@ -32,7 +32,7 @@ def train(
     watch, settings, parts = prepared(model, tokenizer, recipe, rows, job, router_aux_loss_coef=0.0)
     data = labelled_answers(tokenizer, rows, recipe.data.max_length_tokens, recipe.training.seed)
     trainer = _Trainer(
-        model=model, ref_model=as_reference(model), args=KTOConfig(**settings), train_dataset=data, **parts
+        model=model, ref_model=as_reference(model, recipe), args=KTOConfig(**settings), train_dataset=data, **parts
     )
     trainer.watch = watch
     return finish(trainer)

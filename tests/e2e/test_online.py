@@ -155,6 +155,35 @@ def test_the_reference_is_the_base_and_there_is_no_second_adapter(
     assert kls[0] == pytest.approx(0, abs=1e-6) and abs(kls[2]) > 1e-4
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_an_adapter_that_is_trained_further_is_held_to_what_it_was(
+    qwen: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainers_of(monkeypatch)
+    training = {"method": method, "max_steps": 3}
+    run = Run(qwen, tmp_path, model={"quantization": "none"}, training=training, trl={"beta": 0.5})
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if parameter.requires_grad and "_B" in name:
+                parameter.normal_(std=0.05)
+    adapter = run.recipe.adapter.model_copy(update={"start_from": tmp_path})
+    run.recipe = run.recipe.model_copy(update={"adapter": adapter})
+    start = run.adapter()
+    run.train()
+    kls = [row["kl"] for row in run.job.of("train")]
+    assert kls[0] == pytest.approx(0, abs=1e-6) and abs(kls[2]) > 1e-4, "the base is far from the start"
+    if method == "grpo":
+        output = made[0].outputs[-1]
+        with torch.no_grad():
+            for name, parameter in run.model.named_parameters():
+                if name in start:
+                    assert not torch.equal(parameter, start[name])
+                    parameter.copy_(start[name])
+            began = slow_logps(run.model.eval(), output)
+        mask = output["completion_mask"].bool()
+        assert (output["ref_per_token_logps"].double() - began)[mask].abs().max() < 1e-4
+
+
 def test_the_gradient_is_that_of_the_slow_loss(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of GRPO (loss_type dapo, TRL's default): -sum of advantage x log-probability over all tokens."""
     made, grads = trainers_of(monkeypatch), dict[str, Tensor]()

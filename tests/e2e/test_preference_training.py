@@ -117,6 +117,54 @@ def test_the_dpo_loss_is_that_of_the_paper_against_the_base(
         assert "ref_chosen_logps" in batch
 
 
+def _further(run: Run, folder: Path) -> Run:
+    """The run as a job has it that trains an adapter further: its model holds that adapter already."""
+    adapter = run.recipe.adapter.model_copy(update={"start_from": folder})
+    run.recipe = run.recipe.model_copy(update={"adapter": adapter})
+    return run
+
+
+def test_an_adapter_that_is_trained_further_is_compared_with_what_it_was(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _further(Run(base, PAIRS, tmp_path, "dpo", training={"batch_size": 4}).randomised(), tmp_path)
+    began = logps(run, "chosen", True) - logps(run, "rejected", True)
+    trainer = run.trainer(monkeypatch)
+    (batch,) = list(trainer.get_train_dataloader())
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(-1.5)
+    before = run.adapters()
+    loss = trainer.compute_loss(run.model.train(), batch)
+    loss.backward()
+    assert all(torch.equal(was, run.adapters()[name]) for name, was in before.items())
+    assert all(p.grad is not None for p in run.model.parameters() if p.requires_grad)
+    delta = logps(run, "chosen", True) - logps(run, "rejected", True)
+    assert (delta - began).abs().max() > 0.1
+    expected = -torch.nn.functional.logsigmoid(0.1 * (delta - began)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_dropout_is_the_policys_and_never_the_references(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """With dropout on every input a policy says another thing each time; what it is compared with does not."""
+    rows = LABELLED if method == "kto" else PAIRS
+    ranks = {"attention_rank": 2, "shared_expert_rank": 0, "routed_experts_rank": 2, "dropout": 0.5}
+    run = _further(Run(base, rows, tmp_path, method, training={"batch_size": 4}, adapter=ranks).randomised(), tmp_path)
+    trainer = run.trainer(monkeypatch)
+    assert 0.5 in {module.p for module in run.model.modules() if isinstance(module, torch.nn.Dropout)}
+    ids = torch.tensor([_both(run, PAIRS[0])[0]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    run.model.train()
+    with torch.no_grad():
+        said = [run.model(**inputs).logits for _ in range(2)]
+        references = [trainer.ref_model(**inputs).logits for _ in range(2)]
+    assert not torch.equal(*said) and torch.equal(*references) and run.model.training
+
+
 @pytest.mark.parametrize("loss", METHODS["dpo"].losses)
 def test_every_dpo_loss_trains(base: Path, tmp_path: Path, loss: str) -> None:
     preference = {"loss_type": [loss], **OPTIONS.get(loss, {})}
