@@ -40,12 +40,19 @@ def train(
 
 class _Trainer(StudioTrainer, KTOTrainer):
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: KTOConfig, *_: Any) -> Dataset:
-        """Each row gets the answer of the row before it in its batch: from such mismatches the KL is estimated."""
+        """Each row gets the answer of the row before it in its batch: from such mismatches the KL is estimated.
+
+        The first of a batch gets that of the last, and a row that is alone in the last batch that of the batch before:
+        its own, as TRL has it, would be no mismatch.
+        """
         if not self.calculate_KL:
             return dataset
+        every = dataset["completion_ids"]
 
-        def mismatched(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        def mismatched(batch: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
             answers = batch["completion_ids"]
-            return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+            first = answers[-1] if len(answers) > 1 else every[places[0] - 1]
+            return {"KL_completion_ids": [first, *answers[:-1]]}
 
-        return dataset.map(mismatched, batched=True, batch_size=args.per_device_train_batch_size)
+        size = args.per_device_train_batch_size
+        return dataset.map(mismatched, batched=True, batch_size=size, with_indices=True)

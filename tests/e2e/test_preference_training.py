@@ -165,6 +165,14 @@ def test_dropout_is_the_policys_and_never_the_references(
     assert not torch.equal(*said) and torch.equal(*references) and run.model.training
 
 
+def test_no_answer_is_its_own_mismatch_in_kto(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows in batches of two: the last is alone, and its own answer would say nothing of the KL."""
+    trainer = Run(base, LABELLED[:5], tmp_path, "kto").trainer(monkeypatch)
+    data = trainer.train_dataset
+    answers, others = data["completion_ids"], data["KL_completion_ids"]
+    assert [answers.index(other) for other in others] == [1, 0, 3, 2, 3]
+
+
 @pytest.mark.parametrize("loss", METHODS["dpo"].losses)
 def test_every_dpo_loss_trains(base: Path, tmp_path: Path, loss: str) -> None:
     preference = {"loss_type": [loss], **OPTIONS.get(loss, {})}
