@@ -33,6 +33,7 @@ from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.rewards import Attempt, Reward, Scored, rewards_of
 from studio.rewards.samples import SAMPLES, as_sample
+from studio.sampling import AS_IT_IS
 from studio.trainers.chunked_loss import use_small_tiles
 from studio.trainers.common import StudioTrainer, callbacks, finish, options
 from studio.trainers.llama4 import repair_for_trl
@@ -148,11 +149,19 @@ def train_online(
         )
     trainer.watch, trainer.examples, trainer.rewards, trainer.job = watch, rows, rewards, job
     trainer.first, trainer.last = [], []
+    _draw_as_it_is(trainer)
     if trainer.beta and recipe.adapter.start_from:
         trainer.ref_model = as_reference(model, recipe)
         in_float32 = getattr(args, "cast_lm_head_to_fp32", False)
         add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
     return {**finish(trainer), "samples": {"first": trainer.first, "last": trainer.last}}
+
+
+def _draw_as_it_is(trainer: Any) -> None:
+    """Completions are learned from as if the model had drawn them; what the recipe asks for under `trl` stays."""
+    unset = {name: value for name, value in AS_IT_IS.items() if trainer.generation_kwargs.get(name) is None}
+    trainer.generation_kwargs.update(unset)
+    trainer.generation_config.update(**unset)
 
 
 def _options(recipe: Recipe, job: Job, rewards: Sequence[Reward]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, TrainerCallback
 
 from adapters.loading import load_base
 from adapters.lora import attach
@@ -242,6 +242,30 @@ def test_samples_are_drawn_in_evaluation_mode_from_the_cache_and_the_router_coun
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_checkpoints_generation_config_does_not_bend_what_is_learned_from(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """TRL's own config of the generation leaves open what it has no number for, and the checkpoint's fills it."""
+    original, used = GenerationMixin._get_logits_processor, list[Any]()
+
+    def keep(model: Any, *args: Any, **options: Any) -> Any:
+        found = original(model, *args, **options)
+        used.extend(found)
+        return found
+
+    monkeypatch.setattr(GenerationMixin, "_get_logits_processor", keep)
+    for trl, names in (({}, set()), ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, {"NoRepeatNGramLogitsProcessor"})):
+        used.clear()
+        training = {"method": method, "max_steps": 1}
+        run = Run(qwen, tmp_path / str(len(trl)), training=training, trl=trl, sampling={"temperature": 0.5})
+        run.model.generation_config.update(repetition_penalty=20.0, min_p=0.9, no_repeat_ngram_size=1)
+        run.train()
+        kinds = {type(one).__name__: one for one in used}
+        assert set(kinds) - {"MinPLogitsWarper"} == {"TemperatureLogitsWarper", *names}
+        assert "MinPLogitsWarper" not in kinds or kinds["MinPLogitsWarper"].min_p == 0
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_a_loss_on_the_routing_counts_once_a_step_however_many_passes_it_has(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -348,9 +372,13 @@ def test_too_few_examples_for_one_generation_are_refused_by_the_plan(tmp_path: P
 
 
 def test_sampling_draws_what_the_model_says(qwen: Path, tmp_path: Path) -> None:
-    """How often the likeliest tokens come first in many draws, against the softmax at that temperature."""
+    """How often the likeliest tokens come first in many draws, against the softmax at that temperature.
+
+    Some checkpoints ship a generation_config.json that bends what is drawn.
+    """
     sampling = {"completions": 1024, "max_new_tokens": 1, "temperature": 0.5}
     run = Run(qwen, tmp_path, training={"method": "rejection"}, sampling=sampling)
+    run.model.generation_config.update(repetition_penalty=20.0, min_p=0.9, no_repeat_ngram_size=1)
     example = EXAMPLES[0]
     drawn = draw(cast(Any, run.model), run.tokenizer, [example], run.recipe.sampling, rows=64, seed=1)[0]
     assert len(drawn) == 1024 and run.model.training
