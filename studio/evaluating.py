@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
+READ = ("data", "training", "rewards", "sampling")
+"""Sections of a job's recipe that say how it is measured."""
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -88,7 +91,11 @@ def _recipe(
     values: dict[str, Any] = {"model": model, "data": {"train": "unused"}, "output": {"dir": "unused"}}
     job = origin.job.recipe() if origin.job else None
     if job:
-        values = {**job.model_dump(mode="json", include={"data", "training", "rewards", "sampling"}), **values, "model": model}
+        values = {
+            **job.model_dump(mode="json", include={"data", "training", "rewards", "sampling"}),
+            **values,
+            "model": model,
+        }
         values["data"] = job.data.model_dump(mode="json")
     settings = job.evaluation.model_dump(mode="json") if job else {}
     settings |= {"tasks": list(tasks), "gate": [], "every_steps": None}

@@ -97,9 +97,8 @@ def evaluate(
     model.train(was_training)
     references = tuple(wanted(tokenizer, example) if example.completion else "" for example in examples)
     prompts = tuple(prompt_text(example) for example in examples)
-    compared = [
-        pair for pair, example in zip(zip(answers, references, strict=True), examples, strict=True) if example.completion
-    ]
+    answered = zip(answers, references, examples, strict=True)
+    compared = [(answer, reference) for answer, reference, example in answered if example.completion]
     measures = _measures(losses, answers, compared, fits_schema)
     match = measures.get("exact_match")
     exact_match = match.metric.value if match else None

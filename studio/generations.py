@@ -79,7 +79,7 @@ def check_prompts(recipe: Recipe, train: Sequence[Row], held_out: Sequence[Row])
     prompts = [row for row in train if isinstance(row, Example) and not row.completion]
     problems = []
     if prompts and (recipe.data.drop_easiest or recipe.data.drop_hardest):
-        said = "is a prompt alone, which has no loss; data.drop_easiest and drop_hardest choose by the loss, leave them out"
+        said = "is a prompt alone and has no loss; leave out data.drop_easiest and drop_hardest, which choose by it"
         problems.append(problem_of(prompts[0], "", said))
     if recipe.evaluation.every_steps and held_out and not wanted_sequences(held_out):
         said = "is a prompt alone, as all held-out rows are; evaluation.every_steps measures a loss, leave it out"

@@ -37,7 +37,7 @@ from studio.packed_plan import check_packing, packed_rows, packs
 from studio.placing import coverage, plan_placement
 from studio.quantities import as_bytes
 from studio.recipe import Recipe
-from studio.rewards import check_rewards
+from studio.rewards import check_rewards, models_bytes
 from studio.rewards.programs import missing_protections
 from studio.shapes import published_shape
 from studio.starting import continued, differing_ranks, reference_parameters
@@ -164,7 +164,8 @@ def make_plan(
     trainable = sum(entry.trainable_parameters for entry in classes)
     parameters = sum(entry.parameters for entry in classes)
     weights_bytes = sum(entry.bytes for entry in classes)
-    path, memory, at_hand = _choose_path(recipe, base, placement, max(lengths), weights_bytes, trainable)
+    held_bytes = weights_bytes + models_bytes(recipe)
+    path, memory, at_hand = _choose_path(recipe, base, placement, max(lengths), held_bytes, trainable)
     return Plan(
         model=base.name,
         model_type=base.layout.model_type,

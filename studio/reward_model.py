@@ -98,7 +98,8 @@ def load_reward_head(model: Any, directory: Path) -> None:
         names, reads = list(file.keys()), (file.metadata() or {}).get("reads")
         weight = file.get_tensor("weight") if names == ["weight"] else torch.empty(0)
     if names != ["weight"] or reads != READS:
-        raise AdapterFileError(f"{path}: received {names} that reads {reads!r}; expected one weight that reads {READS!r}")
+        expected = f"expected one weight that reads {READS!r}"
+        raise AdapterFileError(f"{path}: received {names} that reads {reads!r}; {expected}")
     set_reward_head(model, weight, path)
 
 

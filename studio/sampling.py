@@ -17,8 +17,8 @@ from studio.recipe_training import SamplingSettings
 Progress = Callable[[int, int], None]
 
 AS_IT_IS: dict[str, Any] = {"min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Options of a generation that a checkpoint's generation_config.json may set, so that what is drawn is not what the model
-says; with these values they do nothing."""
+"""Options of a generation that a checkpoint's generation_config.json may set, so that what is drawn is not what the
+model says; with these values they do nothing."""
 
 
 @dataclass(frozen=True)

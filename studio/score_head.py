@@ -1,14 +1,15 @@
 """The head of a reward model in a merged model directory.
 
-    model-0000N-of-0000N.safetensors or reward-head.safetensors     "score.weight" (1, hidden) float32, named in the index
-    config.json       "reward_head": {"tensor": "score.weight", "reads": "last token"}, for studio/rewards/scorer.py; and,
-                      where transformers has a sequence-classification class for the family, that class with one label:
-                      AutoModelForSequenceClassification.from_pretrained(DIRECTORY) then gives the score as its logit
+    reward-head.safetensors   "score.weight" (1, hidden) float32, named in model.safetensors.index.json
+    model-body.safetensors    what was model.safetensors, of a base in one file
+    config.json               "reward_head": {"tensor": "score.weight", "reads": "last token"}, for the studio; where
+                              transformers has a sequence-classification class for the family, that class with one
+                              label: AutoModelForSequenceClassification.from_pretrained(DIRECTORY) gives the score
 
-score = weight · hidden state of the conversation's last token, after the decoder's final norm. transformers takes for the
-last token the last one that is not config.json's pad_token_id. Where conversations may end with that very token,
-pad_token_id is null in the merged config: transformers then scores one conversation at a time, instead of reading
-the wrong token.
+score = weight · hidden state of the conversation's last token, after the decoder's final norm. transformers takes for
+the last token the last one that is not config.json's pad_token_id. Where conversations end with that very token,
+pad_token_id is null in the merged config: transformers then scores one conversation at a time, instead of reading the
+wrong token.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def add_head(directory: Path, adapter: Path) -> dict[str, Any]:
     """Writes the head of `adapter` into the merged model in `directory`.
 
     Returns:
-        {"class": transformers' class that loads the directory, None where the family has none; "renamed": {file: name}}.
+        {"class": transformers' class that loads the directory, None where there is none; "renamed": {file: new name}}.
     """
     from safetensors.torch import load_file, save_file
 

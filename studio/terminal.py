@@ -332,7 +332,7 @@ def merge_view(report: dict[str, Any]) -> RenderableType:
         lines.append(f"Change of a tensor, ‖Δ‖ / ‖W‖: {relative[len(relative) // 2]:.2%}, at most {relative[-1]:.2%}")
     if head := report.get("head"):
         loads = f"transformers loads it as {head['class']}" if head["class"] else "transformers has no class for it"
-        lines.append(f"Reward model: score.weight beside the weights; {loads}. As a reward: job: {clean(str(report['out']))}")
+        lines.append(f"Reward model: score.weight beside the weights; {loads}; rewards[].job reads this folder, too")
     if report["resumed"]:
         lines.append(f"{report['resumed']} of {report['files']} weight files were there from a merge that was killed")
     return Text("\n".join([*lines, *(f"Warning: {clean(warning)}" for warning in report["warnings"])]))

@@ -370,10 +370,16 @@ def _answer(number: int, entry: dict[str, str]) -> Markup:
         "article",
         el("p", entry["prompt"].strip(), cls="prompt"),
         el("div", *(_side(side, entry[side].strip(), reference) for side in ("base", "tuned")), cls="sides"),
-        *([el("div", el("span", "Reference", cls="side-name"), el("pre", reference), cls="wanted")] if reference else []),
+        *_reference(reference),
         cls="card answer",
         aria_label=f"Answer {number}",
     )
+
+
+def _reference(reference: str) -> list[Markup]:
+    """Nothing of a prompt alone."""
+    shown = el("div", el("span", "Reference", cls="side-name"), el("pre", reference), cls="wanted")
+    return [shown] if reference else []
 
 
 def _side(side: str, answer: str, reference: str) -> Markup:

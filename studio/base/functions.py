@@ -2,7 +2,7 @@
 
     python -m studio.base.functions --out recipes/data
 
-The base has seen such code and such requests, but no argument with one of these names, and it likes to write one that it
+The base has seen such code and such requests, but no argument with one of these names, and likes to write one that it
 knows instead. Nothing says what the right answer is but the tests, which the program of an answer must survive. No
 function comes twice.
 """

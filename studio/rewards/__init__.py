@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from studio.data.lengths import problem_of
 from studio.data.rows import Example
 from studio.errors import SHOWN_PROBLEMS, DataError, Problem
-from studio.rewards.model import check_reward_model, reward_model
+from studio.rewards.model import check_reward_model, held_bytes, reward_model
 from studio.rewards.programs import code
 from studio.rewards.schemas import json_schema
 from studio.rewards.scoring import Attempt, Reward, Score, Scored, answer_of, score_all
@@ -35,6 +35,7 @@ __all__ = [
     "Scored",
     "answer_of",
     "check_rewards",
+    "models_bytes",
     "rewards_of",
     "score_all",
     "unknown_option",
@@ -112,6 +113,11 @@ def check_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:
         raise DataError(problems[:SHOWN_PROBLEMS], max(0, len(problems) - SHOWN_PROBLEMS))
 
 
+def models_bytes(recipe: Recipe) -> int:
+    """What the reward models of a recipe take in memory beside the model in training."""
+    return sum(held_bytes(job) for job in {settings.job for settings in recipe.rewards} if job is not None)
+
+
 def _row_problems(settings: RewardSettings, rows: Sequence[Example]) -> list[Problem]:
     """What is wrong with the rows for a reward."""
     function = settings.function
@@ -132,7 +138,7 @@ def _row_problems(settings: RewardSettings, rows: Sequence[Example]) -> list[Pro
 def _half_tested(rows: Sequence[Example]) -> list[Problem]:
     """Rows without tests, where others have some: their reward would mean another thing."""
     without = [row for row in rows if not row.tests]
-    said = 'has no "tests", while other rows have; give tests to every row or to none, or some for all as rewards[].tests'
+    said = 'has no "tests", while other rows have; give tests to every row or to none, or to all as rewards[].tests'
     return [] if len(without) == len(rows) else [problem_of(row, "tests", said) for row in without]
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.checkpoint import read_json_object
+from adapters.checkpoint import read_index, read_json_object
 from studio.data.rows import Example, Message
 from studio.errors import CheckpointError, JobError, RewardError
 from studio.jobs import open_job
@@ -61,6 +61,17 @@ def is_merged(directory: Path) -> bool:
         return False
 
 
+def held_bytes(directory: Path) -> int:
+    """What the weights of a reward model take in memory, about.
+
+    Raises:
+        StudioError: it is not there.
+    """
+    if is_merged(directory):
+        return sum(info.size_bytes for info in read_index(directory).values())
+    return open_job(directory).plan().bytes
+
+
 def check_reward_model(settings: RewardSettings) -> None:
     """Looks for the job, its adapter and its head, without loading any.
 
@@ -76,6 +87,6 @@ def check_reward_model(settings: RewardSettings) -> None:
         raise RewardError(f"reward_model: {error}") from None
     if not (job.path / "adapter" / REWARD_HEAD).is_file():
         raise RewardError(
-            f"reward_model: {job.path / 'adapter'} holds no {REWARD_HEAD}; expected the finished job of a reward model, or "
-            "what studio merge makes of one"
+            f"reward_model: {job.path / 'adapter'} holds no {REWARD_HEAD}; expected the finished job of a reward "
+            "model, or what studio merge makes of one"
         )

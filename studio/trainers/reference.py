@@ -53,11 +53,11 @@ class Reference(nn.Module):
         self._start = [(parameter, parameter.detach().clone()) for parameter in trained]
 
     @contextmanager
-    def as_it_began(self) -> Iterator[PeftModel]:
-        """The policy, which inside is the reference."""
+    def as_it_began(self) -> Iterator[None]:
+        """Inside, the policy is the reference."""
         policy = self._policy[0]
         with evaluation_mode(policy), self._put_in_place() if self._start else policy.disable_adapter():
-            yield policy
+            yield
 
     @contextmanager
     def _put_in_place(self) -> Iterator[None]:
@@ -72,15 +72,15 @@ class Reference(nn.Module):
 
     def base_model(self, *args: Any, **inputs: Any) -> Any:
         """The decoder's output."""
-        with self.as_it_began() as policy:
-            return decoder_and_head(policy)[0](*args, **inputs)
+        with self.as_it_began():
+            return decoder_and_head(self._policy[0])[0](*args, **inputs)
 
     def get_output_embeddings(self) -> nn.Module:
         return cast(nn.Module, self._policy[0].get_base_model().get_output_embeddings())
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        with self.as_it_began() as policy:
-            return policy(*args, **inputs)
+        with self.as_it_began():
+            return self._policy[0](*args, **inputs)
 
 
 def as_reference(policy: PeftModel, recipe: Recipe) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from studio.data.curriculum import in_training_order
 from studio.errors import DataError
 from studio.jobs import Job
 from studio.placing import plan_placement
-from studio.plan import Plan, recipe_base, row_tokens
+from studio.plan import recipe_base, row_tokens
 from studio.recipe import Recipe, load_recipe
 from studio.trainers import sft
 from studio.trainers.common import StudioTrainer, streamed_rows

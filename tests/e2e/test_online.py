@@ -254,7 +254,10 @@ def test_a_checkpoints_generation_config_does_not_bend_what_is_learned_from(
         return found
 
     monkeypatch.setattr(GenerationMixin, "_get_logits_processor", keep)
-    for trl, names in (({}, set()), ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, {"NoRepeatNGramLogitsProcessor"})):
+    for trl, names in (
+        ({}, set()),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, {"NoRepeatNGramLogitsProcessor"}),
+    ):
         used.clear()
         training = {"method": method, "max_steps": 1}
         run = Run(qwen, tmp_path / str(len(trl)), training=training, trl=trl, sampling={"temperature": 0.5})
@@ -455,7 +458,7 @@ def test_a_job_learns_from_prompts_alone_by_the_tests_that_their_programs_pass(t
     """The shipped recipe, shortened: no row has a completion, and each reward is what the tests say of that program."""
     recipe = yaml.safe_load((REPOSITORY / "recipes" / "embedded-grpo-code.yaml").read_text())
     recipe["data"] |= {name: str(REPOSITORY / "recipes" / recipe["data"][name]) for name in ("train", "eval")}
-    recipe["training"] |= {"max_steps": 2, "batch_size": 16}
+    recipe["training"] |= {"max_steps": 2}
     recipe["evaluation"] |= {"examples": 6, "generations": 2}
     recipe["output"] = {"dir": str(tmp_path / "job")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

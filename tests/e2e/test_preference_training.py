@@ -261,7 +261,8 @@ def test_labelled_rows_are_measured_by_what_the_model_adds_to_the_base(base: Pat
     scores = torch.cat([rewards["chosen"], rewards["rejected"]])
     assert scores.abs().min() > 1e-3 and (scores > scores.median()).sum() == 4
     for flips in ((), (0, 5), (1, 2, 4)):
-        rows = [replace(cast(Labelled, row), label=cast(Labelled, row).label ^ (n in flips)) for n, row in enumerate(LABELLED)]
+        given = cast(list[Labelled], LABELLED)
+        rows = [replace(row, label=row.label ^ (n in flips)) for n, row in enumerate(given)]
         labels = torch.tensor([row.label for row in rows])
         found = evaluate_labels(run.model, run.tokenizer, rows, **sizes)
         wins = (scores[labels][:, None] > scores[~labels][None, :]).double().mean()

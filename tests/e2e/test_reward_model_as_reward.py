@@ -101,6 +101,10 @@ def test_a_merged_reward_model_scores_as_its_adapter_does(family: str, tmp_path:
     texts = [(row.prompt[-1].content, f"{row.completion[0].content} {'and ' * n}") for n, row in enumerate(EXAMPLES)]
     attempts = [Attempt(text, row) for (_, text), row in zip(texts, EXAMPLES, strict=True)]
     wanted = stock_scores(base, job, texts)
+    plain, beside = (make_plan(recipe_for(base, tmp_path, rewards=rewards)).memory for rewards in (
+        [{"function": "regex", "pattern": "a"}], [{"function": "reward_model", "job": str(job.path)}]
+    ))  # fmt: skip
+    assert beside.weights_bytes - plain.weights_bytes == job.plan().bytes > 0
     assert REWARDS["reward_model"].build(settings)(attempts) == pytest.approx(wanted, abs=2e-4)
     if family == "llama4_text":
         return
@@ -167,7 +171,8 @@ def test_a_reward_job_is_the_reward_of_a_grpo_job_on_prompts_alone(tmp_path: Pat
     samples = read_json_lines(tmp_path / "g" / "samples.jsonl")
     texts = [(sample["prompt"], sample["completion"]) for sample in samples]
     assert len(samples) == 2 * 4
-    assert [s["reward"] for s in samples] == pytest.approx(stock_scores(base, open_job(tmp_path / "r"), texts), abs=2e-4)
+    wanted = stock_scores(base, open_job(tmp_path / "r"), texts)
+    assert [sample["reward"] for sample in samples] == pytest.approx(wanted, abs=2e-4)
     after = json.loads(run.stdout)["result"]["after"]
     assert after["loss"] is None and set(after["metrics"]) == {"reward", "reward/reward_model"}
 

@@ -217,7 +217,7 @@ def test_what_the_files_lack_is_refused_with_the_plan(tmp_path: Path) -> None:
     assert "is no JSON object" in refused(f"[{{function: json_schema, json_schema: '{tmp_path}/list.json'}}]")
     assert "reward_model" in refused(f"[{{function: reward_model, job: '{tmp_path}/none'}}]")
     data.write_text('{"prompt": "a", "completion": "{\\"x\\": 1}"}\n' * 7 + '{"prompt": "a", "completion": "b"}\n')
-    assert "rows.jsonl: 1 problem\n  - line 8: its completion is no JSON object" in refused("[{function: json_fields}]", DataError)
+    assert "1 problem\n  - line 8: its completion is no JSON object" in refused("[{function: json_fields}]", DataError)
     tested = '{"prompt": "a", "completion": "b", "tests": ["assert f() == 1"]}\n'
     data.write_text(tested + '{"prompt": "a", "completion": "b"}\n' * 7)
     assert 'line 2, tests: has no "tests"' in refused("[{function: code}]", DataError)
@@ -268,10 +268,10 @@ def test_a_prompt_alone_cannot_be_learned_and_sft_says_so() -> None:
 
 def test_prompts_alone_are_refused_by_rewards_that_compare_and_read_by_all_others(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
-    data.write_text(f'{{"prompt": "a", "completion": "{{}}"}}\n' + '{"prompt": "a"}\n' * 7)
+    data.write_text('{"prompt": "a", "completion": "{}"}\n' + '{"prompt": "a"}\n' * 7)
     sizes = "sampling: {completions: 4}"
     for function in ("exact_match", "json_fields"):
-        with pytest.raises(DataError, match=rf"line 2: is a prompt alone.*{function} compares.*take one of json_schema"):
+        with pytest.raises(DataError, match=rf"line 2: is a prompt alone.*{function} compares.*one of json_schema"):
             make_plan(recipe_with(f"[{{function: {function}}}]", data, sizes))
     others = "{function: regex, pattern: a}, {function: json_schema, json_schema: {}}, {function: thinking}"
     others = f"[{others}, {{function: length, longest_characters: 9}}, {{function: code}}]"
@@ -280,11 +280,11 @@ def test_prompts_alone_are_refused_by_rewards_that_compare_and_read_by_all_other
     choosing = recipe_with(others, data, sizes)
     held_out = choosing.model_copy(update={"evaluation": choosing.evaluation.model_copy(update={"every_steps": 1})})
     rows = read_rows(data, METHODS["grpo"].rows)
-    with pytest.raises(DataError, match="line 2: is a prompt alone.*every_steps measures a loss"):
+    with pytest.raises(DataError, match=r"line 2: is a prompt alone.*every_steps measures a loss"):
         check_prompts(held_out, rows, rows[1:])
     check_prompts(held_out, rows, rows)  # one of them has a completion
     easiest = choosing.model_copy(update={"data": choosing.data.model_copy(update={"drop_easiest": 0.5})})
-    with pytest.raises(DataError, match="line 2: is a prompt alone.*drop_easiest"):
+    with pytest.raises(DataError, match=r"line 2: is a prompt alone.*drop_easiest"):
         check_prompts(easiest, rows, [])
 
 
@@ -294,7 +294,7 @@ def test_what_no_prompt_answers_is_no_reference(tmp_path: Path) -> None:
     assert as_sample(sample) == {
         "prompt": "ask", "completion": "yes", "reference": None, "reward": 1.0, "rewards": {"regex": 1.0}
     }  # fmt: skip
-    with pytest.raises(RewardError, match="is a prompt alone.*no reference"):
+    with pytest.raises(RewardError, match=r"is a prompt alone.*no reference"):
         reward("exact_match")([Attempt("", alone)])
 
 
