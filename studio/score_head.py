@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import read_index, read_json_object
-from adapters.tensor_files import read_tensor
 from adapters.verify import Check
-from adapters.verify.model_files import check_whole
 from studio.methods import REWARD_HEAD
 
 INDEX = "model.safetensors.index.json"
@@ -86,6 +84,9 @@ def stock_class(model_type: str) -> str | None:
 def check_head(directory: Path, adapter: Path) -> list[Check]:
     """Whether the directory is whole with its head, and that is the trained one, bit for bit."""
     from safetensors.torch import load_file
+
+    from adapters.tensor_files import read_tensor
+    from adapters.verify.model_files import check_whole
 
     whole = check_whole(directory)
     if whole.status == "failed":

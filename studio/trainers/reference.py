@@ -76,7 +76,7 @@ class Reference(nn.Module):
             return decoder_and_head(self._policy[0])[0](*args, **inputs)
 
     def get_output_embeddings(self) -> nn.Module:
-        return cast(nn.Module, self._policy[0].get_base_model().get_output_embeddings())
+        return cast(nn.Module, cast(Any, self._policy[0].get_base_model()).get_output_embeddings())
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
         with self.as_it_began():
