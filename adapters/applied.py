@@ -18,23 +18,34 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters.adapter_files import AdapterFile, ExpertFactors, LinearFactors, read_adapter
+from adapters.adapter_files import AdapterFile, ExpertFactors, LinearFactors, read_adapter, without_start
 from adapters.errors import AdapterFileError
 from adapters.layouts import PROJECTIONS, layout_for
 from adapters.lora_products import LoraRanks
 from adapters.routed import RoutedExperts
+from adapters.sidecar import read_sidecar
 
 
 class AppliedAdapter:
     """The adapter in `directory` on `model`: on inside a `with` block, off outside.
 
+    Args:
+        model: the base as training held it.
+
     Raises:
-        AdapterFileError: it cannot be read, or names modules that this model does not have.
+        AdapterFileError: it cannot be read, is a DoRA, or names modules that this model does not have.
     """
 
     def __init__(self, model: PreTrainedModel, directory: Path):
         layout = layout_for(model.config.model_type)
-        found = read_adapter(directory, layout)
+        found, sidecar = read_adapter(directory, layout), read_sidecar(directory)
+        if any(factors.magnitude is not None for factors in found.linear.values()):
+            raise AdapterFileError(
+                f"{directory} is a DoRA, which changes what its weights multiply and is not applied beside them; measure "
+                "the merged model (studio merge)"
+            )
+        if sidecar is not None and sidecar.start == "loftq" and sidecar.held_quantized:
+            found = without_start(found, layout)  # which the quantised base has lost
         modules = dict(model.named_modules())
         linear = {layout.model_key(key) or key: factors for key, factors in found.linear.items()}
         names = {name: name.removesuffix(".weight") for name in linear}

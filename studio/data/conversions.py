@@ -62,7 +62,8 @@ def from_prompt_completion(values: Values) -> Row:
 def _prompt_and_completion(values: Values) -> tuple[str, Any, str]:
     """(prompt's column, its value, completion's column), with both said where both are missing."""
     if missing := [ours for ours, names in _PAIR if not first_of(values, (ours, *names))]:
-        raise RowProblems(*((name, "is missing") for name in missing))
+        alone = "; prompts alone are for grpo, rloo and rejection" if missing == ["completion"] else ""
+        raise RowProblems(*((name, f"is missing{alone}") for name in missing))
     prompt = one_of(values, PROMPTS, "prompt")
     return prompt, values[prompt], one_of(values, COMPLETIONS, "completion")
 

@@ -12,8 +12,7 @@ from adapters.checkpoint import read_index, read_json_object
 from adapters.layouts import layout_for
 from adapters.loading import load_base
 from adapters.tensor_files import read_tensor
-from adapters.verify.peft_reading import PeftReading
-from adapters.verify.reference import put_on
+from adapters.verify.reference import put_on, reading_on
 from studio.base_model import load_recipe_base, load_tokenizer
 from studio.data import Example
 from studio.encoding import template
@@ -36,7 +35,9 @@ def scorer(directory: Path) -> Scorer:
     recipe = job.recipe()
     model, tokenizer = load_recipe_base(recipe)
     adapter = job.path / "adapter"
-    put_on(model, PeftReading(adapter, resolve_base(recipe.model.base)), layout_for(model.config.model_type))
+    held = {"quantization": recipe.model.quantization} if recipe.model.quantization != "none" else None
+    layout = layout_for(model.config.model_type)
+    put_on(model, reading_on(adapter, resolve_base(recipe.model.base), layout, held), layout)
     load_reward_head(model, adapter)
     return _scorer_of(model, tokenizer)
 

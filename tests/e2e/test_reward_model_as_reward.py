@@ -14,12 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from adapters.applied import AppliedAdapter
 from adapters.fingerprint import file_sha256
 from adapters.loading import load_base
 from adapters.lora import attach
 from adapters.peft_files import save_adapter
 from studio.data import read_examples
-from studio.errors import RewardError
+from studio.encoding import template
+from studio.errors import AdapterFileError, RewardError
 from studio.job_files import read_json_lines
 from studio.jobs import Job, create_job, open_job
 from studio.merging import merge
@@ -27,7 +29,7 @@ from studio.methods import REWARD_HEAD
 from studio.placing import plan_placement
 from studio.plan import make_plan, recipe_base
 from studio.recipe_training import RewardSettings
-from studio.reward_model import add_reward_head, save_reward_head
+from studio.reward_model import RewardModel, add_reward_head, save_reward_head
 from studio.rewards import REWARDS, Attempt
 from studio.rewards.model import check_reward_model, load_scorer
 from studio.score_head import WRITTEN
@@ -37,21 +39,31 @@ from tests.e2e.test_online import recipe_for
 EXAMPLES = read_examples(TICKETS / "tickets-eval.jsonl")[:20]
 
 
-def reward_job(base: Path, folder: Path) -> Job:
-    """The directory of a finished job, with an adapter and a head whose weights are not those they began with."""
-    recipe = recipe_for(base, folder, model={"quantization": "none"})
+def reward_job(base: Path, folder: Path, models: list[Any] | None = None, **sections: Any) -> Job:
+    """The directory of a finished job, with an adapter and a head whose weights are not those they began with.
+
+    The model that was trained is put into `models`.
+    """
+    recipe = recipe_for(base, folder, **{"model": {"quantization": "none"}, **sections})
     job, lock = create_job(recipe, make_plan(recipe), {})
     os.close(lock)
     placement = plan_placement(recipe, recipe_base(recipe))
-    model = attach(load_base(base, quantize="none", dtype=torch.float32), placement)
+    model = attach(load_base(base, quantize=recipe.model.quantization, dtype=torch.float32), placement, base=base)
     add_reward_head(model)
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    save_adapter(model, placement, job.path / "adapter", base_name=str(base), base=base, held=None)
+                parameter.add_(torch.randn(parameter.shape), alpha=0.1) if "magnitude" in name else parameter.normal_(
+                    std=0.1
+                )
+    held = (
+        None if recipe.model.quantization == "none" else {"quantization": recipe.model.quantization, "dtype": "float32"}
+    )
+    save_adapter(model, placement, job.path / "adapter", base_name=str(base), base=base, held=held)
     save_reward_head(model, job.path / "adapter")
+    if models is not None:
+        models.append(model.eval())
     return job
 
 
@@ -115,6 +127,30 @@ def test_a_merged_reward_model_scores_as_its_adapter_does(family: str, tmp_path:
     assert stock.config.num_labels == 1 and stock.config.id2label == {0: "reward"}
     with torch.no_grad():
         assert stock(**batch).logits[:, 0].tolist() == pytest.approx(wanted, abs=2e-4)
+
+
+@pytest.mark.parametrize("method", [{"init": "loftq"}, {"init": "pissa"}, {"dora": True, "routed_experts_rank": 0}])
+def test_a_reward_model_scores_as_in_training_whatever_its_adapter_is(method: dict[str, Any], tmp_path: Path) -> None:
+    base = build_base("llama4_text", tmp_path / "llama4_text")
+    rule = {"placement": {"rule": "shared"}} if "dora" in method else {}
+    models: list[Any] = []
+    job = reward_job(base, tmp_path, models, model={"quantization": "nf4"}, adapter=method, **rule)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    attempts = [Attempt(row.completion[0].content, row) for row in EXAMPLES[:4]]
+    wanted = []
+    for row in EXAMPLES[:4]:
+        ids = torch.tensor([template(tokenizer, row, row.turns, add_generation_prompt=False)])
+        with torch.no_grad():
+            wanted.append(float(RewardModel(models[0])(ids, torch.ones_like(ids)).logits))
+    found = REWARDS["reward_model"].build(RewardSettings(function="reward_model", job=job.path))(attempts)
+    assert found == pytest.approx(wanted, abs=2e-3)
+    fresh, adapter = load_base(base, quantize="nf4", dtype=torch.float32), job.path / "adapter"
+    if "dora" in method:  # as `studio evaluate` has it on the base that training held
+        with pytest.raises(AdapterFileError, match="is a DoRA"):
+            AppliedAdapter(fresh, adapter)
+        return
+    with torch.no_grad(), AppliedAdapter(fresh, adapter):
+        torch.testing.assert_close(fresh(ids).logits, models[0](ids).logits, atol=2e-3, rtol=1e-3)
 
 
 def test_what_a_killed_merge_left_of_a_head_is_no_part_of_the_next(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_a_prompt_alone_is_a_row_where_the_model_answers_itself(values: dict[str
 
 
 def test_a_prompt_alone_cannot_be_learned_and_sft_says_so() -> None:
-    with pytest.raises(RowProblems, match="completion"):
+    with pytest.raises(RowProblems, match="is missing; prompts alone are for grpo"):
         convert({"prompt": "ask"}, METHODS["sft"].rows)
     with pytest.raises(RowProblems, match="needs a user turn and, last, an assistant turn"):
         convert({"messages": [{"role": "user", "content": "ask"}]}, METHODS["sft"].rows)
