@@ -16,7 +16,7 @@ def auc(wanted: Sequence[float], unwanted: Sequence[float]) -> Measure | None:
     """Of the pairs of a wanted and an unwanted row the share in which the wanted one scores higher; a tie counts half.
 
     With the interval of Newcombe (2006, Stat. Med. 25, 559-573, method 5), which inverts the score test and is not
-    empty where all pairs are right. Where all rows score alike, as those of a base against itself, it is 0.5 and has none.
+    empty where all pairs are right. Where all rows score alike, as a base does against itself, it is 0.5 and has none.
 
     Returns:
         None where one of the sides is empty.
