@@ -41,8 +41,8 @@ class AppliedAdapter:
         found, sidecar = read_adapter(directory, layout), read_sidecar(directory)
         if any(factors.magnitude is not None for factors in found.linear.values()):
             raise AdapterFileError(
-                f"{directory} is a DoRA, which scales the weights themselves and is not applied beside them; measure the "
-                "merged model (studio merge)"
+                f"{directory} is a DoRA, which scales the weights themselves and is not applied beside them; measure "
+                "the merged model (studio merge)"
             )
         if sidecar is not None and sidecar.start == "loftq" and sidecar.held_quantized:
             found = without_start(found, layout)  # which the quantised base has lost
