@@ -203,6 +203,15 @@ def test_rewards_without_a_method_that_samples_are_refused() -> None:
         parse_recipe("data: {train: a}\noutput: {dir: b}\nrewards: [{function: exact_match}]")
 
 
+def test_dropout_is_refused_where_it_would_be_taken_for_a_change_of_the_policy() -> None:
+    """With 0.1, 37 % of the sequences were clipped in the first step of RLOO, and none without."""
+    recipe = "data: {{train: a}}\noutput: {{dir: b}}\nadapter: {{dropout: 0.1}}\ntraining: {{method: {}}}\n"
+    recipe += "rewards: [{{function: exact_match}}]"
+    with pytest.raises(RecipeError, match="dropout is not 0, and rloo compares"):
+        parse_recipe(recipe.format("rloo"))
+    assert parse_recipe(recipe.format("grpo")).adapter.dropout == 0.1
+
+
 def test_what_the_files_lack_is_refused_with_the_plan(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "{\\"x\\": 1}"}\n' * 8)
