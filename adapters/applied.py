@@ -35,17 +35,17 @@ class AppliedAdapter:
     """The adapter in `directory` on `model`: on inside a `with` block, off outside.
 
     Args:
-        quantized: the base is held as it was in training, quantised.
+        model: the base as training held it.
 
     Raises:
-        AdapterFileError: it cannot be read, or names modules that this model does not have.
+        AdapterFileError: it cannot be read, is a DoRA, or names modules that this model does not have.
     """
 
-    def __init__(self, model: PreTrainedModel, directory: Path, quantized: bool = True):
+    def __init__(self, model: PreTrainedModel, directory: Path):
         layout = layout_for(model.config.model_type)
         found, sidecar = read_adapter(directory, layout), read_sidecar(directory)
-        if quantized and sidecar and sidecar.start == "loftq":
-            found = without_start(found, layout)
+        if sidecar is not None and sidecar.start == "loftq" and sidecar.held_quantized:
+            found = without_start(found, layout)  # which the quantised base has lost
         modules = dict(model.named_modules())
         linear = {layout.model_key(key) or key: found.linear[key] for key in found.linear}
         names = {name: name.removesuffix(".weight") for name in linear}

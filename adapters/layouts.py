@@ -208,8 +208,8 @@ class ExpertLayout:
     def model_key(self, key: str) -> str | None:
         """The name in the stock model of the checkpoint's tensor `key`; of one expert, its fused stack's.
 
-        None for what is no part of the language model: a vision tower, layers for multi-token prediction. Names of the
-        stock model are returned as they are.
+        None for what is no part of the language model: a vision tower, layers for multi-token prediction, the head of a
+        merged reward model. Names of the stock model are returned as they are.
         """
         if self._ignored.search(key):
             return None
@@ -222,7 +222,7 @@ class ExpertLayout:
 
     @cached_property
     def _ignored(self) -> re.Pattern[str]:
-        return re.compile("|".join((*self.ignored, r"\.rotary_emb\.inv_freq$")))
+        return re.compile("|".join((*self.ignored, r"\.rotary_emb\.inv_freq$", r"^score\.weight$")))
 
     @cached_property
     def _expert(self) -> re.Pattern[str]:

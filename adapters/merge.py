@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def merge_adapter(
         dtype: of the merged weights; None keeps each tensor's own.
         held: merge into the base as training held it, quantised; None merges into the base's own weights.
         progress: called with (bytes written, bytes in all).
-        check: called with the folder before it appears under its name; what it raises leaves nothing.
+        check: called with the folder before it appears under its name; what it raises leaves nothing. It may add files.
 
     Raises:
         AdapterFileError: the adapter does not fit the base; all misfits are listed.
@@ -99,9 +99,10 @@ def merge_adapter(
     plan = _plan(adapter, held)
     with new_directory(out, overwrite, resume=True) as directory:
         written = _Writing(merged, directory, dtype, plan).write(progress)
+        report = written.report(directory)
         if check:
             check(directory)
-    return written.report(out)
+    return replace(report, out=out)
 
 
 def write_safetensors(

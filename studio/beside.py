@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.checkpoint import read_index
 from studio.jobs import open_job
 from studio.models import compute_dtype, resolve_base
 from studio.placing import read_placement
 from studio.recipe import Recipe
 from studio.recipe_model import ModelSettings
-from studio.weights import HeldAs, base_in, start_parameters, tensor_classes
+from studio.rewards.model import is_merged
+from studio.weights import BYTES, HeldAs, base_in, start_parameters, tensor_classes
 
 LM_EVAL_BYTES = 30_000_000
 LM_EVAL_NAMES_BYTES = 75_000_000
@@ -48,7 +50,10 @@ def held_as(model: ModelSettings) -> HeldAs:
 
 
 def _reward_model_bytes(directory: Path) -> int:
-    """Base and adapter of a finished job, the adapter in float32; its head is one row, and not worth counting."""
+    """Base and adapter of a finished job, the adapter in float32, or a merged model; the head is one row, and not worth
+    counting."""
+    if is_merged(directory):
+        return sum(info.parameters for info in read_index(directory).values()) * BYTES[compute_dtype("auto")]
     job = open_job(directory)
     recipe, placement = job.recipe(), read_placement(job.path / "placement.json")
     base = base_in(resolve_base(recipe.model.base), recipe.model.base)

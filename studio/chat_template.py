@@ -188,7 +188,7 @@ class TemplateRenderer:
 
 @dataclass(frozen=True)
 class Rendered:
-    """One sequence as text: the prompt up to where the answer starts, and the whole."""
+    """One sequence as text: the prompt up to where the answer starts, and the whole; of a prompt alone both are it."""
 
     prompt: str
     whole: str
@@ -209,6 +209,8 @@ def rendered(renderer: TemplateRenderer, sequence: Encodable) -> Rendered:
 
 def _rendered(renderer: TemplateRenderer, prompt: list[Any], completion: list[Any], tools: Sequence[Any]) -> Rendered:
     asked = renderer.render(prompt, tools, answer=True)
+    if not completion:
+        return Rendered(asked, asked)
     whole = renderer.render([*prompt, *completion], tools)
     if not whole.startswith(asked):
         problem = (

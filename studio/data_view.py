@@ -79,6 +79,7 @@ def _format(report: DataReport) -> Text:
 
 def _kinds(report: DataReport) -> list[str]:
     names = {"example": "conversation", "text": "text", "preference": "pair", "labelled": "labelled completion"}
+    names["prompt"] = "prompt"
     return [f"{count:,} {names[kind]}{'s' if count > 1 else ''}" for kind, count in report.kinds.items()]
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
+READ = ("data", "training", "rewards", "sampling")
+"""Sections of a job's recipe that say how it is measured."""
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -103,7 +106,7 @@ def _recipe(
         **(rows if data or tasks else {}),
         "adapter.start_from": None,
         "training.learning_rate": 1e-4,
-        "training.batch_size": batch_size or (like.training.batch_size if job else 8),
+        **_batch(job, batch_size),
         "evaluation.tasks": list(tasks),
         **({} if tasks else {"evaluation.task_examples": None, "evaluation.task_chat_template": False}),
         "evaluation.gate": [],
@@ -113,6 +116,17 @@ def _recipe(
         **({} if measured else {"evaluation.json_schema": None}),
     }
     return with_values(like, values)
+
+
+def _batch(job: Recipe | None, batch_size: int | None) -> dict[str, Any]:
+    """Rows in a forward pass; what a job's method asks of a batch is about learning, and is met in passing."""
+    if job is None or batch_size is None:
+        return {"training.batch_size": batch_size or (job.training.batch_size if job else 8)}
+    least = 2 if job.training.method == "kto" else 1
+    return {
+        "training.batch_size": max(batch_size, least),
+        "training.gradient_accumulation_steps": job.sampling.completions,
+    }
 
 
 def _named(recipe: Recipe) -> str | None:
@@ -142,8 +156,7 @@ def _measured(origin: Origin, recipe: Recipe, rows: list[Any], progress: Progres
 
     measuring = Measuring(recipe, rows)  # tasks that are not here are refused before the base is loaded
     model, tokenizer = load_recipe_base(recipe, shown("loading"))
-    quantized = recipe.model.quantization != "none"
-    adapter = AppliedAdapter(model, origin.adapter, quantized) if origin.adapter else None
+    adapter = AppliedAdapter(model, origin.adapter) if origin.adapter else None
     cast(Any, model).disable_adapter = adapter.off if adapter else nullcontext  # the reference of preferences
     before = measuring.run(model, tokenizer, shown("measuring base" if adapter else "measuring"))
     if adapter is None:

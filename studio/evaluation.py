@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.data import Example, Row, wanted_sequences
+from studio.data import Example, Row, asked_sequences, wanted_sequences
 from studio.encoding import IGNORED, LossOn, encode, prompt_and_whole, prompt_ids
 from studio.json_answers import is_json
 from studio.metrics import Measure, Scores, as_json, measure, scores_of
@@ -30,12 +30,12 @@ class Evaluation:
     """Results on held-out examples.
 
     Attributes:
-        loss: mean cross-entropy per learned token, in nats; None without held-out rows.
+        loss: mean cross-entropy per learned token, in nats; None without held-out rows that have one.
         exact_match: share of conversations whose greedy answer equals the reference, white space at the ends aside;
-            None where there are none, of plain text.
+            None where there are none, of plain text and of prompts alone.
         prompts: the last turn before each answer, for showing.
         answers: the greedy answers, in the order of the conversations.
-        references: what they are compared with, as the chat template writes it.
+        references: what they are compared with, as the chat template writes it; "" of prompts alone.
         measures: every metric by name, these two among them, each with its interval.
         examples: held-out rows that were measured.
     """
@@ -85,7 +85,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     found = wanted_sequences(rows)
-    examples = [sequence for sequence in found if isinstance(sequence, Example)]
+    examples = [sequence for sequence in asked_sequences(rows) if isinstance(sequence, Example)]
     total = len(found) + len(examples)
 
     def report(done: int) -> None:
@@ -97,26 +97,32 @@ def evaluate(
         losses = _losses(model, tokenizer, pairs, batch_size, report)
         answers = _answers(model, tokenizer, examples, max_new_tokens, 4 * batch_size, lambda n: report(len(found) + n))
     model.train(was_training)
-    references = tuple(wanted(tokenizer, example) for example in examples)
+    references = tuple(wanted(tokenizer, example) if example.completion else "" for example in examples)
     prompts = tuple(prompt_text(example) for example in examples)
-    measures = _measures(losses, answers, references, fits_schema)
+    answered = zip(answers, references, examples, strict=True)
+    compared = [(answer, reference) for answer, reference, example in answered if example.completion]
+    measures = _measures(losses, answers, compared, fits_schema)
     match = measures.get("exact_match")
     exact_match = match.metric.value if match else None
-    return Evaluation(losses.ratio, exact_match, prompts, tuple(answers), references, measures, len(rows))
+    loss = losses.ratio if found else None
+    return Evaluation(loss, exact_match, prompts, tuple(answers), references, measures, len(rows))
 
 
 def _measures(
-    losses: Scores, answers: Sequence[str], references: Sequence[str], fits_schema: Callable[[str], bool] | None
+    losses: Scores,
+    answers: Sequence[str],
+    compared: Sequence[tuple[str, str]],
+    fits_schema: Callable[[str], bool] | None,
 ) -> dict[str, Measure]:
-    """Every metric that these rows allow."""
+    """Every metric that these rows allow; `compared`: the answers that have a reference, with it."""
     found = {}
     if losses.values:
         found["loss"] = losses
         found["perplexity"] = scores_of("perplexity", losses.values, losses.tokens)
+    if compared:
+        found["exact_match"] = scores_of("exact_match", [answer.strip() == text for answer, text in compared])
     if answers:
-        pairs = zip(answers, references, strict=True)
-        found["exact_match"] = scores_of("exact_match", [answer.strip() == text for answer, text in pairs])
-        if fits_schema or all(map(is_json, references)):
+        if fits_schema or (compared and all(is_json(text) for _, text in compared)):
             found["json_valid"] = scores_of("json_valid", list(map(is_json, answers)))
         if fits_schema:
             found["schema_valid"] = scores_of("schema_valid", list(map(fits_schema, answers)))
@@ -180,9 +186,13 @@ def _losses(
 
 
 def decoder_and_head(model: Any) -> tuple[Any, Any]:
-    """The decoder below the output head, and the head; a PeftModel's adapters stay as they are set."""
+    """The decoder below the output head, and what makes logits of its states; a PeftModel's adapters stay as they are.
+
+    GraniteMoE divides its logits by `logits_scaling`; no other family does anything after the head.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.model, inner.get_output_embeddings()
+    head, scale = inner.get_output_embeddings(), getattr(inner.config.get_text_config(), "logits_scaling", None) or 1.0
+    return inner.model, head if scale == 1 else lambda hidden: head(hidden) / scale
 
 
 def _cross_entropies(head: Any, hidden_PH: Tensor, targets_P: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from studio.data.rows import Example, Row
+from studio.data.lengths import problem_of
+from studio.data.rows import Example, Row, wanted_sequences
 from studio.errors import DataError, Problem
 from studio.memory import Drawn
 from studio.methods import METHODS
@@ -67,6 +68,24 @@ def generations(recipe: Recipe, examples: int) -> Generations:
 def is_online(recipe: Recipe) -> bool:
     """Whether the recipe samples in every step, as GRPO and RLOO do."""
     return recipe.training.method in ("grpo", "rloo")
+
+
+def check_prompts(recipe: Recipe, train: Sequence[Row], held_out: Sequence[Row]) -> None:
+    """Refuses what needs completions where the rows are prompts alone.
+
+    Raises:
+        DataError
+    """
+    prompts = [row for row in train if isinstance(row, Example) and not row.completion]
+    problems = []
+    if prompts and (recipe.data.drop_easiest or recipe.data.drop_hardest):
+        said = "is a prompt alone and has no loss; leave out data.drop_easiest and drop_hardest, which choose by it"
+        problems.append(problem_of(prompts[0], "", said))
+    if recipe.evaluation.every_steps and held_out and not wanted_sequences(held_out):
+        said = "is a prompt alone, as all held-out rows are; evaluation.every_steps measures a loss, leave it out"
+        problems.append(problem_of(held_out[0], "", said))
+    if problems:
+        raise DataError(problems)
 
 
 def asked(recipe: Recipe, rows: Sequence[Row]) -> list[Row]:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from adapters.verify.run import BUILT_IN, Prompt
-from studio.data import Example, Row, held_out_rows, read_rows, wanted_sequences
+from studio.data import Example, Row, asked_sequences, held_out_rows, read_rows
 from studio.data.files import COMPRESSED, JSON, TABLES
 from studio.data.reading import KINDS
 from studio.data.rows import as_turns
@@ -81,6 +81,6 @@ def lines_of(file: Path, most: int) -> tuple[str, ...]:
 
 
 def prompts_of(rows: Sequence[Row], most: int = MOST) -> tuple[Prompt, ...]:
-    """The first rows, each as one conversation with its answer, or as text."""
-    found = wanted_sequences(rows[:most])
+    """The first rows, each as one conversation with its answer if it has one, or as text."""
+    found = asked_sequences(rows[:most])
     return tuple(as_turns(each.turns) if isinstance(each, Example) else each.text for each in found)

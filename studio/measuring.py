@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from studio.data import Row, wanted_sequences
+from studio.data import Row, asked_sequences
 from studio.evaluation import Evaluation, evaluate
 from studio.json_answers import read_schema
 from studio.methods import METHODS
-from studio.preference import evaluate_preferences
+from studio.preference import evaluate_labels, evaluate_preferences
 from studio.recipe import Recipe
 from studio.rewards import rewards_of
 from studio.rewards.samples import reward_measures
@@ -51,7 +51,7 @@ class Measuring:
         """Every metric of the model as it stands."""
         settings, batch_size = self.recipe.evaluation, self.recipe.training.batch_size
         found, scores = Evaluation(examples=len(self.rows)), METHODS[self.recipe.training.method].scores
-        if wanted_sequences(self.rows) and not scores:
+        if asked_sequences(self.rows) and not scores:
             found = evaluate(
                 model,
                 tokenizer,
@@ -74,6 +74,9 @@ class Measuring:
                 progress=progress,
             )
         )
+        sizes = {"max_length_tokens": self.recipe.data.max_length_tokens, "batch_size": batch_size}
+        if hasattr(model, "disable_adapter"):  # else there is no base to compare with
+            found = found.with_measures(evaluate_labels(model, tokenizer, self.rows, **sizes, progress=progress))
         if self.rewards and found.answers:
             found = found.with_measures(reward_measures(self.rewards, self.rows, found.answers))
         if self.tasks is None:

@@ -21,9 +21,10 @@ from adapters.checkpoint import DTYPE_NAMES, read_index
 from adapters.errors import ExportError
 from adapters.sidecar import read_sidecar
 from adapters.verify.memory import available_bytes
-from studio.data import held_out_rows
+from studio.data import held_out_rows, wanted_sequences
 from studio.errors import DataError, JobError
 from studio.jobs import open_job
+from studio.methods import REWARD_HEAD
 
 INTO = ("auto", "original", "quantized")
 EXAMPLES = 200
@@ -71,6 +72,8 @@ def choose_into(adapter: Path, base: Path, into: str) -> Choice:
         return Choice(into, held, "as asked for")
     if into == "original" or held is None:
         return Choice("original", None, "as asked for" if into == "original" else "training did not quantise the base")
+    if (adapter / REWARD_HEAD).is_file():
+        return Choice("quantized", held, "a reward model gives the scores that it was trained to give")
     return _measured(adapter, base, held)
 
 
@@ -80,7 +83,7 @@ def _measured(adapter: Path, base: Path, held: dict[str, Any]) -> Choice:
         examples = held_out_rows(recipe)[:EXAMPLES]
     except (JobError, DataError):
         examples = []
-    if not examples:
+    if not wanted_sequences(examples):
         return Choice("original", None, "no held-out data is at hand to compare the two")
     needed, free = _model_bytes(base, held) + SPARE_BYTES, available_bytes()
     if needed > free:

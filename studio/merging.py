@@ -11,10 +11,11 @@ from typing import Any
 from adapters.checkpoint import read_json_object
 from adapters.export import Options, Source
 from adapters.verify.run import verify_converted, verify_files
-from studio.checking import BeforeItAppears
+from studio.checking import BeforeItAppears, make_readable, refuse_failed
 from studio.errors import AdapterFileError, ExportError
 from studio.merge_choice import INTO, choose_into
 from studio.models import resolve_base
+from studio.score_head import add_head, check_head, is_reward_model, without_head
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("compact", "peft")
@@ -39,12 +40,14 @@ def merge(
         base: "embedded", a directory or a hub id; None reads it from the adapter.
         dtype: float32, bfloat16 or float16; None keeps the base's.
         into: "original": the base's own weights; "quantized": these as training held them, dequantised; "auto": what
-            has the lower loss on the job's held-out data, and the base's own where that cannot be measured.
+            has the lower loss on the job's held-out data, and the base's own where that cannot be measured; of a reward
+            model these as training held them.
         verify: hold files and weights against base and adapter, in a fresh process, before `out` appears.
         progress: called with (bytes written, bytes in all).
 
     Returns:
-        The fields of `adapters.merge.MergeReport`, "into": {"chosen", "why", "losses"}, and every check as "checks".
+        The fields of `adapters.merge.MergeReport`, "into": {"chosen", "why", "losses"}, and every check as "checks". Of
+        a reward model "head" says which class of transformers loads it (studio/score_head.py), None of other adapters.
 
     Raises:
         VerificationError: a check failed; it has all of them. Nothing is kept.
@@ -69,6 +72,7 @@ def merge(
         Path(out),
         partial(verify_files, format="safetensors", source=merged, options=Options(dtype)) if verify else None,
     )
+    head = _WithHead(directory, source, check, verify) if is_reward_model(directory) else None
     report = merge_adapter(
         source,
         directory,
@@ -77,10 +81,40 @@ def merge(
         held=choice.held,
         overwrite=overwrite,
         progress=progress,
-        check=check,
+        check=head or check,
     )
     chosen = {"chosen": choice.into, "why": choice.why, "losses": choice.losses}
-    return {**dataclasses.asdict(report), "out": str(report.out), "into": chosen, "checks": check.as_json()}
+    found = {**dataclasses.asdict(report), "out": str(report.out), "into": chosen, "checks": check.as_json()}
+    return head.told(found) if head else {**found, "head": None}
+
+
+class _WithHead:
+    """Checks the merged weights of a reward model, and then writes its head beside them and checks that."""
+
+    def __init__(self, adapter: Path, base: Path, check: BeforeItAppears, verify: bool):
+        self.adapter, self.base, self.check, self.verify = adapter, base, check, verify
+        self.checks: list[Any] = []
+        self.facts: dict[str, Any] = {}
+
+    def __call__(self, folder: Path) -> None:
+        without_head(folder, self.base)
+        self.check(folder)
+        self.facts = add_head(folder, self.adapter)
+        make_readable(folder)
+        self.checks = check_head(folder, self.adapter) if self.verify else []
+        refuse_failed(self.check.out, self.checks)
+
+    def told(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The report of the merge with the head in it."""
+        from adapters.fingerprint import file_sha256
+
+        out = Path(report["out"])
+        sha256 = {file.name: file_sha256(file) for file in sorted(out.iterdir()) if file.name not in report["sha256"]}
+        kept = {self.facts["renamed"].get(name, name): digest for name, digest in report["sha256"].items()}
+        kept["config.json"] = file_sha256(out / "config.json")
+        checks = [*report["checks"], *map(dataclasses.asdict, self.checks)]
+        head = {"class": self.facts["class"]}
+        return {**report, "sha256": {**sha256, **kept}, "checks": checks, "head": head}
 
 
 def convert(

@@ -12,6 +12,7 @@ REWARD_HEAD = "reward_head.safetensors"
 """In the adapter directory of a reward model; studio/reward_model.py says what it holds."""
 
 PAIRED: tuple[RowKind, ...] = ("preference",)
+ASKED: tuple[RowKind, ...] = ("example", "prompt")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Method:
         scores: what it trains is a reward model, which writes no text.
         streams: its trainer reads rows while it trains (`data.streaming`).
         samples: it lets the model write completions, and learns from their rewards.
+        beta: of its comparison with what the training begins with, where `trl.beta` or `preference.beta` does not say;
+            None where it compares with nothing.
     """
 
     rows: tuple[RowKind, ...]
@@ -43,6 +46,7 @@ class Method:
     scores: bool = False
     streams: bool = False
     samples: bool = False
+    beta: float | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -59,6 +63,7 @@ METHODS: dict[str, Method] = {
             "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
         ),
         smoothed=("robust", "exo_pair", "aot", "aot_unpaired"),
+        beta=0.1,
     ),
     "kto": Method(
         ("labelled", "preference"),
@@ -67,6 +72,7 @@ METHODS: dict[str, Method] = {
         streams=True,
         reads=("beta", "loss_type"),
         losses=("kto", "apo_zero_unpaired"),
+        beta=0.1,
     ),
     "orpo": Method(
         PAIRED,
@@ -94,11 +100,9 @@ METHODS: dict[str, Method] = {
         scores=True,
         streams=True,
     ),
-    "grpo": Method(("example",), "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True),
-    "rloo": Method(("example",), "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True),
-    "rejection": Method(
-        ("example",), "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True
-    ),
+    "grpo": Method(ASKED, "studio.trainers.grpo", ("trainer/grpo_config.py", "GRPOConfig"), samples=True, beta=0.0),
+    "rloo": Method(ASKED, "studio.trainers.rloo", ("trainer/rloo_config.py", "RLOOConfig"), samples=True, beta=0.05),
+    "rejection": Method(ASKED, "studio.trainers.rejection", ("trainer/sft_config.py", "SFTConfig"), samples=True),
 }  # fmt: skip
 
 

@@ -51,6 +51,8 @@ METRICS: dict[str, MetricKind] = {
     "preference_accuracy": MetricKind("Preference accuracy", "share", "higher"),
     "preference_accuracy_per_token": MetricKind("Preference accuracy by the mean a token", "share", "higher"),
     "preference_margin": MetricKind("Preference margin", "mean", "higher"),
+    "label_auc": MetricKind("Labels ranked by the reward against the base (AUC)", "mean", "higher"),
+    "label_accuracy": MetricKind("Rewards against the base with their label's sign", "share", "higher"),
     "reward": MetricKind("Held-out reward", "mean", "higher"),
     "reference_kl": MetricKind("KL from the base", "per_token", "lower", "nats a token"),
 }

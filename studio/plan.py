@@ -29,7 +29,7 @@ from studio.data.of_recipe import RecipeRows, count_of, refused
 from studio.data.reading import refuse
 from studio.defaults import settled, settled_learning_rate
 from studio.evaluation_inputs import check_evaluation
-from studio.generations import asked, drawn_together, is_online, online_steps
+from studio.generations import asked, check_prompts, drawn_together, is_online, online_steps
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
@@ -39,6 +39,7 @@ from studio.plan_warnings import warnings
 from studio.recipe import Recipe
 from studio.rewards import check_rewards
 from studio.shapes import published_shape
+from studio.starting import reference_parameters
 from studio.weights import BYTES, Base, TensorClass, base_in, expert_grid, start_parameters, tensor_classes
 
 if TYPE_CHECKING:
@@ -202,8 +203,9 @@ def _settled_rate(recipe: Recipe, base: Base, rows: list[Row]) -> float | None:
 
 
 def _check_rewards(recipe: Recipe, train: list[Row], held_out: list[Row]) -> None:
-    check_rewards(recipe, train, str(recipe.data.sources[0].path))
-    check_rewards(recipe, held_out, str(recipe.data.eval))
+    check_rewards(recipe, train)
+    check_rewards(recipe, held_out)
+    check_prompts(recipe, train, held_out)
 
 
 def _leaks(recipe: Recipe, rows: RecipeRows, thorough: bool) -> LeakPlan | None:
@@ -286,7 +288,7 @@ def _choose_path(
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=training.gradient_checkpointing,
         full_logits=METHODS[training.method].full_logits,
-        start_parameters=start_parameters(base, placement),
+        start_parameters=start_parameters(base, placement) + reference_parameters(recipe, trainable),
         reward_models_bytes=more.reward_models_bytes,
         tasks_bytes=more.tasks_bytes,
     )

@@ -4,6 +4,9 @@ The accuracy is the share of pairs whose preferred answer the model, as it stand
 the sum of the log-probabilities of its tokens, which is how probable the whole text is and what DPO, KTO and CPO
 compare. Sums favour the shorter answer, so the share by the mean per token stands beside it. For a reward model it is
 the share of pairs whose preferred side scores higher.
+
+Labelled rows have no other side. What is measured of them is the implicit reward that KTO and DPO train: how much more
+probable the model makes an answer than the base does. The base against itself is all ties.
 """
 
 from __future__ import annotations
@@ -15,17 +18,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.data import Preference, Row
+from studio.data import Example, Labelled, Preference, Row
 from studio.encoding import IGNORED
 from studio.evaluation import LOGITS_CHUNK_TOKENS, decoder_and_head
 from studio.metrics import Measure, measure, scores_of
-from studio.pairs import pair_ids
+from studio.pairs import pair_ids, prompt_and_answer
+from studio.ranking import auc
 from studio.reward_model import RewardModel
 
 TokenIds = tuple[list[int], list[int]]
 """Input ids, and labels that are -100 where nothing is learned."""
 
 Progress = Callable[[int, int], None]
+
+TIE_NATS = 1e-4
+"""Log-ratios below are rounding, and count as ties."""
 
 
 def evaluate_preferences(
@@ -38,7 +45,7 @@ def evaluate_preferences(
     scores: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Measure]:
-    """Measures `model` as it stands (a PeftModel, so that its base is at hand), in evaluation mode.
+    """Measures `model` as it stands, in evaluation mode.
 
     Args:
         rows: of any kind; only pairs are looked at.
@@ -50,7 +57,8 @@ def evaluate_preferences(
             not a win.
         preference_accuracy_per_token: the same by the mean per token. Not of a reward model.
         preference_margin: mean of the preferred side's log-probability minus the other's, in nats, or of the scores.
-        reference_kl: mean KL(model || base) over the tokens of the preferred answers, in nats. Not of a reward model.
+        reference_kl: mean KL(model || base) over the tokens of the preferred answers, in nats. Not of a reward model,
+            and of a PeftModel alone, whose base is at hand.
     """
     pairs = [pair_ids(tokenizer, row, max_length_tokens) for row in rows if isinstance(row, Preference)]
     if not pairs:
@@ -60,20 +68,61 @@ def evaluate_preferences(
     model.eval()
     with torch.inference_mode():
         values = _by_batch(model, sides, batch_size, progress, _scores if scores else answer_logps)
-        kl = None if scores else _reference_kls(model, sides[::2], batch_size)
+        at_hand = hasattr(model, "disable_adapter") and not scores
+        kl = _reference_kls(model, sides[::2], batch_size) if at_hand else None
     model.train(was_training)
     margins = values[::2] - values[1::2]
     found = {
         "preference_accuracy": scores_of("preference_accuracy", (margins > 0).tolist()),
         "preference_margin": scores_of("preference_margin", margins.tolist()),
     }
-    if kl is not None:
+    if not scores:
         lengths = torch.tensor([sum(label != IGNORED for label in labels) for _, labels in sides])
         per_token = values / lengths.clamp(min=1)
         better = (per_token[::2] > per_token[1::2]).tolist()
         found["preference_accuracy_per_token"] = scores_of("preference_accuracy_per_token", better)
+    if kl is not None:
         found["reference_kl"] = scores_of("reference_kl", *kl)
     return {name: measure(each) for name, each in found.items()}
+
+
+def evaluate_labels(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    max_length_tokens: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> dict[str, Measure]:
+    """Measures a PeftModel on labelled rows, by log P(answer) - log P_base(answer), in evaluation mode.
+
+    Returns:
+        Nothing where there is no labelled row; else, by their names in `studio.metrics.METRICS`:
+        label_accuracy: share of the rows whose log-ratio is positive where the answer is wanted, negative where it is
+            not. A tie is neither.
+        label_auc: the share of all pairs of a wanted and an unwanted row in which the wanted one has the larger
+            log-ratio, a tie counting half; 0.5 of the base itself. Not where all labels are the same.
+    """
+    labelled = [row for row in rows if isinstance(row, Labelled)]
+    if not labelled:
+        return {}
+    examples = [Example(row.prompt, row.completion, tools=row.tools) for row in labelled]
+    parts = [prompt_and_answer(tokenizer, example, max_length_tokens) for example in examples]
+    sides = [(prompt + answer, [IGNORED] * len(prompt) + answer) for prompt, answer in parts]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        ratios = _by_batch(model, sides, batch_size, progress, answer_logps)
+        with model.disable_adapter():
+            ratios -= _by_batch(model, sides, batch_size, None, answer_logps)
+    model.train(was_training)
+    values = [0.0 if abs(ratio) < TIE_NATS else ratio for ratio in ratios.tolist()]
+    pairs = list(zip(values, (row.label for row in labelled), strict=True))
+    right = [value > 0 if label else value < 0 for value, label in pairs]
+    ranked = auc([v for v, label in pairs if label], [v for v, label in pairs if not label])
+    found = {"label_auc": ranked} if ranked else {}
+    return {**found, "label_accuracy": measure(scores_of("label_accuracy", right))}
 
 
 def answer_logps(model: Any, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

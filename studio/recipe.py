@@ -154,8 +154,14 @@ class Recipe(Settings):
         if adapter.init == "loftq" and self.model.quantization == "none":
             lost = "init is loftq, but model.quantization is none: nothing was lost; set init to zero or pissa"
             raise _refused_section("adapter", lost)
-        if adapter.dora and (problem := dora_problem(self._wanted())):
+        if adapter.dropout and self.training.method == "rloo":
+            problem = (
+                "dropout is not 0, and rloo compares how probable whole answers were and are, which dropout changes by "
+                "itself; set it to 0, or take grpo, which compares token by token"
+            )
             raise _refused_section("adapter", problem)
+        if adapter.dora and (refused := dora_problem(self._wanted())):
+            raise _refused_section("adapter", refused)
         return self
 
     def _wanted(self) -> Placement:

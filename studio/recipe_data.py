@@ -37,6 +37,7 @@ class DataSettings(Settings):
         "preference",
         "preference_implicit",
         "kto",
+        "prompt",
         "text",
     ] = "auto"
     """What the rows look like. auto: each row is recognised by its columns; `studio data inspect` says as what."""

@@ -138,6 +138,9 @@ class RewardSettings(Settings):
     part: Literal["answer", "completion"] = "answer"
     """Where regex looks: in what comes after the thinking, or in all of the completion."""
 
+    tests: tuple[str, ...] = ()
+    """Python statements that the program of every answer must survive for code, beside those of its row."""
+
     timeout_seconds: float = Field(default=2.0, gt=0, le=600)
     """Longest that code may run, for each test."""
 
@@ -148,7 +151,14 @@ class RewardSettings(Settings):
     """Answers up to here get the full reward of length."""
 
     job: InputPath | None = None
-    """Job directory of a trained reward model. A relative path starts at the recipe file."""
+    """Job directory of a trained reward model, or its merged model. A relative path starts at the recipe file."""
+
+    @field_validator("tests", mode="before")
+    @classmethod
+    def _tests_are_statements(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and any(not isinstance(test, str) or not test.strip() for test in value):
+            raise _refusal("is a list of Python statements, such as [assert callable(f)]")
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _the_function_reads_what_is_given(self) -> Self:

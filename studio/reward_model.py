@@ -97,12 +97,21 @@ def load_reward_head(model: Any, directory: Path) -> None:
     with safe_open(path, "pt") as file:
         names, reads = list(file.keys()), (file.metadata() or {}).get("reads")
         weight = file.get_tensor("weight") if names == ["weight"] else torch.empty(0)
+    if names != ["weight"] or reads != READS:
+        expected = f"expected one weight that reads {READS!r}"
+        raise AdapterFileError(f"{path}: received {names} that reads {reads!r}; {expected}")
+    set_reward_head(model, weight, path)
+
+
+def set_reward_head(model: Any, weight: Tensor, path: Path) -> None:
+    """Gives `model` the head with this `weight` (1, hidden), which was read at `path`.
+
+    Raises:
+        AdapterFileError: it is of another model.
+    """
     wanted = (1, int(model.config.get_text_config().hidden_size))
-    if tuple(weight.shape) != wanted or reads != READS:
-        raise AdapterFileError(
-            f"{path}: received {names} of shape {tuple(weight.shape)} that reads {reads!r}; this model needs one "
-            f"weight of shape {wanted} that reads {READS!r}"
-        )
+    if tuple(weight.shape) != wanted:
+        raise AdapterFileError(f"{path}: received a head of shape {tuple(weight.shape)}; this model needs {wanted}")
     add_reward_head(model)
     with torch.no_grad():
         model.reward_head.weight.copy_(weight)

@@ -16,6 +16,10 @@ from studio.recipe_training import SamplingSettings
 
 Progress = Callable[[int, int], None]
 
+AS_IT_IS: dict[str, Any] = {"min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Options of a generation that a checkpoint's generation_config.json may set, so that what is drawn is not what the
+model says; with these values they do nothing."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -88,6 +92,7 @@ def _draw(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=0,
+        **AS_IT_IS,
         max_new_tokens=sampling.max_new_tokens,
         num_return_sequences=sampling.completions,
         eos_token_id=ends or None,

@@ -16,6 +16,7 @@ from adapters.errors import AdapterFileError, TargetError
 from adapters.placement import LINEAR, Placement, dora_problem
 from adapters.sidecar import check_base, read_sidecar
 from studio.merging import adapter_directory
+from studio.methods import METHODS
 from studio.recipe import Recipe
 from studio.weights import Base, expert_grid
 
@@ -108,3 +109,9 @@ def differing_ranks(recipe: Recipe, placement: Placement) -> list[str]:
     routed = placement.routed_rank
     ranks = {**{name: getattr(placement, name) for name in LINEAR}, "routed_experts": routed}
     return [name for name, rank in ranks.items() if getattr(recipe.adapter, f"{name}_rank") != rank]
+
+
+def reference_parameters(recipe: Recipe, trainable: int) -> int:
+    """Parameters of the adapter that is held once more, as it began, for methods that compare with it."""
+    beta = METHODS[recipe.training.method].beta
+    return trainable if recipe.adapter.start_from and recipe.trl.get("beta", beta) else 0

@@ -253,13 +253,15 @@ def _generation(row: dict[str, str]) -> Panel:
     cells = []
     for side in (name for name in SIDES if name in row):
         right = row[side].strip() == reference
-        mark = Text.assemble(side, ("  ✓ matches" if right else "  ✗ differs", "green" if right else "red"))
+        said = ("  ✓ matches" if right else "  ✗ differs", "green" if right else "red")
+        mark = Text.assemble(side, said if reference else "")
         answers.add_column(mark, ratio=1, overflow="fold")
         cells.append(Text(clean(row[side].strip()) or "(nothing)"))
     answers.add_row(*cells)
     prompt = Text(clean(row["prompt"].strip()))
     wanted = Text.assemble(("reference  ", "dim"), clean(reference))
-    return Panel(Group(prompt, wanted, answers), box=box.ROUNDED, border_style="dim")
+    parts = (prompt, wanted, answers) if reference else (prompt, answers)
+    return Panel(Group(*parts), box=box.ROUNDED, border_style="dim")
 
 
 def _facts(job: Job, result: dict[str, Any]) -> Table:
@@ -333,6 +335,9 @@ def merge_view(report: dict[str, Any]) -> RenderableType:
     lines = [f"Merged model in {clean(str(report['out']))}: {size}, {changed}", _merged_into(report["into"])]
     if relative := sorted(delta["relative"] for delta in report["deltas"]):
         lines.append(f"Change of a tensor, ‖Δ‖ / ‖W‖: {relative[len(relative) // 2]:.2%}, at most {relative[-1]:.2%}")
+    if head := report.get("head"):
+        loads = f"transformers loads it as {head['class']}" if head["class"] else "transformers has no class for it"
+        lines.append(f"Reward model: score.weight beside the weights; {loads}; rewards[].job reads this folder, too")
     if report["resumed"]:
         lines.append(f"{report['resumed']} of {report['files']} weight files were there from a merge that was killed")
     return Text("\n".join([*lines, *(f"Warning: {clean(warning)}" for warning in report["warnings"])]))

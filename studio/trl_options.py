@@ -42,12 +42,15 @@ RECIPE_FIELDS = {  # TRL name -> the recipe field that owns it
     "max_length": "data.max_length_tokens",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "output_dir": "output.dir",
+    "router_aux_loss_coef": "router.load_balance_coef",
+}
+
+SAMPLING_FIELDS = {  # owned by the section sampling, where the method samples
     "num_generations": "sampling.completions",
     "max_completion_length": "sampling.max_new_tokens",
     "temperature": "sampling.temperature",
     "top_p": "sampling.top_p",
-    "output_dir": "output.dir",
-    "router_aux_loss_coef": "router.load_balance_coef",
 }
 
 PREFERENCE_FIELDS = {  # owned by the section preference, where the method reads them there
@@ -122,7 +125,7 @@ def trl_problem(name: str, value: Any, method: str = "sft") -> str | None:
     """What is wrong with setting TRL's option `name` to `value` in a recipe of this training method, or None."""
     if name in RECIPE_FIELDS:
         return f"the recipe has its own field for this, set {RECIPE_FIELDS[name]}"
-    if field := PREFERENCE_FIELDS.get(name) if name in METHODS[method].reads else None:
+    if field := _of_method(name, method):
         return f"the recipe has its own field for this, set {field}"
     if reason := _reason(name):
         return f"cannot be set: {reason}"
@@ -135,6 +138,13 @@ def trl_problem(name: str, value: Any, method: str = "sft") -> str | None:
             f'; did you mean "{near[0]}"?' if near else ""
         )
     return _type_problem(value, options[name])
+
+
+def _of_method(name: str, method: str) -> str | None:
+    """The recipe field that owns the option `name` of this method's class."""
+    if METHODS[method].samples and name in SAMPLING_FIELDS:
+        return SAMPLING_FIELDS[name]
+    return PREFERENCE_FIELDS.get(name) if name in METHODS[method].reads else None
 
 
 @cache

@@ -18,6 +18,7 @@ KINDS = {
     "text": "plain texts",
     "preference": "preference pairs",
     "labelled": "labelled completions",
+    "prompt": "prompts",
 }
 SHOWN_SOURCES = 8
 

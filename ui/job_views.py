@@ -366,10 +366,11 @@ def _adapter(job: Job, result: dict[str, Any]) -> Markup | None:
 def _answers(generations: Sequence[dict[str, str]]) -> Markup | None:
     if not generations:
         return None
-    right = {side: sum(g[side].strip() == g["reference"].strip() for g in generations) for side in _sides(generations)}
-    count = len(generations)
-    said = ", ".join(f"{side} {number} of {count}" for side, number in right.items())
+    compared = [entry for entry in generations if entry["reference"].strip()]
+    right = {side: sum(g[side].strip() == g["reference"].strip() for g in compared) for side in _sides(generations)}
+    said = ", ".join(f"{side} {number} of {len(compared)}" for side, number in right.items())
     text = f"Answers that match the reference: {said}."
+    text = text if compared else "The prompts have no references to compare with."
     cards = (_answer(number, entry) for number, entry in enumerate(generations, start=1))
     return el(
         "section",
@@ -391,16 +392,23 @@ def _answer(number: int, entry: dict[str, str]) -> Markup:
         "article",
         el("p", entry["prompt"].strip(), cls="prompt"),
         el("div", *(_side(side, entry[side].strip(), reference) for side in _sides([entry])), cls="sides"),
-        el("div", el("span", "Reference", cls="side-name"), el("pre", reference), cls="wanted"),
+        *_reference(reference),
         cls="card answer",
         aria_label=f"Answer {number}",
     )
 
 
+def _reference(reference: str) -> list[Markup]:
+    """Nothing of a prompt alone."""
+    shown = el("div", el("span", "Reference", cls="side-name"), el("pre", reference), cls="wanted")
+    return [shown] if reference else []
+
+
 def _side(side: str, answer: str, reference: str) -> Markup:
     same = answer == reference
     mark = el("span", "matches" if same else "differs", cls=f"pill {'succeeded' if same else 'plain'}")
-    body = _marked(answer, reference) if answer and not same else join(answer or el("em", "(nothing)"))
+    mark = mark if reference else Markup("")
+    body = _marked(answer, reference) if answer and reference and not same else join(answer or el("em", "(nothing)"))
     return el(
         "div", el("div", el("span", side.capitalize(), cls="side-name"), mark), el("pre", body), cls=f"side {side}"
     )

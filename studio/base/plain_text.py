@@ -106,6 +106,11 @@ def code_text(rng: random.Random) -> str:
     )  # fmt: skip
 
 
+def code_names(rng: random.Random) -> tuple[str, str]:
+    """Return the names of a function and of an argument, as the base has seen them."""
+    return f"{rng.choice(_VERBS)}_{rng.choice(_NAMES)}", rng.choice(_NAMES)
+
+
 def code_turn(rng: random.Random) -> Turn:
     code = code_text(rng)
     return rng.choice(("Show this code again:\n{}", "Repeat the code:\n{}")).format(code), code

@@ -12,6 +12,7 @@ from studio.data.rows import (
     Row,
     RowKind,
     Sequence,
+    asked_sequences,
     sequences,
     wanted_sequences,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Row",
     "RowKind",
     "Sequence",
+    "asked_sequences",
     "both_rows",
     "check_rows",
     "held_out_rows",

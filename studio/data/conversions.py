@@ -76,7 +76,8 @@ def from_prompt_completion(values: Values) -> Row:
 def _prompt_and_completion(values: Values) -> tuple[str, Any, str]:
     """(prompt's column, its value, completion's column), with both said where both are missing."""
     if missing := [ours for ours, names in _PAIR if not first_of(values, (ours, *names))]:
-        raise RowProblems(*((name, "is missing") for name in missing))
+        alone = "; prompts alone are for grpo, rloo and rejection" if missing == ["completion"] else ""
+        raise RowProblems(*((name, f"is missing{alone}") for name in missing))
     prompt = one_of(values, PROMPTS, "prompt")
     return prompt, values[prompt], one_of(values, COMPLETIONS, "completion")
 
@@ -185,6 +186,21 @@ def _whole(field: str, value: Any) -> Turns:
     return turns(
         field, [{"from": speaker.replace("Assistant", "gpt"), "value": text.strip()} for speaker, text in said]
     )
+
+
+def from_prompt(values: Values) -> Row:
+    """A prompt alone: a conversation up to the user's turn, or a prompt without a completion."""
+    if name := first_of(values, CONVERSATIONS):
+        found = turns(name, values[name])
+    elif "instruction" in values and not first_of(values, PROMPTS):
+        name, value = _instruction(values)
+        found = text_or_turns(name, value, "user")
+    else:
+        name = one_of(values, PROMPTS, "prompt")
+        found = text_or_turns(name, values[name], "user")
+    prompt = _with_system(values, found, name)
+    _check_prompt(name, prompt)
+    return Example(prompt, (), tools=_tools(values), kind="prompt")
 
 
 def from_text(values: Values) -> Row:

@@ -26,12 +26,13 @@ from studio.data.conversions import (
     from_implicit,
     from_kto,
     from_preference,
+    from_prompt,
     from_prompt_completion,
     from_text,
 )
 from studio.data.json_text import RowProblems
 from studio.data.rows import Row, RowKind
-from studio.data.turns import from_json
+from studio.data.turns import OTHER_ROLES, from_json
 
 COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "rejected", "label", "text"),
@@ -46,6 +47,7 @@ KINDS: dict[RowKind, str] = {
     "text": "plain text",
     "preference": "a preference pair",
     "labelled": "a labelled completion",
+    "prompt": "a prompt without a completion",
 }
 
 
@@ -76,7 +78,7 @@ def recognise(values: Values, kinds: Sequence[RowKind]) -> str:
     Raises:
         RowProblems: it fits none, or several of what the training method reads.
     """
-    fitting = fits(values)
+    fitting = fits(values, prompts="prompt" in kinds)
     read = [name for name in fitting if FORMATS[name].kind in kinds] or fitting
     if len(read) > 1:
         listed = " and ".join(read)
@@ -89,9 +91,15 @@ def recognise(values: Values, kinds: Sequence[RowKind]) -> str:
     raise RowProblems(("", f"needs messages, or prompt and completion; received {found}"))
 
 
-def fits(values: Values) -> list[str]:
-    """The names of all formats that the columns of a row fit."""
+def fits(values: Values, prompts: bool = True) -> list[str]:
+    """The names of all formats that the columns of a row fit.
+
+    Args:
+        prompts: a prompt alone is a row; else it is one whose completion is missing.
+    """
     found = [name for name, entry in FORMATS.items() if not entry.columns.isdisjoint(values) and entry.fits(values)]
+    if "prompt" in found:
+        found = ["prompt"] if prompts else [name for name in found if name != "prompt"]
     return found or (["text"] if _is_text(values) else [])
 
 
@@ -149,6 +157,18 @@ def _is_prompt_completion(values: Values) -> bool:
 def _is_kto(values: Values) -> bool:
     parts = first_of(values, (*PROMPTS, "instruction")) and first_of(values, COMPLETIONS)
     return bool(parts and "label" in values) or _is_labelled_conversation(values)
+
+
+def _is_prompt(values: Values) -> bool:
+    """Whether nothing in the row answers: a table has null where other rows have a completion."""
+    if _is_pair(values) or "label" in values or any(values.get(name) is not None for name in COMPLETIONS):
+        return False
+    if name := first_of(values, CONVERSATIONS):
+        value = from_json(values[name])
+        last = value[-1] if isinstance(value, list) and value else None
+        role = last.get("role", last.get("from")) if isinstance(last, dict) else None
+        return isinstance(role, str) and OTHER_ROLES.get(role.lower(), role.lower()) in ("user", "tool")
+    return bool(first_of(values, (*PROMPTS, "instruction"))) and not _is_text(values)
 
 
 def _is_text(values: Values) -> bool:
@@ -212,6 +232,14 @@ FORMATS: dict[str, Format] = {
         frozenset(("label",)),
         _is_kto,
         from_kto,
+    ),
+    "prompt": Format(
+        "prompts alone, for grpo, rloo and rejection",
+        '{"prompt": "…" or messages} or {"messages": [{"role": "user", "content": "…"}]}',
+        "prompt",
+        frozenset((*CONVERSATIONS, *PROMPTS, "instruction")),
+        _is_prompt,
+        from_prompt,
     ),
     "text": Format("plain text", '{"text": "…"}', "text", frozenset(), _is_text, from_text),
 }

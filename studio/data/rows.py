@@ -1,6 +1,7 @@
 """What a row of data is, whatever file and form it came from.
 
     Example       a prompt that ends with the user's turn, and its completion      SFT, GRPO, RLOO (as reference)
+                  the prompt alone, of kind "prompt"                               GRPO, RLOO, rejection sampling
     PlainText     text without turns                                               continued pretraining
     Preference    a prompt, a better and a worse completion                        DPO, ORPO, CPO, reward models
     Labelled      a prompt, a completion, and whether it is wanted                 KTO
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-RowKind = Literal["example", "text", "preference", "labelled"]
+RowKind = Literal["example", "text", "preference", "labelled", "prompt"]
 
 
 class Place(NamedTuple):
@@ -70,6 +71,7 @@ class Example:
     """A prompt that ends with the user's (or a tool's) turn, the completion of it, and the data source it is from.
 
     Attributes:
+        completion: () where the row is a prompt alone, whose kind is then "prompt".
         tools: JSON schemas of the tools that the conversation may call.
         tests: Python statements that the completion's program must survive, for the reward `code`.
     """
@@ -197,7 +199,15 @@ def sides_apart(rows: Iterable[Row]) -> Iterator[Example | PlainText | Labelled]
 
 
 def wanted_sequences(rows: Iterable[Row]) -> list[Sequence]:
-    """The sequences that a model should come to write: a pair's preferred side, labelled rows that are wanted."""
+    """The sequences that a model should come to write: a pair's preferred side, labelled rows that are wanted.
+
+    Nothing of a prompt alone.
+    """
+    return [sequence for sequence in asked_sequences(rows) if isinstance(sequence, PlainText) or sequence.completion]
+
+
+def asked_sequences(rows: Iterable[Row]) -> list[Sequence]:
+    """What a model is measured on: the wanted sequences, and prompts alone, which it answers without a reference."""
     return [_example(row) if isinstance(row, Labelled) else row for row in sides_apart(rows) if _is_wanted(row)]
 
 

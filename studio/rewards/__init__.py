@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from studio.data.lengths import problem_of
 from studio.data.rows import Example
 from studio.errors import SHOWN_PROBLEMS, DataError, Problem
 from studio.rewards.model import check_reward_model, reward_model
@@ -48,6 +49,7 @@ class RewardKind:
         build: from the recipe's entry to the function; it raises RewardError for options that cannot work.
         low, high: what its values lie between.
         needs: options that it cannot do without. reads: further ones that it looks at.
+        compares: it compares with the row's own completion, so that a prompt alone is refused.
     """
 
     build: Callable[[RewardSettings], Score]
@@ -55,6 +57,7 @@ class RewardKind:
     high: float
     needs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    compares: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -62,11 +65,11 @@ class RewardKind:
 
 
 REWARDS: dict[str, RewardKind] = {
-    "exact_match": RewardKind(exact_match, 0, 1, reads=("normalise",)),
-    "json_fields": RewardKind(json_fields, 0, 1),
+    "exact_match": RewardKind(exact_match, 0, 1, reads=("normalise",), compares=True),
+    "json_fields": RewardKind(json_fields, 0, 1, compares=True),
     "json_schema": RewardKind(json_schema, 0, 1, needs=("json_schema",)),
     "regex": RewardKind(regex, 0, 1, needs=("pattern",), reads=("part",)),
-    "code": RewardKind(code, 0, 1, reads=("timeout_seconds", "memory_bytes")),
+    "code": RewardKind(code, 0, 1, reads=("tests", "timeout_seconds", "memory_bytes")),
     "length": RewardKind(length, 0, 1, needs=("longest_characters",)),
     "thinking": RewardKind(thinking, 0, 1),
     "reward_model": RewardKind(reward_model, -math.inf, math.inf, needs=("job",)),
@@ -90,45 +93,47 @@ def rewards_of(recipe: Recipe) -> list[Reward]:
     return found
 
 
-def check_rewards(recipe: Recipe, rows: Sequence[Row], file: str) -> None:
-    """Refuses, before any work, rewards that cannot be computed on these rows of `file`; loads no model.
+def check_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:
+    """Refuses, before any work, rewards that cannot be computed on these rows; loads no model.
 
     Raises:
         RewardError: an option that cannot work: a schema that is none, a file or job that is not there.
-        DataError: rows that lack what a reward compares with.
+        DataError: rows that lack what a reward compares with, each with its file and line.
     """
+    problems: list[Problem] = []
     for settings in recipe.rewards:
         if settings.function == "reward_model":
             check_reward_model(settings)
         else:
             REWARDS[settings.function].build(settings)
-    functions = {settings.function for settings in recipe.rewards}
-    problems: list[Problem] = []
-    for function, find in ROW_PROBLEMS.items():
-        if function in functions:
-            problems += [Problem("", None, message, file) for message in find(rows)]
+        problems += _row_problems(settings, [row for row in rows if isinstance(row, Example)])
+    problems = list(dict.fromkeys(problems))  # a recipe may have a function twice
     if problems:
         raise DataError(problems[:SHOWN_PROBLEMS], max(0, len(problems) - SHOWN_PROBLEMS))
 
 
-def _no_fields(rows: Sequence[Row]) -> list[str]:
-    said = "its completion is no JSON object, which the reward json_fields compares with"
-    return [
-        f"example {number}: {said}"
-        for number, row in enumerate(rows, 1)
-        if isinstance(row, Example) and not isinstance(parsed(Attempt("", row).reference), dict)
-    ]
+def _row_problems(settings: RewardSettings, rows: Sequence[Example]) -> list[Problem]:
+    """What is wrong with the rows for a reward."""
+    function = settings.function
+    if function == "code":
+        return [] if settings.tests else _half_tested(rows)
+    if not REWARDS[function].compares:
+        return []
+    others = ", ".join(name for name, kind in REWARDS.items() if not kind.compares)
+    said = f"is a prompt alone, and the reward {function} compares with a completion; add one, or take one of {others}"
+    problems = [problem_of(row, "", said) for row in rows if not row.completion]
+    if function == "json_fields":
+        said = "its completion is no JSON object, which the reward json_fields compares with"
+        answers = ((row, parsed(Attempt("", row).reference)) for row in rows if row.completion)
+        problems += [problem_of(row, "", said) for row, answer in answers if not isinstance(answer, dict) or not answer]
+    return problems
 
 
-def _half_tested(rows: Sequence[Row]) -> list[str]:
+def _half_tested(rows: Sequence[Example]) -> list[Problem]:
     """Rows without tests, where others have some: their reward would mean another thing."""
-    without = [number for number, row in enumerate(rows, 1) if isinstance(row, Example) and not row.tests]
-    said = 'has no "tests", while other rows have; give tests to every row or to none'
-    return [] if len(without) == len(rows) else [f"example {number} {said}" for number in without]
-
-
-ROW_PROBLEMS: dict[str, Callable[[Sequence[Row]], list[str]]] = {"json_fields": _no_fields, "code": _half_tested}
-"""What is wrong with the rows for a reward, in words."""
+    without = [row for row in rows if not row.tests]
+    said = 'has no "tests", while other rows have; give tests to every row or to none, or to all as rewards[].tests'
+    return [] if len(without) == len(rows) else [problem_of(row, "tests", said) for row in without]
 
 
 def unknown_option(settings: RewardSettings) -> str | None:

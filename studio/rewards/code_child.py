@@ -7,7 +7,8 @@ Three processes. This one leaves the network, sees no other processes and mounts
 the kernel allows; the *runner*, process 1 of the new process namespace, runs no foreign code; for each test it forks
 the *program*, which gives up its rights and limits itself before it reads a line of what the model wrote, and
 everything that is left of it is killed afterwards. A test passes when the program gets to its end, which it says
-with an exit status that is drawn anew for every program.
+with an exit status that is drawn anew for every program. Meanwhile this process looks at what all processes of the
+program hold together: each by itself is limited by the kernel, all of them are not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import resource
 import secrets
+import select
 import signal
 import struct
 import sys
@@ -33,6 +35,7 @@ NOBODY = 65534
 DISK_BYTES = 16 * 2**20
 LIBRARY = ".python"
 OPEN_FILES, PROCESSES = 64, 32
+LOOK_SECONDS = 0.02
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,13 +49,44 @@ def main() -> int:
         os.close(reading)
         _run_all(question, protections, writing)
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        said = pipe.read()
+    said = _said(reading, runner, question["memory_bytes"])
     os.waitpid(runner, 0)
     _kill_left_behind(alone=protections["processes"] == "namespace")
     # nothing said: the program ended its runner, which it can where it shares its processes
     passed = json.loads(said) if said else [False] * max(1, len(question["tests"]))
     json.dump({"passed": passed, "protections": protections}, sys.stdout)
+    return 0
+
+
+def _said(reading: int, runner: int, memory_bytes: int) -> bytes:
+    """What the runner says, to its end; programs that hold too much in all are killed meanwhile."""
+    said = b""
+    while True:
+        if not select.select([reading], [], [], LOOK_SECONDS)[0]:
+            programs = _below(runner)
+            if len(programs) > 1 and sum(map(_held_bytes, programs)) > memory_bytes:
+                for program in programs:
+                    with suppress(OSError):
+                        os.kill(program, signal.SIGKILL)
+        elif part := os.read(reading, 2**16):
+            said += part
+        else:
+            os.close(reading)
+            return said
+
+
+def _below(process: int) -> list[int]:
+    """All that came from a process and are still there."""
+    found = _children(process)
+    for child in found:
+        found += _children(child)
+    return found
+
+
+def _held_bytes(process: int) -> int:
+    """Memory of a process, what it shares with n others counted as an n-th."""
+    with suppress(OSError), open(f"/proc/{process}/smaps_rollup") as file:
+        return 1024 * sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
     return 0
 
 
@@ -173,10 +207,14 @@ def _kill_left_behind(alone: bool) -> None:
             return
 
 
-def _children() -> list[int]:
-    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return [int(word) for word in file.read().split()]
-    return []
+def _children(process: int | None = None) -> list[int]:
+    """Of a process, this one where none is named: what any of its threads has forked."""
+    found: list[int] = []
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{process or 'self'}/task"):
+            with suppress(OSError), open(f"/proc/{process or 'self'}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    return found
 
 
 # -------------------------------------------------------------------- the program

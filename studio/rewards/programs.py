@@ -32,7 +32,8 @@ START_SECONDS = 20.0
 
 
 def code(settings: RewardSettings) -> Score:
-    """The share of the row's tests that pass after the answer's program; without tests, 1 where it runs to its end.
+    """The share of the tests, the recipe's and the row's, that pass after the answer's program; without any, 1 where it
+    runs to its end.
 
     A program that crashes, does not compile, or takes too long gets 0 for the test; a child that cannot be started or
     gives no verdict is an error.
@@ -45,7 +46,10 @@ def code(settings: RewardSettings) -> Score:
     def score(attempt: Attempt) -> float:
         try:
             passed = run_tests(
-                program_of(attempt.answer), attempt.row.tests, settings.timeout_seconds, settings.memory_bytes
+                program_of(attempt.answer),
+                (*settings.tests, *attempt.row.tests),
+                settings.timeout_seconds,
+                settings.memory_bytes,
             )["passed"]
         except (OSError, RewardError) as error:
             raise failed(str(error), attempt) from error

@@ -16,12 +16,12 @@ DIGITS = 6
 
 
 def as_sample(scored: Scored) -> dict[str, Any]:
-    """{"prompt", "completion", "reference", "reward", "rewards": {function: value}}"""
+    """{"prompt", "completion", "reference", "reward", "rewards": {function: value}}; no reference of a prompt alone."""
     attempt = scored.attempt
     return {
         "prompt": attempt.prompt,
         "completion": attempt.completion,
-        "reference": attempt.reference,
+        "reference": attempt.reference if attempt.row.completion else None,
         "reward": round(scored.total, DIGITS),
         "rewards": {name: round(value, DIGITS) for name, value in scored.each.items()},
     }

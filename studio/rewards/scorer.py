@@ -1,4 +1,4 @@
-"""Base, adapter and reward head of a finished job, as a function from conversations to scores."""
+"""A reward model, of a finished job or merged, as a function from conversations to scores."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+from adapters.checkpoint import read_index, read_json_object
 from adapters.layouts import layout_for
+from adapters.loading import load_base
+from adapters.tensor_files import read_tensor
 from adapters.verify.reference import put_on, reading_on
-from studio.base_model import load_recipe_base
+from studio.base_model import load_recipe_base, load_tokenizer
 from studio.data import Example
 from studio.encoding import template
+from studio.errors import CheckpointError
 from studio.jobs import open_job
-from studio.models import resolve_base
-from studio.reward_model import RewardModel, load_reward_head
+from studio.models import compute_dtype, has_gpu, resolve_base
+from studio.reward_model import RewardModel, load_reward_head, set_reward_head
 from studio.rewards.model import Scorer
 
 BATCH = 16
@@ -35,6 +39,25 @@ def scorer(directory: Path) -> Scorer:
     on = recipe.model.model_dump(mode="json") if held else None  # of a LoftQ adapter then what was trained alone
     put_on(model, reading_on(adapter, resolve_base(recipe.model.base), layout, on), layout)
     load_reward_head(model, adapter)
+    return _scorer_of(model, tokenizer)
+
+
+def merged_scorer(directory: Path) -> Scorer:
+    """
+    Raises:
+        StudioError: the directory is no merged reward model, or not whole.
+    """
+    tensor = read_json_object(directory / "config.json")["reward_head"]["tensor"]
+    index = read_index(directory)
+    if tensor not in index:
+        raise CheckpointError(directory, [f"{tensor}, the head of the reward model, is in no file"])
+    dtype = getattr(torch, compute_dtype("auto"))
+    model = load_base(directory, quantize="none", dtype=dtype, device="cuda" if has_gpu() else "cpu")
+    set_reward_head(model, read_tensor(index[tensor]), directory)
+    return _scorer_of(model, load_tokenizer(directory))
+
+
+def _scorer_of(model: Any, tokenizer: Any) -> Scorer:
     scoring = RewardModel(model).eval()
 
     def scores(examples: Sequence[Example]) -> list[float]:

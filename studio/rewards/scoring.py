@@ -36,8 +36,8 @@ class Attempt:
 
     @property
     def reference(self) -> str:
-        """The last turn of the row's own completion, its thinking aside."""
-        return answer_of(self.row.completion[-1].content)
+        """The last turn of the row's own completion, its thinking aside; "" of a prompt alone."""
+        return answer_of(self.row.completion[-1].content) if self.row.completion else ""
 
 
 Score = Callable[[Sequence[Attempt]], list[float]]
@@ -76,9 +76,9 @@ def failed(what: str, attempt: Attempt) -> RewardError:
     """The error of a reward that has no number for this attempt."""
     place = attempt.row.place
     row = f"{place.file} {place.counted} {place.line}, " if place else ""
+    reference = f"reference {_shown(attempt.reference)}" if attempt.row.completion else "no reference"
     return RewardError(
-        f"{what}. Row: {row}prompt {_shown(attempt.prompt)}, reference {_shown(attempt.reference)}; "
-        f"completion {_shown(attempt.completion)}"
+        f"{what}. Row: {row}prompt {_shown(attempt.prompt)}, {reference}; completion {_shown(attempt.completion)}"
     )
 
 

@@ -55,7 +55,13 @@ Unicode form (NFKC), runs of white space, and punctuation at the ends. json: equ
 def exact_match(settings: RewardSettings) -> Score:
     """1 where the answer is the reference, after `normalise`; else 0."""
     normal = NORMALISED[settings.normalise]
-    return each(lambda attempt: float(normal(attempt.answer) == normal(attempt.reference)))
+
+    def score(attempt: Attempt) -> float:
+        if not attempt.row.completion:
+            raise ValueError("the row is a prompt alone, and exact_match compares with a completion")
+        return float(normal(attempt.answer) == normal(attempt.reference))
+
+    return each(score)
 
 
 def json_fields(settings: RewardSettings) -> Score:

@@ -63,6 +63,8 @@ def options(recipe: Recipe, job: Job, **method: Any) -> dict[str, Any]:
         "dataloader_pin_memory": on_gpu,
         **planned,
     }
+    if recipe.adapter.dropout and training.method not in ("sft", "rejection"):
+        ours["disable_dropout"] = False  # else TRL's preference trainers would set that of the adapter to 0
     return {**ours, **method, **recipe.trl}
 
 

@@ -24,7 +24,7 @@ from studio.trainers.reference import as_reference
 def train(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row], job: Job
 ) -> dict[str, Any]:
-    """Trains the adapters of `model` in place, against the base as reference.
+    """Trains the adapters of `model` in place, against what they begin with as reference.
 
     Returns, raises:
         as `studio.trainers.common.finish`; and
@@ -33,7 +33,7 @@ def train(
     watch, settings, parts = prepared(model, tokenizer, recipe, rows, job, router_aux_loss_coef=0.0)
     data = dataset(recipe, rows, partial(pair, tokenizer, recipe.data.max_length_tokens))
     trainer = _Trainer(
-        model=model, ref_model=as_reference(model), args=DPOConfig(**settings), train_dataset=data, **parts
+        model=model, ref_model=as_reference(model, recipe), args=DPOConfig(**settings), train_dataset=data, **parts
     )
     trainer.watch = watch
     return finish(trainer)

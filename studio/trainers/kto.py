@@ -26,7 +26,7 @@ from studio.trainers.reference import as_reference
 def train(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row], job: Job
 ) -> dict[str, Any]:
-    """Trains the adapters of `model` in place, against the base as reference.
+    """Trains the adapters of `model` in place, against what they begin with as reference.
 
     Returns, raises:
         as `studio.trainers.common.finish`; and
@@ -38,7 +38,7 @@ def train(
         random.Random(recipe.training.seed).shuffle(sides)
     data = dataset(recipe, sides, partial(labelled_answer, tokenizer, recipe.data.max_length_tokens))
     trainer = _Trainer(
-        model=model, ref_model=as_reference(model), args=KTOConfig(**settings), train_dataset=data, **parts
+        model=model, ref_model=as_reference(model, recipe), args=KTOConfig(**settings), train_dataset=data, **parts
     )
     trainer.watch = watch
     return finish(trainer)
@@ -48,12 +48,19 @@ class _Trainer(StudioTrainer, KTOTrainer):
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset, _tokenizer: Any, args: KTOConfig, *_: Any
     ) -> Dataset | IterableDataset:
-        """Each row gets the answer of the row before it in its batch: from such mismatches the KL is estimated."""
+        """Each row gets the answer of the row before it in its batch: from such mismatches the KL is estimated.
+
+        The first of a batch gets that of the last, and a row that is alone in the last batch that of the batch before:
+        its own, as TRL has it, would be no mismatch.
+        """
         if not self.calculate_KL:
             return dataset
+        before: list[list[int]] = []
 
         def mismatched(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             answers = batch["completion_ids"]
-            return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+            first = before.pop() if len(answers) == 1 and before else answers[-1]
+            before[:] = answers[-1:]
+            return {"KL_completion_ids": [first, *answers[:-1]]}
 
         return dataset.map(mismatched, batched=True, batch_size=args.per_device_train_batch_size)

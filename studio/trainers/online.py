@@ -4,7 +4,8 @@
 
 Where this differs from TRL's own trainers on a PeftModel:
     - The reference (beta > 0) is the base with the adapters off. TRL copies the adapter under the name "ref"; a fresh
-      adapter changes nothing, so that copy would be the base, too, and expert LoRA takes no second adapter.
+      adapter changes nothing, so that copy would be the base, too, and expert LoRA takes no second adapter. An adapter
+      that is trained further (`adapter.start_from`) is the reference as it began: studio/trainers/reference.py.
     - Completions, and the log-probabilities that need no gradient, are computed in evaluation mode: no dropout, no
       routers that sample, and the cache of keys and values is used under gradient checkpointing as well.
     - Prompts become tokens by the studio's own encoding, the same as in evaluation, tools included.
@@ -22,6 +23,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head
 
 from studio.data import Example
 from studio.encoding import prompt_ids
@@ -31,26 +33,17 @@ from studio.jobs import Job
 from studio.recipe import Recipe
 from studio.rewards import Attempt, Reward, Scored, rewards_of
 from studio.rewards.samples import SAMPLES, as_sample
+from studio.sampling import AS_IT_IS
 from studio.trainers.chunked_loss import use_small_tiles
 from studio.trainers.common import StudioTrainer, callbacks, finish, options
 from studio.trainers.llama4 import repair_for_trl
+from studio.trainers.reference import as_reference, evaluation_mode
 from studio.trainers.router import watch_router
 
 LOGGED = (
     "reward", "reward_std", "frac_reward_zero_std", "kl", "clip_ratio/region_mean",
     "completions/mean_length", "completions/max_length", "completions/clipped_ratio",
 )  # fmt: skip
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode inside, as it was afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager
@@ -94,7 +87,7 @@ class OnlineTrainer(StudioTrainer):
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or model is self.ref_model:  # type: ignore[attr-defined]
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
         with evaluation_mode(model):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
@@ -156,7 +149,19 @@ def train_online(
         )
     trainer.watch, trainer.examples, trainer.rewards, trainer.job = watch, rows, rewards, job
     trainer.first, trainer.last = [], []
+    _draw_as_it_is(trainer)
+    if trainer.beta and recipe.adapter.start_from:
+        trainer.ref_model = as_reference(model, recipe)
+        in_float32 = getattr(args, "cast_lm_head_to_fp32", False)
+        add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
     return {**finish(trainer), "samples": {"first": trainer.first, "last": trainer.last}}
+
+
+def _draw_as_it_is(trainer: Any) -> None:
+    """Completions are learned from as if the model had drawn them; what the recipe asks for under `trl` stays."""
+    unset = {name: value for name, value in AS_IT_IS.items() if trainer.generation_kwargs.get(name) is None}
+    trainer.generation_kwargs.update(unset)
+    trainer.generation_config.update(**unset)
 
 
 def _options(recipe: Recipe, job: Job, rewards: Sequence[Reward]) -> dict[str, Any]:

@@ -133,4 +133,4 @@ def _as_example(one: Judged, tokenizer: PreTrainedTokenizerBase) -> Example:
     if "</think>" in text and "reasoning_content" in str(tokenizer.chat_template):
         thought = text.rpartition("</think>")[0].removeprefix("<think>").strip()
         message = Message("assistant", answer_of(text), thinking=thought)
-    return replace(attempt.row, completion=(message,))
+    return replace(attempt.row, completion=(message,), kind="example")

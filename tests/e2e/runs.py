@@ -17,7 +17,7 @@ from studio.data import Row
 from studio.jobs import Job
 from studio.methods import METHODS
 from studio.placing import plan_placement
-from studio.plan import recipe_base
+from studio.plan import Plan, recipe_base
 from studio.recipe import parse_recipe
 from studio.reward_model import add_reward_head
 from tests.e2e.conftest import TICKETS
@@ -29,10 +29,14 @@ SHORT = {
 
 
 class Recorder:
-    """What a trainer needs of a job."""
+    """What a trainer needs of a job; of its plan only where the order of the rows was planned."""
 
-    def __init__(self, path: Path):
-        self.path, self.rows = path, list[dict[str, Any]]()
+    def __init__(self, path: Path, plan: Plan | None = None):
+        self.path, self.planned, self.rows = path, plan, list[dict[str, Any]]()
+
+    def plan(self) -> Plan:
+        assert self.planned is not None
+        return self.planned
 
     def log_metrics(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -40,6 +40,7 @@ from studio.trainers import sft
 from studio.trainers.common import StudioTrainer
 from studio.trainers.encoded import dataset, labelled_tokens, streamed_rows
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
+from tests.e2e.runs import Recorder
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -50,22 +51,6 @@ def write_rows(path: Path, count: int) -> Path:
 
 def sources(folder: Path) -> list[dict[str, str]]:
     return [{"path": str(write_rows(folder / f"{name}.jsonl", count))} for name, count in (("red", 40), ("blue", 12))]
-
-
-class Recorder:
-    """What the trainer needs of a job."""
-
-    def __init__(self, path: Path, plan: Plan):
-        self.path, self.planned = path, plan
-
-    def plan(self) -> Plan:
-        return self.planned
-
-    def log_metrics(self, row: dict[str, Any]) -> None:
-        pass
-
-    def update(self, **_: Any) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

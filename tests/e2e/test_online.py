@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, TrainerCallback
 
 from adapters.loading import load_base
 from adapters.lora import attach
@@ -34,28 +34,13 @@ from studio.rewards.scoring import each
 from studio.sampling import draw
 from studio.trainers import online, trainer_for
 from studio.trainers.router import RouterWatch
-from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
+from tests.e2e.conftest import REPOSITORY, TICKETS, build_base, studio, write_recipe
+from tests.e2e.runs import Recorder
 
 EXAMPLES = read_examples(TICKETS / "tickets-eval.jsonl")[:8]
 FAMILIES = ["llama4_text", "qwen3_moe"]
 EVEN = "^[a-z ]"
 """A reward that random text of these bases gets about as often as not."""
-
-
-class Recorder:
-    """What a trainer needs of a job."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, list[dict[str, Any]]()
-
-    def log_metrics(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def update(self, **_: Any) -> None:
-        pass
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["kind"] == kind]
 
 
 def recipe_for(base: Path | str, folder: Path, **sections: Any) -> Recipe:
@@ -170,6 +155,35 @@ def test_the_reference_is_the_base_and_there_is_no_second_adapter(
     assert kls[0] == pytest.approx(0, abs=1e-6) and abs(kls[2]) > 1e-4
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_an_adapter_that_is_trained_further_is_held_to_what_it_was(
+    qwen: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainers_of(monkeypatch)
+    training = {"method": method, "max_steps": 3}
+    run = Run(qwen, tmp_path, model={"quantization": "none"}, training=training, trl={"beta": 0.5})
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if parameter.requires_grad and "_B" in name:
+                parameter.normal_(std=0.05)
+    adapter = run.recipe.adapter.model_copy(update={"start_from": tmp_path})
+    run.recipe = run.recipe.model_copy(update={"adapter": adapter})
+    start = run.adapter()
+    run.train()
+    kls = [row["kl"] for row in run.job.of("train")]
+    assert kls[0] == pytest.approx(0, abs=1e-6) and abs(kls[2]) > 1e-4, "the base is far from the start"
+    if method == "grpo":
+        output = made[0].outputs[-1]
+        with torch.no_grad():
+            for name, parameter in run.model.named_parameters():
+                if name in start:
+                    assert not torch.equal(parameter, start[name])
+                    parameter.copy_(start[name])
+            began = slow_logps(run.model.eval(), output)
+        mask = output["completion_mask"].bool()
+        assert (output["ref_per_token_logps"].double() - began)[mask].abs().max() < 1e-4
+
+
 def test_the_gradient_is_that_of_the_slow_loss(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of GRPO (loss_type dapo, TRL's default): -sum of advantage x log-probability over all tokens."""
     made, grads = trainers_of(monkeypatch), dict[str, Tensor]()
@@ -225,6 +239,33 @@ def test_samples_are_drawn_in_evaluation_mode_from_the_cache_and_the_router_coun
     assert len(single) >= 2 * 2, "every token after the first of a completion is one position: the cache is used"
     for row, output in zip(run.job.of("router"), made[0].outputs, strict=True):
         assert row["tokens"] == int(output["prompt_mask"].sum() + output["completion_mask"].sum())
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_checkpoints_generation_config_does_not_bend_what_is_learned_from(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """TRL's own config of the generation leaves open what it has no number for, and the checkpoint's fills it."""
+    original, used = GenerationMixin._get_logits_processor, list[Any]()
+
+    def keep(model: Any, *args: Any, **options: Any) -> Any:
+        found = original(model, *args, **options)
+        used.extend(found)
+        return found
+
+    monkeypatch.setattr(GenerationMixin, "_get_logits_processor", keep)
+    for trl, names in (
+        ({}, set()),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, {"NoRepeatNGramLogitsProcessor"}),
+    ):
+        used.clear()
+        training = {"method": method, "max_steps": 1}
+        run = Run(qwen, tmp_path / str(len(trl)), training=training, trl=trl, sampling={"temperature": 0.5})
+        run.model.generation_config.update(repetition_penalty=20.0, min_p=0.9, no_repeat_ngram_size=1)
+        run.train()
+        kinds = {type(one).__name__: one for one in used}
+        assert set(kinds) - {"MinPLogitsWarper"} == {"TemperatureLogitsWarper", *names}
+        assert "MinPLogitsWarper" not in kinds or kinds["MinPLogitsWarper"].min_p == 0
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
@@ -334,9 +375,13 @@ def test_too_few_examples_for_one_generation_are_refused_by_the_plan(tmp_path: P
 
 
 def test_sampling_draws_what_the_model_says(qwen: Path, tmp_path: Path) -> None:
-    """How often the likeliest tokens come first in many draws, against the softmax at that temperature."""
+    """How often the likeliest tokens come first in many draws, against the softmax at that temperature.
+
+    Some checkpoints ship a generation_config.json that bends what is drawn.
+    """
     sampling = {"completions": 1024, "max_new_tokens": 1, "temperature": 0.5}
     run = Run(qwen, tmp_path, training={"method": "rejection"}, sampling=sampling)
+    run.model.generation_config.update(repetition_penalty=20.0, min_p=0.9, no_repeat_ngram_size=1)
     example = EXAMPLES[0]
     drawn = draw(cast(Any, run.model), run.tokenizer, [example], run.recipe.sampling, rows=64, seed=1)[0]
     assert len(drawn) == 1024 and run.model.training
@@ -407,6 +452,46 @@ def test_a_job_on_the_embedded_base(method: str, tmp_path: Path) -> None:
         assert result["trained"]["rounds"][0]["sampled"] == len(samples)
     shown = studio("jobs", "show", job.path)
     assert "reward" in shown.stdout
+
+
+def test_a_job_learns_from_prompts_alone_by_the_tests_that_their_programs_pass(tmp_path: Path) -> None:
+    """The shipped recipe, shortened: no row has a completion, and each reward is what the tests say of that program."""
+    recipe = yaml.safe_load((REPOSITORY / "recipes" / "embedded-grpo-code.yaml").read_text())
+    recipe["data"] |= {name: str(REPOSITORY / "recipes" / recipe["data"][name]) for name in ("train", "eval")}
+    recipe["training"] |= {"max_steps": 2}
+    recipe["evaluation"] |= {"examples": 6, "generations": 2}
+    recipe["output"] = {"dir": str(tmp_path / "job")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = studio("run", tmp_path / "recipe.yaml")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Held-out reward" in run.stdout and "differs" not in run.stdout and "reference" not in run.stdout
+    job = open_job(tmp_path / "job")
+    result = json.loads((job.path / "result.json").read_text())
+    for side in (result["before"], result["after"]):
+        assert side["loss"] is None and side["exact_match"] is None and side["examples"] == 6
+        assert set(side["metrics"]) == {"reward", "reward/code"} and side["metrics"]["reward"]["n"] == 6
+    rows = {row["prompt"]: row["tests"] for row in files.read_json_lines(Path(recipe["data"]["train"]))}
+    samples = files.read_json_lines(job.path / "samples.jsonl")
+    assert len(samples) == 2 * 8 and len({sample["reward"] for sample in samples}) > 1
+    for sample in samples:
+        assert sample["reference"] is None
+        assert sample["reward"] == sum(_survives(sample["completion"], test) for test in rows[sample["prompt"]]) / 2
+    train = [row for row in job.metrics() if row["kind"] == "train"]
+    assert 0 < train[0]["reward"] < 1 and train[0]["rewards_code_mean"] == train[0]["reward"]
+    again = studio("evaluate", job.path, "--batch-size", "3", "--json")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads(again.stdout)["after"]["metrics"]["reward"] == result["after"]["metrics"]["reward"]
+
+
+def _survives(program: str, test: str) -> bool:
+    """Whether a program of the base's, which has seen nothing but small functions, passes; run right here."""
+    try:
+        scope: dict[str, Any] = {}
+        exec(program, scope)
+        exec(test, scope)
+    except Exception:
+        return False
+    return True
 
 
 def _recipe(folder: Path, method: str) -> Path:

@@ -57,3 +57,8 @@ def test_a_shipped_recipe_trains_and_says_what_came_of_it(shipped: Path, tmp_pat
         assert abs(kl["before"]) < 1e-6 < kl["after"]
         assert [row["kl"] for row in job.metrics() if row["kind"] == "reference"][-1] > 0
         assert len(result["generations"]) == 1
+    if recipe["training"]["method"] == "dpo":
+        again = studio("evaluate", job.path, "--json")
+        assert again.returncode == 0, again.stdout + again.stderr
+        found = json.loads(again.stdout)["after"]["metrics"]
+        assert found["preference_accuracy"] == result["after"]["metrics"]["preference_accuracy"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from studio.methods import METHODS
 from studio.pairs import check_pairs, pair_ids
 from studio.placing import plan_placement
 from studio.plan import recipe_base
-from studio.preference import answer_logps, batches, evaluate_preferences, reference_kl
+from studio.preference import answer_logps, batches, evaluate_labels, evaluate_preferences, reference_kl
 from studio.reward_model import RewardModel, load_reward_head, save_reward_head
 from tests.e2e.conftest import build_base
 from tests.e2e.runs import Run
@@ -116,6 +117,62 @@ def test_the_dpo_loss_is_that_of_the_paper_against_the_base(
         assert "ref_chosen_logps" in batch
 
 
+def _further(run: Run, folder: Path) -> Run:
+    """The run as a job has it that trains an adapter further: its model holds that adapter already."""
+    adapter = run.recipe.adapter.model_copy(update={"start_from": folder})
+    run.recipe = run.recipe.model_copy(update={"adapter": adapter})
+    return run
+
+
+def test_an_adapter_that_is_trained_further_is_compared_with_what_it_was(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _further(Run(base, PAIRS, tmp_path, "dpo", training={"batch_size": 4}).randomised(), tmp_path)
+    began = logps(run, "chosen", True) - logps(run, "rejected", True)
+    trainer = run.trainer(monkeypatch)
+    (batch,) = list(trainer.get_train_dataloader())
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(-1.5)
+    before = run.adapters()
+    loss = trainer.compute_loss(run.model.train(), batch)
+    loss.backward()
+    assert all(torch.equal(was, run.adapters()[name]) for name, was in before.items())
+    assert all(p.grad is not None for p in run.model.parameters() if p.requires_grad)
+    delta = logps(run, "chosen", True) - logps(run, "rejected", True)
+    assert (delta - began).abs().max() > 0.1
+    expected = -torch.nn.functional.logsigmoid(0.1 * (delta - began)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_dropout_is_the_policys_and_never_the_references(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """With dropout on every input a policy says another thing each time; what it is compared with does not."""
+    rows = LABELLED if method == "kto" else PAIRS
+    ranks = {"attention_rank": 2, "shared_expert_rank": 0, "routed_experts_rank": 2, "dropout": 0.5}
+    run = _further(Run(base, rows, tmp_path, method, training={"batch_size": 4}, adapter=ranks).randomised(), tmp_path)
+    trainer = run.trainer(monkeypatch)
+    assert 0.5 in {module.p for module in run.model.modules() if isinstance(module, torch.nn.Dropout)}
+    ids = torch.tensor([_both(run, PAIRS[0])[0]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    run.model.train()
+    with torch.no_grad():
+        said = [run.model(**inputs).logits for _ in range(2)]
+        references = [trainer.ref_model(**inputs).logits for _ in range(2)]
+    assert not torch.equal(*said) and torch.equal(*references) and run.model.training
+
+
+def test_no_answer_is_its_own_mismatch_in_kto(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows in batches of two: the last is alone, and its own answer would say nothing of the KL."""
+    trainer = Run(base, LABELLED[:5], tmp_path, "kto").trainer(monkeypatch)
+    data = trainer.train_dataset
+    answers, others = data["completion_ids"], data["KL_completion_ids"]
+    assert [answers.index(other) for other in others] == [1, 0, 3, 2, 3]
+
+
 @pytest.mark.parametrize("loss", METHODS["dpo"].losses)
 def test_every_dpo_loss_trains(base: Path, tmp_path: Path, loss: str) -> None:
     preference = {"loss_type": [loss], **OPTIONS.get(loss, {})}
@@ -191,6 +248,28 @@ def test_accuracy_margin_and_kl_are_those_of_a_slow_loop(base: Path, tmp_path: P
     assert found["preference_accuracy"].value == (margins > 0).double().mean().item()
     assert found["preference_accuracy"].n == len(PAIRS)
     assert found["reference_kl"].value == pytest.approx(slow_kl(run), rel=1e-3) and found["reference_kl"].value > 1e-3
+
+
+def test_labelled_rows_are_measured_by_what_the_model_adds_to_the_base(base: Path, tmp_path: Path) -> None:
+    """Against a slow loop; half of the rows have the label that goes against what the adapter says."""
+    run = Run(base, LABELLED, tmp_path, "kto")
+    sizes = {"max_length_tokens": 96, "batch_size": 3}
+    fresh = evaluate_labels(run.model, run.tokenizer, LABELLED, **sizes)
+    assert fresh["label_auc"].metric.value == 0.5 and fresh["label_accuracy"].metric.value == 0  # all are ties
+    run.randomised()
+    rewards = {side: logps(run, side, True) - logps(run, side, False) for side in ("chosen", "rejected")}
+    scores = torch.cat([rewards["chosen"], rewards["rejected"]])
+    assert scores.abs().min() > 1e-3 and (scores > scores.median()).sum() == 4
+    for flips in ((), (0, 5), (1, 2, 4)):
+        given = cast(list[Labelled], LABELLED)
+        rows = [replace(row, label=row.label ^ (n in flips)) for n, row in enumerate(given)]
+        labels = torch.tensor([row.label for row in rows])
+        found = evaluate_labels(run.model, run.tokenizer, rows, **sizes)
+        wins = (scores[labels][:, None] > scores[~labels][None, :]).double().mean()
+        assert found["label_auc"].metric.value == pytest.approx(wins.item(), abs=1e-9)
+        assert found["label_accuracy"].metric.value == ((scores > 0) == labels).double().mean().item()
+    assert "label_auc" not in evaluate_labels(run.model, run.tokenizer, LABELLED[:4], **sizes)
+    assert not evaluate_labels(run.model, run.tokenizer, PAIRS, **sizes)
 
 
 def slow_kl(run: Run) -> float:

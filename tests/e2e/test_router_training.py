@@ -32,26 +32,11 @@ from studio.recipe_model import RouterSettings
 from studio.trainers.router import PROBE_TOKENS, RouterWatch, probe_batches, watch_router
 from studio.trainers.sft import train
 from tests.e2e.conftest import TICKETS, build_base, studio, write_recipe
+from tests.e2e.runs import Recorder
 from tests.numerics.conftest import Tiny, randomise
 
 EXPERTS, TOP_K, LAYERS = 4, 2, [0, 1]
 SAME = {"epochs": None, "max_steps": 3, "batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
-
-
-class Recorder:
-    """What the trainer needs of a job."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, list[dict[str, Any]]()
-
-    def log_metrics(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def update(self, **_: Any) -> None:
-        pass
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["kind"] == kind]
 
 
 class Run:

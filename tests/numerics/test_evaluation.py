@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Llama4ForCausalLM
+from transformers import AutoTokenizer, GraniteMoeConfig, GraniteMoeForCausalLM, Llama4ForCausalLM
 
 from studio import evaluation
 from studio.base import EMBEDDED_DIR
@@ -119,6 +119,18 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _flat(parts: list[tuple[list[int], bool]]) -> list[tuple[int, bool]]:
     return [(token, learned) for part, learned in parts for token in part]
+
+
+def test_the_loss_of_a_family_that_scales_its_logits_is_stocks(tools) -> None:
+    """GraniteMoE divides them by a number of its config, 6 in the published models."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tools[1]), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    scaled = GraniteMoeConfig(**sizes, **heads, logits_scaling=6.0, initializer_range=1.0, pad_token_id=0)
+    model, (ids, labels) = GraniteMoeForCausalLM(scaled).eval(), encode(tools[1], EXAMPLES[0], 256)
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+    assert held_out_loss(model, tools[1], EXAMPLES[:1], max_length_tokens=256, batch_size=1) == pytest.approx(wanted)
 
 
 def test_the_prompt_is_masked_and_the_end_of_turn_is_learned(tools) -> None:

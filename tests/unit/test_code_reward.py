@@ -75,6 +75,19 @@ FORBIDDEN = {
     "a large file": f"open('x', 'wb').write(bytes({17 * 2**20}))",
     "many open files": "files = [open(f'x{i}', 'w') for i in range(100)]",
     "many processes": "import os, time\nfor _ in range(200):\n if not os.fork():\n  time.sleep(9)\n  os._exit(0)",
+    "memory of many processes": (
+        "import os, threading, time\n"
+        "def hold():\n"
+        "    if not os.fork():\n"
+        f"        x = b'1' * {MEMORY // 8}\n"
+        "        time.sleep(2)\n"
+        "        os._exit(0)\n"
+        "for _ in range(8):\n"
+        "    hold()\n"
+        "for _ in range(8):\n"
+        "    thread = threading.Thread(target=hold); thread.start(); thread.join()\n"
+        "time.sleep(2)"
+    ),
     "killing its runner": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "raising its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "its standard input": "assert input() is not None",
@@ -194,7 +207,7 @@ def test_a_kernel_that_gives_nothing_is_said_plainly_and_the_limits_still_hold(
         assert "network" in said and "processes" in said and "read and write" in said
         test_the_reward_is_the_share_of_tests_that_pass()
         test_a_program_that_never_ends_is_killed_with_its_children_and_its_folder(tmp_path)
-        for what in ("memory", "a large file", "many open files", "raising its limits"):
+        for what in ("memory", "memory of many processes", "a large file", "many open files", "raising its limits"):
             assert passed(FORBIDDEN[what]) == [False]
     finally:
         protections.cache_clear()

@@ -24,6 +24,8 @@ LIGHT = (
     "studio.rewards",
     "studio.rewards.choosing",
     "studio.rewards.code_child",
+    "studio.ranking",
+    "studio.score_head",
     "studio.rewards.samples",
     "studio.data",
     "studio.data.inspection",

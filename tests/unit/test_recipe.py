@@ -17,7 +17,7 @@ from studio.methods import METHODS
 from studio.placing import needs_profile
 from studio.plan import make_plan
 from studio.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, recipe_to_yaml
-from studio.trl_options import PREFERENCE_FIELDS, REASONS, RECIPE_FIELDS, trl_options, trl_problem
+from studio.trl_options import PREFERENCE_FIELDS, REASONS, RECIPE_FIELDS, SAMPLING_FIELDS, trl_options, trl_problem
 from tests.unit.test_placement import profile_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -369,16 +369,24 @@ def test_trl_options_come_from_all_three_sources() -> None:
 def test_every_refused_trl_option_exists_or_once_did() -> None:
     """A misspelt name in the tables would refuse nothing."""
     known = {*(name for method in METHODS for name in trl_options(method)), "warmup_ratio"}
-    assert RECIPE_FIELDS.keys() <= known
+    assert RECIPE_FIELDS.keys() | SAMPLING_FIELDS.keys() <= known
     for pattern in REASONS:
         assert any(name.startswith(pattern.rstrip("*")) for name in known), pattern
 
 
 def test_every_owned_trl_option_points_to_a_field_of_the_recipe() -> None:
     recipe = parse_recipe(NEEDED)
-    for field in (*RECIPE_FIELDS.values(), *PREFERENCE_FIELDS.values()):
+    for field in (*RECIPE_FIELDS.values(), *SAMPLING_FIELDS.values(), *PREFERENCE_FIELDS.values()):
         section, name = field.split(".")
         assert name in type(getattr(recipe, section)).model_fields
+
+
+def test_an_option_is_pointed_to_a_section_that_its_method_reads() -> None:
+    for method in ("grpo", "rloo", "rejection"):
+        assert "set sampling.max_new_tokens" in str(trl_problem("max_completion_length", 9, method))
+    for method in ("orpo", "cpo"):
+        assert "data.max_length_tokens" in str(trl_problem("max_completion_length", 9, method))
+    assert "no such option" in str(trl_problem("temperature", 1.0, "sft"))
 
 
 # -------------------------------------------------------------------- the recipes that ship

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 
-from studio.data import Example, Message, read_examples
+from studio.data import Example, Message, read_examples, read_rows
+from studio.data.formats import convert
+from studio.data.json_text import RowProblems
 from studio.errors import DataError, RecipeError, RewardError
+from studio.generations import check_prompts
+from studio.methods import METHODS
 from studio.plan import make_plan
 from studio.recipe import Recipe, parse_recipe
 from studio.recipe_training import RewardSettings
 from studio.rewards import REWARDS, Attempt, Reward, answer_of, check_rewards, rewards_of, score_all
 from studio.rewards.choosing import choose
-from studio.rewards.samples import reward_measures
+from studio.rewards.samples import as_sample, reward_measures
 from studio.rewards.scoring import Scored, each
 
 SCHEMA = {
@@ -199,6 +203,15 @@ def test_rewards_without_a_method_that_samples_are_refused() -> None:
         parse_recipe("data: {train: a}\noutput: {dir: b}\nrewards: [{function: exact_match}]")
 
 
+def test_dropout_is_refused_where_it_would_be_taken_for_a_change_of_the_policy() -> None:
+    """With 0.1, 37 % of the sequences were clipped in the first step of RLOO, and none without."""
+    recipe = "data: {{train: a}}\noutput: {{dir: b}}\nadapter: {{dropout: 0.1}}\ntraining: {{method: {}}}\n"
+    recipe += "rewards: [{{function: exact_match}}]"
+    with pytest.raises(RecipeError, match="dropout is not 0, and rloo compares"):
+        parse_recipe(recipe.format("rloo"))
+    assert parse_recipe(recipe.format("grpo")).adapter.dropout == 0.1
+
+
 def test_what_the_files_lack_is_refused_with_the_plan(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "{\\"x\\": 1}"}\n' * 8)
@@ -213,10 +226,11 @@ def test_what_the_files_lack_is_refused_with_the_plan(tmp_path: Path) -> None:
     assert "is no JSON object" in refused(f"[{{function: json_schema, json_schema: '{tmp_path}/list.json'}}]")
     assert "reward_model" in refused(f"[{{function: reward_model, job: '{tmp_path}/none'}}]")
     data.write_text('{"prompt": "a", "completion": "{\\"x\\": 1}"}\n' * 7 + '{"prompt": "a", "completion": "b"}\n')
-    assert "example 8: its completion is no JSON object" in refused("[{function: json_fields}]", DataError)
+    assert "1 problem\n  - line 8: its completion is no JSON object" in refused("[{function: json_fields}]", DataError)
     tested = '{"prompt": "a", "completion": "b", "tests": ["assert f() == 1"]}\n'
     data.write_text(tested + '{"prompt": "a", "completion": "b"}\n' * 7)
-    assert 'example 2 has no "tests"' in refused("[{function: code}]", DataError)
+    assert 'line 2, tests: has no "tests"' in refused("[{function: code}]", DataError)
+    make_plan(recipe_with("[{function: code, tests: [assert f()]}]", data, "sampling: {completions: 4}"))
 
 
 def test_rows_may_have_tests(tmp_path: Path) -> None:
@@ -224,11 +238,73 @@ def test_rows_may_have_tests(tmp_path: Path) -> None:
     data.write_text('{"prompt": "a", "completion": "b", "tests": ["assert f() == 1", "f()"]}\n')
     (example,) = read_examples(data)
     assert example.tests == ("assert f() == 1", "f()")
-    check_rewards(recipe_with("[{function: code}]"), [example], "rows")
+    check_rewards(recipe_with("[{function: code}]"), [example])
     for tests in ("[]", "[1]", '[" "]'):
         data.write_text(f'{{"prompt": "a", "completion": "b", "tests": {tests}}}\n')
         with pytest.raises(DataError, match="line 1, tests: is a list of Python statements"):
             read_examples(data)
+
+
+PROMPTS = [
+    {"prompt": "ask"},
+    {"prompt": [{"role": "user", "content": "ask"}]},
+    {"messages": [{"role": "user", "content": "ask"}]},
+    {"conversations": [{"from": "human", "value": "ask"}]},
+    {"instruction": "ask", "output": None},
+]
+
+
+@pytest.mark.parametrize("values", PROMPTS)
+def test_a_prompt_alone_is_a_row_where_the_model_answers_itself(values: dict[str, Any]) -> None:
+    assert convert(values, METHODS["grpo"].rows) == (
+        "prompt",
+        Example((Message("user", "ask"),), (), kind="prompt"),
+    )
+    for method in ("sft", "kto"):
+        with pytest.raises(RowProblems):
+            convert(values, METHODS[method].rows)
+
+
+def test_a_prompt_alone_cannot_be_learned_and_sft_says_so() -> None:
+    with pytest.raises(RowProblems, match="is missing; prompts alone are for grpo"):
+        convert({"prompt": "ask"}, METHODS["sft"].rows)
+    with pytest.raises(RowProblems, match="needs a user turn and, last, an assistant turn"):
+        convert({"messages": [{"role": "user", "content": "ask"}]}, METHODS["sft"].rows)
+    for method in ("sft", "grpo"):  # an empty answer is a mistake and no prompt
+        with pytest.raises(RowProblems, match="is empty"):
+            convert({"prompt": "ask", "completion": ""}, METHODS[method].rows)
+
+
+def test_prompts_alone_are_refused_by_rewards_that_compare_and_read_by_all_others(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "{}"}\n' + '{"prompt": "a"}\n' * 7)
+    sizes = "sampling: {completions: 4}"
+    for function in ("exact_match", "json_fields"):
+        with pytest.raises(DataError, match=rf"line 2: is a prompt alone.*{function} compares.*one of json_schema"):
+            make_plan(recipe_with(f"[{{function: {function}}}]", data, sizes))
+    others = "{function: regex, pattern: a}, {function: json_schema, json_schema: {}}, {function: thinking}"
+    others = f"[{others}, {{function: length, longest_characters: 9}}, {{function: code}}]"
+    plan = make_plan(recipe_with(others, data, sizes))
+    assert plan.train_examples == 8 and plan.total_steps > 0
+    choosing = recipe_with(others, data, sizes)
+    held_out = choosing.model_copy(update={"evaluation": choosing.evaluation.model_copy(update={"every_steps": 1})})
+    rows = read_rows(data, METHODS["grpo"].rows)
+    with pytest.raises(DataError, match=r"line 2: is a prompt alone.*every_steps measures a loss"):
+        check_prompts(held_out, rows, rows[1:])
+    check_prompts(held_out, rows, rows)  # one of them has a completion
+    easiest = choosing.model_copy(update={"data": choosing.data.model_copy(update={"drop_easiest": 0.5})})
+    with pytest.raises(DataError, match=r"line 2: is a prompt alone.*drop_easiest"):
+        check_prompts(easiest, rows, [])
+
+
+def test_what_no_prompt_answers_is_no_reference(tmp_path: Path) -> None:
+    alone = Example((Message("user", "ask"),), (), kind="prompt")
+    (sample,) = score_all([reward("regex", pattern="y")], [Attempt("yes", alone)])
+    assert as_sample(sample) == {
+        "prompt": "ask", "completion": "yes", "reference": None, "reward": 1.0, "rewards": {"regex": 1.0}
+    }  # fmt: skip
+    with pytest.raises(RewardError, match=r"is a prompt alone.*no reference"):
+        reward("exact_match")([Attempt("", alone)])
 
 
 # -------------------------------------------------------------------- what rejection sampling keeps
