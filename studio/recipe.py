@@ -138,11 +138,11 @@ class Recipe(Settings):
             lost = "init is loftq, but model.quantization is none: nothing was lost; set init to zero or pissa"
             raise _refused_section("adapter", lost)
         if adapter.dropout and self.training.method == "rloo":
-            problem = (
+            dropped = (
                 "dropout is not 0, and rloo compares how probable whole answers were and are, which dropout changes by "
                 "itself; set it to 0, or take grpo, which compares token by token"
             )
-            raise _refused_section("adapter", problem)
+            raise _refused_section("adapter", dropped)
         if adapter.dora and (problem := dora_problem(self._wanted())):
             raise _refused_section("adapter", problem)
         return self
