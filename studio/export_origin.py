@@ -91,8 +91,9 @@ def _from_job(job: Job, base: str | None) -> Origin:
 def _writes_text(adapter: Path) -> None:
     if (adapter / REWARD_HEAD).is_file():
         raise ExportError(
-            f"{adapter} is a reward model: it scores texts and writes none, and no program here reads its head. "
-            "studio.reward_model.load_reward_head reads it beside the adapter (docs/preference.md)"
+            f"{adapter} is a reward model: it scores texts and writes none, so it is not for these formats. studio "
+            "merge writes the merged weights with the head; the reward reward_model reads the job as it is "
+            "(docs/preference.md)"
         )
 
 

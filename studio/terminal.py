@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from studio.hyper_view import lr_test_view
+from studio.methods import REWARD_HEAD
 from studio.metric_view import gate_lines, metric_table
 from studio.mixture_view import data_lines
 from studio.progress import SIDES, ran_for, steps, warnings
@@ -264,6 +265,14 @@ def _generation(row: dict[str, str]) -> Panel:
     return Panel(Group(*parts), box=box.ROUNDED, border_style="dim")
 
 
+def _next(job: Job) -> str:
+    """The command that makes something of the adapter."""
+    path = shlex.quote(str(job.path))
+    if (job.path / "adapter" / REWARD_HEAD).is_file():
+        return f"studio merge {path} --out merged/{job.name}"
+    return f"studio export {path} --for transformers --out exports/{job.name}"
+
+
 def _facts(job: Job, result: dict[str, Any]) -> Table:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
@@ -278,9 +287,7 @@ def _facts(job: Job, result: dict[str, Any]) -> Table:
         places["pictures"] = job.path / "pictures"
     for name, place in places.items():
         facts.add_row(name.replace("_", " ").capitalize(), Text(clean(str(place))))
-    facts.add_row(
-        "Next", Text(clean(f"studio export {shlex.quote(str(job.path))} --for transformers --out exports/{job.name}"))
-    )
+    facts.add_row("Next", Text(clean(_next(job))))
     return facts
 
 

@@ -40,6 +40,7 @@ def test_a_shipped_recipe_trains_and_says_what_came_of_it(shipped: Path, tmp_pat
     assert (job.path / "adapter" / REWARD_HEAD).exists() == scores
     if scores:
         assert load_file(job.path / "adapter" / REWARD_HEAD)["weight"].dtype == torch.float32
+        assert "studio merge" in run.stdout and "studio export" not in run.stdout
         export = studio("export", job.path, "--for", "transformers", "--out", tmp_path / "out")
         assert export.returncode == 1 and "is a reward model" in " ".join(export.stderr.split())
         assert not (tmp_path / "out").exists()
