@@ -51,6 +51,8 @@ def _facts(report: DataReport) -> Iterator[tuple[str, RenderableType]]:
     yield "Format", _format(report)
     bad = Text(f", {report.bad_rows:,} of them bad", "bold red") if report.bad_rows else Text(", all good")
     yield "Rows", Text.assemble(f"{report.rows:,}", bad, _listed(_kinds(report)))
+    if report.other_method:
+        yield "Method", Text(report.other_method, "bold red")
     if report.unread:
         columns = " · ".join(f"{clean(name)} {count:,}" for name, count in report.unread.items())
         yield "Not read", Text(f"columns, in how many of the first {report.detected_rows:,} rows: {columns}")

@@ -35,6 +35,7 @@ def report_view(report: DataReport, recipe: Recipe) -> Markup:
             *(note("quiet", "Note", el("p", words)) for words in report.notes),
             cls="card",
         ),
+        _other_method(report),
         _problems(report),
         _examples(report),
         _details(report),
@@ -50,7 +51,7 @@ def _figures(report: DataReport) -> Markup:
     cut, tokens = report.truncated_rows, report.tokens
     return figures(
         figure("Rows", f"{report.rows:,}", kinds),
-        figure("Cannot be used", f"{report.bad_rows:,}", "listed below" if report.bad_rows else "none", _tone(report)),
+        figure("Cannot be used", f"{report.bad_rows + report.other_rows:,}", _why_not(report), _tone(report)),
         figure("Format", title, sure if report.formats else "no row fits a known format"),
         figure("Tokens of a row", f"{tokens['50 %']:,}" if tokens else "–", _longest(tokens)),
         figure("Cut", f"{cut:,}", f"longer than {report.max_length_tokens:,} tokens", "warning" if cut else ""),
@@ -59,7 +60,12 @@ def _figures(report: DataReport) -> Markup:
 
 
 def _tone(report: DataReport) -> str:
-    return "bad" if report.bad_rows else ""
+    return "bad" if report.bad_rows or report.other_rows else ""
+
+
+def _why_not(report: DataReport) -> str:
+    words = ["listed below"] * bool(report.bad_rows) + ["by this recipe's method"] * bool(report.other_rows)
+    return ", ".join(words) or "none"
 
 
 def _longest(tokens: Mapping[str, int]) -> str:
@@ -69,6 +75,11 @@ def _longest(tokens: Mapping[str, int]) -> str:
 def _near(report: DataReport) -> str:
     looked = "" if report.near_rows == report.good_rows else f" of the first {report.near_rows:,}"
     return f"equal to an earlier row; {report.near_duplicate_rows:,}{looked} nearly so"
+
+
+def _other_method(report: DataReport) -> Markup | None:
+    words = f"{report.other_method}. Choose a recipe with one of these, or change its method on the page Fine-tune."
+    return note("warning", "Another method is needed", el("p", words)) if report.other_method else None
 
 
 def _problems(report: DataReport) -> Markup | None:

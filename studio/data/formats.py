@@ -245,6 +245,14 @@ FORMATS: dict[str, Format] = {
 }
 
 
+class OtherKindError(RowProblems):
+    """A row that is good, and of a kind that is not wanted here."""
+
+    def __init__(self, message: str, form: str, row: Row):
+        super().__init__(("", message))
+        self.form, self.row = form, row
+
+
 def convert(values: Values, kinds: Sequence[RowKind], form: str = "auto") -> tuple[str, Row]:
     """(name of the format, the row) of a file's row; `form` names the format, auto recognises it.
 
@@ -255,7 +263,7 @@ def convert(values: Values, kinds: Sequence[RowKind], form: str = "auto") -> tup
     row = FORMATS[name].convert(values)
     if row.kind not in kinds:
         wanted = " or ".join(KINDS[kind] for kind in kinds)
-        raise RowProblems(("", f"is {KINDS[row.kind]}; this training method reads {wanted}"))
+        raise OtherKindError(f"is {KINDS[row.kind]}; this training method reads {wanted}", name, row)
     return name, row
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from studio.data.duplicates import Duplicates, NearDuplicates, Places
 from studio.data.files import Progress, kind_of
-from studio.data.formats import FORMATS, KINDS, fits, mapped, unread_columns
+from studio.data.formats import FORMATS, KINDS, OtherKindError, fits, mapped, unread_columns
 from studio.data.json_text import RowProblems
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import written_by_template
 from studio.data.reading import Reading, converted
 from studio.data.rendered import Rendered, ReportPart, rendered_rows
-from studio.data.rows import Labelled, Message, Place, PlainText, Preference, Row
+from studio.data.rows import Labelled, Message, Place, PlainText, Preference, Row, RowKind
 from studio.data.scripts import Scripts
 from studio.errors import DataError, Problem
 from studio.methods import METHODS
@@ -66,6 +66,7 @@ class DataReport(ReportPart):
     Attributes:
         kind: of file.
         rows, good_rows, bad_rows: of the file; of the bad ones each has at least one problem.
+        other_rows: good rows of kinds that the recipe's method does not read; other_method: which methods read them.
         problems: the first 20, and hidden_problems how many more there are.
         format: that most of the first rows fit; "" where none does.
         sure: share of these `detected_rows` rows that fit it and no other.
@@ -91,6 +92,8 @@ class DataReport(ReportPart):
     rows: int
     good_rows: int
     bad_rows: int
+    other_rows: int
+    other_method: str
     problems: tuple[dict[str, Any], ...]
     hidden_problems: int
     format: str
@@ -145,6 +148,7 @@ def inspect_data(
     detected: Counter[str] = Counter()
     alone: Counter[str] = Counter()
     unread: Counter[str] = Counter()
+    other: Counter[RowKind] = Counter()
     for raw, outcome in converted(file, kinds, reading, progress):
         if raw is None:
             assert isinstance(outcome, Problem)
@@ -154,7 +158,10 @@ def inspect_data(
             names = _fitting(raw.values, reading)
             detected.update(names)
             alone.update(names if len(names) == 1 else [])
-        if isinstance(outcome, RowProblems):
+        if isinstance(outcome, OtherKindError):
+            other[outcome.row.kind] += 1
+            seen.add(outcome.form, outcome.row)
+        elif isinstance(outcome, RowProblems):
             seen.add_bad(raw.file, raw.line, raw.counted, outcome)
         elif isinstance(outcome, tuple):
             if seen.rows < DETECTED_ROWS:
@@ -172,6 +179,8 @@ def inspect_data(
         kind=kind_of(Path(file)),
         base=recipe.model.base if recipe else base,
         rows=seen.rows,
+        other_rows=other.total(),
+        other_method=_other_method(recipe, other, seen.rows) if recipe else "",
         good_rows=seen.rows - seen.bad_rows,
         bad_rows=seen.bad_rows,
         problems=tuple(vars(problem) for problem in seen.problems[:SHOWN]),
@@ -325,6 +334,16 @@ def _quantiles(lengths: array[int]) -> dict[str, int]:
     counts = np.frombuffer(lengths, dtype=np.uint32)
     found = np.quantile(counts, QUANTILES, method="nearest").tolist()
     return {**{f"{100 * q:g} %": int(n) for q, n in zip(QUANTILES, found, strict=True)}, "total": int(counts.sum())}
+
+
+def _other_method(recipe: Recipe, other: Counter[RowKind], rows: int) -> str:
+    """That rows are of kinds that the recipe's method does not read, and which methods do."""
+    method, told = recipe.training.method, []
+    for kind, count in other.items():
+        readers = ", ".join(name for name, found in METHODS.items() if kind in found.rows)
+        of = f"{count:,} of {rows:,} rows"
+        told.append(f"{of}: each is {KINDS[kind]}, which {method} does not read; {readers} do")
+    return ". ".join(told)
 
 
 def _notes(seen: _Seen, reading: Reading, looked_at: int, detected: Counter[str]) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from studio.data.files import Progress, Raw, raw_rows, source_name
-from studio.data.formats import KINDS, convert, mapped
+from studio.data.formats import KINDS, OtherKindError, convert, mapped
 from studio.data.json_text import Broken, RowProblems
 from studio.data.rows import Example, Labelled, Place, PlainText, Row, RowKind
 from studio.data.turns import thinking_as_text
@@ -179,10 +179,16 @@ def _convert(raw: Raw, source: str, kinds: Sequence[RowKind], reading: Reading) 
         name, row = convert(values, kinds, reading.format)
         row = replace(row, tests=_tests(values["tests"])) if isinstance(row, Example) and "tests" in values else row
         row = as_written(row, reading.written) if len(reading.written) < len(WRITTEN) else row
+    except OtherKindError as other:
+        other.row = _placed(other.row, raw, values, source)
+        return other
     except RowProblems as problems:
         return problems
-    named, place = _source(values.get("source"), source), Place(raw.file, raw.line, raw.counted)
-    return name, replace(row, source=named, place=place)
+    return name, _placed(row, raw, values, source)
+
+
+def _placed(row: Row, raw: Raw, values: Mapping[str, Any], source: str) -> Row:
+    return replace(row, source=_source(values.get("source"), source), place=Place(raw.file, raw.line, raw.counted))
 
 
 def _tests(value: Any) -> tuple[str, ...]:

@@ -150,8 +150,13 @@ def test_the_recipe_says_what_is_learned_and_what_is_good(tmp_path: Path) -> Non
         f"data: {{train: {path}, max_length_tokens: 16}}\ntraining: {{loss_on: all}}\noutput: {{dir: {tmp_path}/o}}"
     )
     report = studio.inspect_data(path, recipe=recipe)
-    assert (report.good_rows, report.bad_rows, report.loss_on) == (1, 1, "all")
-    (example,) = report.examples
+    assert (report.good_rows, report.bad_rows, report.other_rows, report.loss_on) == (2, 0, 1, "all")
+    told = "1 of 2 rows: each is a preference pair, which sft does not read; dpo, kto, orpo, cpo, reward do"
+    assert report.other_method == told
+    console = Console(width=160, record=True)
+    console.print(report_view(report))
+    assert told in console.export_text()
+    example, *_ = report.examples
     assert example.cut and example.tokens == example.trained_tokens == 16
     assert studio.inspect_data(path).bad_rows == 0, "without a recipe rows for every method are good"
     sides = [example.title for example in studio.inspect_data(path).examples]
