@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -157,7 +156,8 @@ def _measured(origin: Origin, recipe: Recipe, rows: list[Any], progress: Progres
     measuring = Measuring(recipe, rows)  # tasks that are not here are refused before the base is loaded
     model, tokenizer = load_recipe_base(recipe, shown("loading"))
     adapter = AppliedAdapter(model, origin.adapter) if origin.adapter else None
-    cast(Any, model).disable_adapter = adapter.off if adapter else nullcontext  # the reference of preferences
+    if adapter:
+        cast(Any, model).disable_adapter = adapter.off  # the base, for what is measured against it
     before = measuring.run(model, tokenizer, shown("measuring base" if adapter else "measuring"))
     if adapter is None:
         return {"before": before.summary(), "after": None, "change": {}}
