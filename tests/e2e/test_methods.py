@@ -103,7 +103,12 @@ def test_an_adapter_that_cannot_go_on_here_is_refused_before_any_work(tmp_path: 
         ({"adapter": {"start_from": str(base)}}, "holds no adapter_config.json and weights beside it"),
         ({"adapter": {"start_from": job, "rslora": True}}, "start_from takes the method of the adapter"),
     ):
-        whole = {"model": {"base": str(base)}, "adapter": {"start_from": job}, **sections}
+        whole = {
+            "model": {"base": str(base)},
+            "adapter": {"start_from": job},
+            "output": {"dir": str(tmp_path / "next")},
+        }
+        whole |= sections
         run = studio("plan", write_recipe(tmp_path / "recipe.yaml", **whole))
         said = " ".join((run.stdout + run.stderr).replace("│", " ").split())
         assert run.returncode == 1 and words in said, said

@@ -26,7 +26,7 @@ from studio.job_files import read_json_lines
 from studio.jobs import Job, create_job, open_job
 from studio.merging import merge
 from studio.methods import REWARD_HEAD
-from studio.placing import plan_placement
+from studio.placing import placement_record, plan_placement
 from studio.plan import make_plan, recipe_base
 from studio.recipe_training import RewardSettings
 from studio.reward_model import RewardModel, add_reward_head, save_reward_head
@@ -45,9 +45,10 @@ def reward_job(base: Path, folder: Path, models: list[Any] | None = None, **sect
     The model that was trained is put into `models`.
     """
     recipe = recipe_for(base, folder, **{"model": {"quantization": "none"}, **sections})
-    job, lock = create_job(recipe, make_plan(recipe), {})
+    shapes = recipe_base(recipe)
+    placement = plan_placement(recipe, shapes)
+    job, lock = create_job(recipe, make_plan(recipe), placement_record(recipe, shapes, placement, None))
     os.close(lock)
-    placement = plan_placement(recipe, recipe_base(recipe))
     model = attach(load_base(base, quantize=recipe.model.quantization, dtype=torch.float32), placement, base=base)
     add_reward_head(model)
     torch.manual_seed(1)
@@ -113,10 +114,13 @@ def test_a_merged_reward_model_scores_as_its_adapter_does(family: str, tmp_path:
     texts = [(row.prompt[-1].content, f"{row.completion[0].content} {'and ' * n}") for n, row in enumerate(EXAMPLES)]
     attempts = [Attempt(text, row) for (_, text), row in zip(texts, EXAMPLES, strict=True)]
     wanted = stock_scores(base, job, texts)
-    plain, beside = (make_plan(recipe_for(base, tmp_path, rewards=rewards)).memory for rewards in (
-        [{"function": "regex", "pattern": "a"}], [{"function": "reward_model", "job": str(job.path)}]
+    plain, beside, whole = (make_plan(recipe_for(base, tmp_path / "next", rewards=rewards)).memory for rewards in (
+        [{"function": "regex", "pattern": "a"}],
+        [{"function": "reward_model", "job": str(job.path)}],
+        [{"function": "reward_model", "job": str(out)}],
     ))  # fmt: skip
     assert beside.reward_models_bytes > job.plan().bytes > plain.reward_models_bytes == 0
+    assert whole.reward_models_bytes == pytest.approx(job.plan().bytes, rel=0.01)  # float32 both, and the head
     assert REWARDS["reward_model"].build(settings)(attempts) == pytest.approx(wanted, abs=2e-4)
     if family == "llama4_text":
         return

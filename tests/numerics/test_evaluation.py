@@ -85,7 +85,7 @@ def test_the_loss_is_over_the_tokens_that_training_learns(tools, loss_on: LossOn
 def test_what_a_job_measures_is_what_it_trains(tools) -> None:
     losses = []
     for loss_on in ("completion", "all"):
-        text = f"data: {{train: x, max_length_tokens: 256}}\ntraining: {{loss_on: {loss_on}}}\noutput: {{dir: x}}\n"
+        text = f"data: {{train: x, max_length_tokens: 256}}\ntraining: {{loss_on: {loss_on}}}\noutput: {{dir: y}}\n"
         recipe = parse_recipe(text + "evaluation: {max_new_tokens: 2}\n")
         losses.append(Measuring(recipe, TURNS).run(*tools).loss)
         settings = {"max_length_tokens": 256, "batch_size": 8, "loss_on": loss_on}
