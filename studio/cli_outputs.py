@@ -253,9 +253,11 @@ def push(
 
 def show_written(report: dict[str, Any], view: RenderableType, as_json: bool) -> None:
     """What was written, and how every check of it came out."""
+    from rich.console import Group
+
     from studio.export_view import checks_table, verdict
 
     if as_json:
         print_json(report)
         return
-    output().print(checks_table(report["checks"]), "", view, verdict(report["checks"]), soft_wrap=True)
+    output().print(Group(checks_table(report["checks"]), "", view, verdict(report["checks"])), soft_wrap=True)

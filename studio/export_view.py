@@ -104,7 +104,13 @@ def verdict(checks: Sequence[Mapping[str, Any]]) -> Text:
         return Text("not verified: it was switched off", "yellow")
     passed = sum(check["status"] == "passed" for check in checks)
     left = [check["name"] for check in checks if check["status"] == "not run"]
-    text = Text(f"{passed} of {len(checks)} checks passed", "green" if passed == len(checks) else "")
+    failed = len(checks) - passed - len(left)
+    said = (
+        f"{passed} checks passed, {failed} failed"
+        if failed
+        else f"{passed} check{'s' * (passed > 1)} passed, none failed"
+    )
+    text = Text(said, "" if failed else "green")
     return text.append(f"; not run: {', '.join(left)}", "yellow") if left else text
 
 

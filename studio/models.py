@@ -44,7 +44,8 @@ def _cached(hub_id: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise StudioError(
             f"base model {hub_id!r} is neither a directory here ({Path(hub_id).absolute()}) nor a hub model on this "
-            f"machine. If it is a hub id, download it first: hf download {hub_id} --exclude '*.bin' '*.pt' '*.pth'"
+            f"machine. If it is a hub id, download it first: hf download {hub_id} --exclude '*.bin' '*.pt' '*.pth'. "
+            "If a job is meant, studio jobs lists those in runs/"
         ) from error
 
 

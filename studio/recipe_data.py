@@ -101,7 +101,8 @@ class DataSettings(Settings):
     @field_validator("columns")
     @classmethod
     def _columns_are_ours(cls, columns: dict[str, str]) -> dict[str, str]:
-        known = {name: f"unknown column; allowed: {', '.join(COLUMNS)}" for name in columns if name not in COLUMNS}
+        allowed = f"unknown; the studio's name is on the left, the file's on the right. Allowed: {', '.join(COLUMNS)}"
+        known = {name: allowed for name in columns if name not in COLUMNS}
         empty = {name: "received an empty name; allowed: a column of the file" for name in columns if not columns[name]}
         if found := {**empty, **known}:
             listed = "; ".join(f"{name}: {message}" for name, message in found.items())

@@ -121,7 +121,7 @@ class AdapterSettings(Settings):
 
     start_from: InputPath | None = None
     """An adapter, or the job that made it, to train further: its ranks, alpha, method and experts are taken, and those
-    of this recipe are not read. null: a new adapter."""
+    of this recipe are not read. A relative path starts at the recipe file. null: a new adapter."""
 
     @model_validator(mode="after")
     def _the_method_is_one(self) -> Self:

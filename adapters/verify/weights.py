@@ -373,11 +373,13 @@ def _check(name: str, found: Findings, fine: str, measured: Mapping[str, Any] | 
 
 def _targeted(found: Findings) -> Check:
     """Zero deltas, of experts without an adapter, are held against the base like all others."""
-    eaten = f"; {found.eaten} deltas are so small that rounding hides all of them" if found.eaten else ""
+    none = found.targeted - found.changed - found.eaten
     fine = (
-        f"{found.changed} of {found.targeted} targeted matrices changed, each as PEFT's formula has it, the others "
-        f"have no delta (worst distance {found.worst:.1e}){eaten}"
+        f"{found.changed} of {found.targeted} targeted matrices changed, each as PEFT's formula has it (worst distance "
+        f"{found.worst:.1e})"
     )
+    fine += f"; {none} have no delta, as experts that no token reached" if none else ""
+    fine += f"; the delta of {found.eaten} is smaller than the rounding and hidden by it" if found.eaten else ""
     counts = {"targeted": found.targeted, "changed": found.changed, "eaten": found.eaten, "worst": found.worst}
     return _check(TARGETED, found, fine, counts)
 
