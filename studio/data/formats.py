@@ -33,6 +33,7 @@ from studio.data.conversions import (
 from studio.data.json_text import RowProblems
 from studio.data.rows import Row, RowKind
 from studio.data.turns import OTHER_ROLES, from_json
+from studio.methods import reading_kind
 
 COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "rejected", "label", "text"),
@@ -79,7 +80,11 @@ def recognise(values: Values, kinds: Sequence[RowKind]) -> str:
         RowProblems: it fits none, or several of what the training method reads.
     """
     fitting = fits(values, prompts="prompt" in kinds)
-    read = [name for name in fitting if FORMATS[name].kind in kinds] or fitting
+    read = [name for name in fitting if FORMATS[name].kind in kinds]
+    classed = "label" in values and first_of(values, CONVERSATIONS)
+    if not read and classed and "labelled" in kinds and "example" not in kinds:
+        return "kto"  # a conversation whose label is a word or a number, which other methods take for a class
+    read = read or fitting
     if len(read) > 1:
         listed = " and ".join(read)
         raise RowProblems(("", f"fits the formats {listed}; keep one of the two forms, or say which in data.format"))
@@ -263,7 +268,9 @@ def convert(values: Values, kinds: Sequence[RowKind], form: str = "auto") -> tup
     row = FORMATS[name].convert(values)
     if row.kind not in kinds:
         wanted = " or ".join(KINDS[kind] for kind in kinds)
-        raise OtherKindError(f"is {KINDS[row.kind]}; this training method reads {wanted}", name, row)
+        others = ", ".join(reading_kind(row.kind))
+        said = f"is {KINDS[row.kind]}; this training method reads {wanted}; for such rows training.method is {others}"
+        raise OtherKindError(said, name, row)
     return name, row
 
 

@@ -23,7 +23,7 @@ from studio.data.rendered import Rendered, ReportPart, rendered_rows
 from studio.data.rows import Labelled, Message, Place, PlainText, Preference, Row, RowKind
 from studio.data.scripts import Scripts
 from studio.errors import DataError, Problem
-from studio.methods import METHODS
+from studio.methods import METHODS, reading_kind
 from studio.models import resolve_base
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ SHOWN = 20
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 EXAMPLES = 3
 BATCH_ROWS = 256
+RATINGS = ("rating", "thumbs", "feedback", "score", "vote", "liked", "labels", "is_good", "desirable")
+"""Columns that often say whether an answer was wanted, as the format kto reads it in `label`."""
+
 MAX_LENGTH_TOKENS = 256
 """Where there is no recipe: as a recipe's default."""
 
@@ -191,7 +194,7 @@ def inspect_data(
         unread=dict(unread.most_common(SHOWN)),
         loss_on=loss_on,
         examples=examples,
-        notes=(*_notes(seen, reading, looked_at, detected), *notes),
+        notes=(*_notes(seen, reading, looked_at, detected), *_rated(seen, unread), *notes),
         max_length_tokens=limit,
         **seen.facts(),
     )
@@ -340,7 +343,7 @@ def _other_method(recipe: Recipe, other: Counter[RowKind], rows: int) -> str:
     """That rows are of kinds that the recipe's method does not read, and which methods do."""
     method, told = recipe.training.method, []
     for kind, count in other.items():
-        readers = ", ".join(name for name, found in METHODS.items() if kind in found.rows)
+        readers = ", ".join(reading_kind(kind))
         of = f"{count:,} of {rows:,} rows"
         told.append(f"{of}: each is {KINDS[kind]}, which {method} does not read; {readers} do")
     return ". ".join(told)
@@ -358,3 +361,13 @@ def _notes(seen: _Seen, reading: Reading, looked_at: int, detected: Counter[str]
         if doubtful > 0 and len(several) > 1:
             notes.append(f"some rows fit several formats ({', '.join(several)}); data.format says which is meant")
     return notes
+
+
+def _rated(seen: _Seen, unread: Counter[str]) -> list[str]:
+    """That a column beside prompts and completions looks like labels, and how they are read."""
+    rated = [name for name in unread if name.lower() in RATINGS] if seen.kinds["example"] else []
+    return [
+        f"a column {name} is not read; where it says which answers are wanted, map it for training.method kto: "
+        f"data.columns: {{label: {name}}}"
+        for name in rated
+    ]

@@ -266,3 +266,9 @@ def test_what_is_found_alike_is_what_an_exact_comparison_finds() -> None:
     assert not found & set(same.found()[0].tolist())
     assert {row for row, similarity in exact.items() if 0.95 <= similarity < 1} <= found
     assert found <= {row for row, similarity in exact.items() if similarity > 0.6} and len(found) > 150
+
+
+def test_a_column_that_looks_like_labels_is_named_with_what_reads_it(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{n}", "completion": "b", "Rating": "up"} for n in range(3)]
+    (note,) = studio.inspect_data(written(tmp_path / "rows.jsonl", *rows)).notes
+    assert note.startswith("a column Rating is not read") and note.endswith("data.columns: {label: Rating}")
