@@ -34,7 +34,10 @@ def data_inspect(
     base: Annotated[str, typer.Option(help="The base whose tokenizer counts, where there is no recipe.")] = "embedded",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a file holds: format, counts, lengths, duplicates, bad rows, and what of three rows is trained."""
+    """Show what a file holds: format, counts, lengths, duplicates, bad rows, and what of three rows is trained.
+
+    The exit code is 1 where no row can be used.
+    """
     from studio.data_view import reading_progress, report_view
 
     wanted = studio.load_recipe(recipe) if recipe else None
@@ -44,6 +47,8 @@ def data_inspect(
         print_json(report.model_dump(mode="json"))
     else:
         output().print(report_view(report))
+    if report.good_rows == report.other_rows:
+        raise typer.Exit(1)
 
 
 @data_app.command("formats", epilog="Example: studio data formats")

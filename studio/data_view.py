@@ -93,7 +93,7 @@ def _duplicates(count: int, rows: int, pairs: tuple[Pair, ...], looked: str = ""
     if not count:
         return Text(f"no rows{looked}")
     named = [f"{pair.line} = {pair.earlier_line}" for pair in pairs[:SHOWN_PAIRS] if pair.file == pair.earlier_file]
-    lines = f"; lines {', '.join(named)}" + (", …" if count > len(named) else "") if named else ""
+    lines = f"; {pairs[0].counted}s {', '.join(named)}" + (", …" if count > len(named) else "") if named else ""
     share = as_percent(count / max(1, rows))
     return Text(f"{count:,} row{'s' if count > 1 else ''}{looked} as an earlier one, {share}{lines}", "yellow")
 

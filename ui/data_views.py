@@ -143,7 +143,11 @@ def _counts(title: str, counts: Mapping[str, Any]) -> Markup | None:
 def _pairs(title: str, pairs: tuple[Any, ...]) -> Markup | None:
     if not pairs:
         return None
-    return table(title, ("Line", "The earlier one"), [(f"{p.line:,}", f"{p.earlier_line:,}") for p in pairs])
+    return table(
+        title,
+        (pairs[0].counted.capitalize(), "The earlier one"),
+        [(f"{p.line:,}", f"{p.earlier_line:,}") for p in pairs],
+    )
 
 
 def _recipe_lines(recipe: Recipe) -> Markup:

@@ -55,12 +55,13 @@ class FormatShare(ReportPart):
 
 
 class Pair(ReportPart):
-    """Where a row stands, and the earlier one that it equals or is like."""
+    """Where a row stands, and the earlier one that it equals or is like: lines, or rows as `counted` says."""
 
     file: str
     line: int
     earlier_file: str
     earlier_line: int
+    counted: str
 
 
 class DataReport(ReportPart):
@@ -148,6 +149,7 @@ def inspect_data(
     limit = recipe.data.max_length_tokens if recipe else MAX_LENGTH_TOKENS
     kinds = METHODS[recipe.training.method].rows if recipe else tuple(KINDS)
     seen = _Seen(TokenCounter(directory), limit)
+    cut: list[str] = []
     detected: Counter[str] = Counter()
     alone: Counter[str] = Counter()
     unread: Counter[str] = Counter()
@@ -156,6 +158,7 @@ def inspect_data(
         if raw is None:
             assert isinstance(outcome, Problem)
             seen.add_problems([outcome])
+            cut = ["the rest of the file was not read, and is not counted here: see the problem that ends it"]
             continue
         if seen.rows < DETECTED_ROWS and not isinstance(raw.values, RowProblems):
             names = _fitting(raw.values, reading)
@@ -194,7 +197,7 @@ def inspect_data(
         unread=dict(unread.most_common(SHOWN)),
         loss_on=loss_on,
         examples=examples,
-        notes=(*_notes(seen, reading, looked_at, detected), *_rated(seen, unread), *notes),
+        notes=(*cut, *_notes(seen, reading, looked_at, detected), *_rated(seen, unread), *notes),
         max_length_tokens=limit,
         **seen.facts(),
     )
@@ -305,7 +308,10 @@ class _Seen:
 
     def _pairs(self, rows: Sequence[Sequence[int]]) -> tuple[Pair, ...]:
         places = [(self.places.at(later), self.places.at(earlier)) for later, earlier in rows]
-        return tuple(Pair(file=p.file, line=p.line, earlier_file=q.file, earlier_line=q.line) for p, q in places)
+        return tuple(
+            Pair(file=p.file, line=p.line, earlier_file=q.file, earlier_line=q.line, counted=p.counted)
+            for p, q in places
+        )
 
 
 def turns_of(row: Row) -> list[Message]:

@@ -198,6 +198,10 @@ def test_the_command_answers_with_tables_or_json(tmp_path: Path) -> None:
     assert json.loads(said.stdout)["format"] == "messages"
     failed = CliRunner().invoke(app, ["data", "inspect", str(tmp_path / "none"), "--json"])
     assert failed.exit_code == 1 and "no such file" in json.loads(failed.stdout)["error"]["message"]
+    bad = written(tmp_path / "bad.jsonl", {"prompt": 3, "completion": "b"})
+    assert CliRunner().invoke(app, ["data", "inspect", str(bad)]).exit_code == 1, "no row can be used"
+    written(bad, {"prompt": 3, "completion": "b"}, chat("a", "b"))
+    assert CliRunner().invoke(app, ["data", "inspect", str(bad)]).exit_code == 0
     formats = CliRunner().invoke(app, ["data", "formats", "--json"])
     assert {entry["name"] for entry in json.loads(formats.stdout)} >= {"messages", "sharegpt", "alpaca", "kto"}
 
@@ -272,3 +276,25 @@ def test_a_column_that_looks_like_labels_is_named_with_what_reads_it(tmp_path: P
     rows = [{"prompt": f"a{n}", "completion": "b", "Rating": "up"} for n in range(3)]
     (note,) = studio.inspect_data(written(tmp_path / "rows.jsonl", *rows)).notes
     assert note.startswith("a column Rating is not read") and note.endswith("data.columns: {label: Rating}")
+
+
+def test_rows_of_one_line_are_counted_as_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    same, bad = {"prompt": "a", "completion": "b"}, {"prompt": 3, "completion": "b"}
+    path.write_text(json.dumps([same, {"prompt": "c", "completion": "d"}, same, bad]))
+    report = studio.inspect_data(path)
+    assert [(p.counted, p.line, p.earlier_line) for p in report.duplicates] == [("row", 3, 1)]
+    assert [(p["counted"], p["line"]) for p in report.problems] == [("row", 4)]
+    assert [(shown.counted, shown.line) for shown in report.examples] == [("row", 1), ("row", 2), ("row", 3)]
+    console = Console(width=120, record=True)
+    console.print(report_view(report))
+    assert "; rows 3 = 1" in console.export_text()
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "a", "completion": "b"}, {"prom', '[{"prompt": "a", "completion": "b"}'])
+def test_a_file_that_was_cut_is_said_to_be_read_in_part(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    report = studio.inspect_data(path)
+    assert report.good_rows == 1 and "is not valid JSON" in report.problems[0]["message"]
+    assert report.notes[0].startswith("the rest of the file was not read")
