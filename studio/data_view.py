@@ -126,15 +126,14 @@ def _lengths(report: DataReport) -> RenderableType:
 
 def _problems(report: DataReport) -> Iterator[RenderableType]:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("Where", justify="right", style="red", no_wrap=True)
+    table.add_column("Where", style="red", max_width=46)
     table.add_column("What is wrong", overflow="fold")
-    for problem in report.problems:
+    for problem in report.problem_groups:
         field = f"{problem['field']} " if problem["field"] else ""
-        where = f"{problem['counted']} {problem['line']}" if problem["line"] is not None else "file"
-        table.add_row(where, Text(clean(f"{field}{problem['message']}")))
+        table.add_row(problem["where"] or "file", Text(clean(f"{field}{problem['message']}")))
     yield table
-    if report.hidden_problems:
-        yield Text(f"… and {report.hidden_problems:,} more", "red")
+    if report.ungrouped_problems:
+        yield Text(f"… and {report.ungrouped_problems:,} more", "red")
 
 
 def _legend(report: DataReport) -> Text:

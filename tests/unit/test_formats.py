@@ -371,6 +371,8 @@ def test_columns_are_mapped_and_a_format_can_be_said(tmp_path: Path) -> None:
     rows, (problem,) = check_rows(path, reading=Reading(columns={"prompt": "ask", "completion": "reply"}))
     assert rows == [Example((USER,), CHAT.completion, "a")] * 2
     assert str(problem) == "line 2, reply: is mapped in data.columns and missing; received ask"
+    _, problems = check_rows(path, reading=Reading(columns={"prompt": "asks", "completion": "replies"}))
+    assert problems[0].message.endswith("; did you mean reply?")
     path.write_text('{"text": "hi", "prompt": "a", "completion": "b"}\n')
     (row,), _ = check_rows(path, ALL, Reading(format="text"))
     assert row == PlainText("hi", "a")

@@ -298,3 +298,21 @@ def test_a_file_that_was_cut_is_said_to_be_read_in_part(tmp_path: Path, text: st
     report = studio.inspect_data(path)
     assert report.good_rows == 1 and "is not valid JSON" in report.problems[0]["message"]
     assert report.notes[0].startswith("the rest of the file was not read")
+
+
+def test_columns_that_fit_no_format_are_told_how_to_be_mapped_and_can_be(tmp_path: Path) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_text("nr,customer_text,our_reply\n" + "".join(f"{n},a{n},b\n" for n in range(300)))
+    shown = CliRunner().invoke(app, ["data", "inspect", str(path)])
+    assert shown.exit_code == 1 and shown.output.count("needs messages") == 1
+    words = " ".join(shown.output.split())
+    assert "lines 2, 3, 4, 5, 6, … (300 rows)" in words and "300, 300 of them bad" in words
+    assert "columns nr, customer_text, our_reply" in words and "--columns prompt=NAME" in words
+    mapped = ["--columns", "prompt=customer_text", "--columns", "completion=our_reply"]
+    report = json.loads(CliRunner().invoke(app, ["data", "inspect", str(path), *mapped, "--json"]).stdout)
+    assert (report["good_rows"], report["format"]) == (300, "prompt_completion")
+    for wrong, said in (("prompt", "ours=theirs"), ("ask=customer_text", "unknown column 'ask'")):
+        failed = CliRunner().invoke(app, ["data", "inspect", str(path), "--columns", wrong])
+        assert failed.exit_code == 1 and said in failed.stderr
+    typo = CliRunner().invoke(app, ["data", "inspect", str(path), "--columns", "prompt=custom_text"])
+    assert "did you mean customer_text?" in " ".join(typo.output.split())
