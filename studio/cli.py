@@ -65,9 +65,12 @@ def validate(recipe: RecipePath, as_json: AsJson = False) -> None:
     if as_json:
         counts = {"train_examples": train_examples, "eval_examples": len(held_out)}
         leaks = planned.leaks.model_dump(mode="json") if planned.leaks else None
+        counts["dropped_rows"] = planned.dropped_rows
         print_json({"valid": True, **counts, "leaks": leaks, "recipe": wanted.model_dump(mode="json")})
     else:
         typer.echo(f"{recipe} is valid: {train_examples:,} training examples, {len(held_out):,} held out")
+        if planned.dropped_rows:
+            typer.echo(f"{planned.dropped_rows:,} bad rows are dropped (data.bad_rows: drop); see studio plan")
         for line in leak_lines(planned.leaks):
             typer.echo(line)
 

@@ -11,6 +11,7 @@ import typer
 
 import studio
 from studio.cli_shared import AsJson, RecipePath, output, print_json, reported
+from studio.errors import StudioError
 
 if TYPE_CHECKING:
     from studio.data.hard_examples import Scored
@@ -32,18 +33,39 @@ def data_inspect(
         Path | None, typer.Option(metavar="RECIPE", help="Read it as this recipe would, for its base and method.")
     ] = None,
     base: Annotated[str, typer.Option(help="The base whose tokenizer counts, where there is no recipe.")] = "embedded",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="A column with another name, as prompt=question; repeat for each."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a file holds: format, counts, lengths, duplicates, bad rows, and what of three rows is trained."""
+    """Show what a file holds: format, counts, lengths, duplicates, bad rows, and what of three rows is trained.
+
+    The exit code is 1 where no row can be used.
+    """
     from studio.data_view import reading_progress, report_view
 
     wanted = studio.load_recipe(recipe) if recipe else None
+    mapping = _mapping(columns or ())
     with reading_progress(output(), quiet=as_json) as progress:
-        report = studio.inspect_data(file, recipe=wanted, base=base, progress=progress)
+        report = studio.inspect_data(file, recipe=wanted, base=base, columns=mapping, progress=progress)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
         output().print(report_view(report))
+    if report.good_rows == report.other_rows:
+        raise typer.Exit(1)
+
+
+def _mapping(pairs: Sequence[str]) -> dict[str, str]:
+    """From ours=theirs.
+
+    Raises:
+        StudioError
+    """
+    if wrong := [pair for pair in pairs if not all(pair.partition("="))]:
+        raise StudioError(f"--columns received {wrong[0]!r}; allowed: ours=theirs, such as prompt=question")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 @data_app.command("formats", epilog="Example: studio data formats")

@@ -62,7 +62,16 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option("--task", metavar="NAME|FILE", help="A task of lm-eval, or your own in YAML.")
     ] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="First rows, and of each task; else 200 and all.")] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Measure the first N rows, and N examples of each task; without it what the job's recipe says, "
+            "or 200 rows and whole tasks.",
+            show_default=False,
+        ),
+    ] = None,
     json_schema: Annotated[
         Path | None, typer.Option("--json-schema", metavar="FILE", help="Schema that answers should fit.")
     ] = None,

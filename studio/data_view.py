@@ -93,7 +93,7 @@ def _duplicates(count: int, rows: int, pairs: tuple[Pair, ...], looked: str = ""
     if not count:
         return Text(f"no rows{looked}")
     named = [f"{pair.line} = {pair.earlier_line}" for pair in pairs[:SHOWN_PAIRS] if pair.file == pair.earlier_file]
-    lines = f"; lines {', '.join(named)}" + (", …" if count > len(named) else "") if named else ""
+    lines = f"; {pairs[0].counted}s {', '.join(named)}" + (", …" if count > len(named) else "") if named else ""
     share = as_percent(count / max(1, rows))
     return Text(f"{count:,} row{'s' if count > 1 else ''}{looked} as an earlier one, {share}{lines}", "yellow")
 
@@ -126,15 +126,14 @@ def _lengths(report: DataReport) -> RenderableType:
 
 def _problems(report: DataReport) -> Iterator[RenderableType]:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("Where", justify="right", style="red", no_wrap=True)
+    table.add_column("Where", style="red", max_width=46)
     table.add_column("What is wrong", overflow="fold")
-    for problem in report.problems:
+    for problem in report.problem_groups:
         field = f"{problem['field']} " if problem["field"] else ""
-        where = f"{problem['counted']} {problem['line']}" if problem["line"] is not None else "file"
-        table.add_row(where, Text(clean(f"{field}{problem['message']}")))
+        table.add_row(problem["where"] or "file", Text(clean(f"{field}{problem['message']}")))
     yield table
-    if report.hidden_problems:
-        yield Text(f"… and {report.hidden_problems:,} more", "red")
+    if report.ungrouped_problems:
+        yield Text(f"… and {report.ungrouped_problems:,} more", "red")
 
 
 def _legend(report: DataReport) -> Text:

@@ -18,8 +18,8 @@ and travels to the edge of the process, where the job records it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from adapters.errors import (
     AdapterFileError,
@@ -56,6 +56,8 @@ __all__ = [
 ]
 
 SHOWN_PROBLEMS = 20
+SHOWN_LINES = 5
+"""Of rows with the same problem."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,103 @@ class FileProblem(Problem):
     """A problem that ends the reading of a file: what follows in it is not known, so it cannot be dropped as a row."""
 
 
+@dataclass
+class ProblemGroup:
+    """Problems that say the same of one or several rows of a file.
+
+    Attributes:
+        first: of them.
+        lines: of the first few, 1-based.
+        count: of all.
+    """
+
+    first: Problem
+    lines: list[int]
+    count: int = 0
+
+    @property
+    def where(self) -> str:
+        """The lines, as "line 2", "lines 2, 3" or "lines 2, 3, 4, … (300 rows)"; "" where none applies."""
+        if not self.lines:
+            return ""
+        listed = ", ".join(map(str, self.lines))
+        if self.count > len(self.lines):
+            listed += f", … ({self.count:,} rows)"
+        return f"{self.first.counted}{'s' if self.count > 1 else ''} {listed}"
+
+    def __str__(self) -> str:
+        where = ", ".join(part for part in (self.where, self.first.field) if part)
+        return f"{where}: {self.first.message}" if where else self.first.message
+
+
+class ProblemGroups:
+    """Problems as they are found, equal ones of several rows once; in the memory of 20 groups a file.
+
+    Attributes:
+        found: file → its first 20 groups.
+        counts: file → how many problems it has.
+        rows: file → how many rows or lines have problems; those of one row come one after the other.
+    """
+
+    def __init__(self, problems: Iterable[Problem] = ()):
+        self.found: dict[str | None, dict[Problem, ProblemGroup]] = {}
+        self.counts: dict[str | None, int] = {}
+        self.rows: dict[str | None, int] = {}
+        self._last: tuple[str | None, int | None] | None = None
+        for problem in problems:
+            self.add(problem)
+
+    def add(self, problem: Problem) -> None:
+        """Counts a problem, and keeps it where it is one of the first or equals one of them but for its line."""
+        file = problem.file
+        self.counts[file] = self.counts.get(file, 0) + 1
+        place = (file, problem.line)
+        self.rows[file] = self.rows.get(file, 0) + (place != self._last)
+        self._last = place
+        groups = self.found.setdefault(file, {})
+        same = replace(problem, line=None)
+        if same not in groups and len(groups) == SHOWN_PROBLEMS:
+            return
+        group = groups.setdefault(same, ProblemGroup(problem, []))
+        group.count += 1
+        if problem.line is not None and len(group.lines) < SHOWN_LINES:
+            group.lines.append(problem.line)
+
+    def of(self, file: str | None) -> list[ProblemGroup]:
+        """The groups of a file, in the order in which they were found."""
+        return list(self.found.get(file, {}).values())
+
+    @property
+    def all(self) -> list[ProblemGroup]:
+        return [group for groups in self.found.values() for group in groups.values()]
+
+    @property
+    def hidden_count(self) -> int:
+        """Problems that are in no group."""
+        return sum(self.counts.values()) - sum(group.count for group in self.all)
+
+    def head(self, file: str | None) -> str:
+        """How many problems a file has, and how many rows, where these are fewer."""
+        count, rows = self.counts[file], self.rows[file]
+        within = f" in {rows:,} row{'s' if rows > 1 else ''}" if file and rows < count else ""
+        return f"{file or 'recipe'}: {count:,} problem{'s' if count > 1 else ''}{within}"
+
+
 class ProblemsError(StudioError):
     """Input that was read to its end, with everything found wrong in it.
 
     Attributes:
         problems: the problems in file order, at most 20 of each file.
         hidden_count: how many more there were.
+        groups: all of them, equal ones of several rows once, as the text has them; unlisted_count: those in none.
     """
 
-    def __init__(self, problems: Sequence[Problem], hidden_count: int = 0):
+    def __init__(self, problems: Sequence[Problem], hidden_count: int = 0, groups: ProblemGroups | None = None):
         self.problems = list(problems)
         self.hidden_count = hidden_count
-        super().__init__(_as_text(self.problems, hidden_count))
+        self.groups = groups or ProblemGroups(self.problems)
+        self.unlisted_count = self.groups.hidden_count if groups else hidden_count
+        super().__init__(_as_text(self.groups, self.unlisted_count))
 
 
 class RecipeError(ProblemsError):
@@ -125,12 +212,11 @@ class RewardError(StudioError):
     """A reward function failed, or was given options that cannot work. A bad completion is no error: it scores low."""
 
 
-def _as_text(problems: list[Problem], hidden_count: int) -> str:
+def _as_text(groups: ProblemGroups, hidden_count: int) -> str:
     lines: list[str] = []
-    for file in dict.fromkeys(problem.file for problem in problems):
-        own = [problem for problem in problems if problem.file == file]
-        lines.append(f"{file or 'recipe'}: {len(own)} problem{'s' if len(own) > 1 else ''}")
-        lines += [f"  - {problem}" for problem in own]
+    for file in groups.counts:
+        lines.append(groups.head(file))
+        lines += [f"  - {group}" for group in groups.of(file)]
     if hidden_count:
-        lines.append(f"  … and {hidden_count} more")
+        lines.append(f"  … and {hidden_count:,} more")
     return "\n".join(lines)

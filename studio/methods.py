@@ -109,3 +109,8 @@ METHODS: dict[str, Method] = {
 def readers_of(field: str) -> tuple[str, ...]:
     """The methods that read a field of the recipe's section `preference`."""
     return tuple(name for name, method in METHODS.items() if field in method.reads)
+
+
+def reading_kind(kind: RowKind) -> tuple[str, ...]:
+    """The methods that train on rows of a kind."""
+    return tuple(name for name, method in METHODS.items() if kind in method.rows)

@@ -85,14 +85,13 @@ def _other_method(report: DataReport) -> Markup | None:
 def _problems(report: DataReport) -> Markup | None:
     if not report.problems:
         return None
-    lines = [el("li", _place(problem), str(problem["message"])) for problem in report.problems]
-    more = el("p", f"… and {report.hidden_problems:,} more") if report.hidden_problems else None
+    lines = [el("li", _place(problem), str(problem["message"])) for problem in report.problem_groups]
+    more = el("p", f"… and {report.ungrouped_problems:,} more") if report.ungrouped_problems else None
     return note("error", f"{report.bad_rows:,} rows cannot be trained on", el("ul", *lines), more)
 
 
 def _place(problem: Mapping[str, Any]) -> Markup:
-    line = f"{problem.get('counted') or 'line'} {problem['line']:,}" if problem["line"] is not None else ""
-    where = ", ".join(part for part in (line, str(problem["field"])) if part)
+    where = ", ".join(part for part in (problem["where"], str(problem["field"])) if part)
     return el("b", f"{where}: " if where else "")
 
 
@@ -143,7 +142,11 @@ def _counts(title: str, counts: Mapping[str, Any]) -> Markup | None:
 def _pairs(title: str, pairs: tuple[Any, ...]) -> Markup | None:
     if not pairs:
         return None
-    return table(title, ("Line", "The earlier one"), [(f"{p.line:,}", f"{p.earlier_line:,}") for p in pairs])
+    return table(
+        title,
+        (pairs[0].counted.capitalize(), "The earlier one"),
+        [(f"{p.line:,}", f"{p.earlier_line:,}") for p in pairs],
+    )
 
 
 def _recipe_lines(recipe: Recipe) -> Markup:

@@ -63,13 +63,12 @@ def error_note(title: str, error: StudioError) -> Markup:
 
 def _problem_lists(error: ProblemsError) -> list[Markup]:
     parts: list[Markup] = []
-    for file in dict.fromkeys(problem.file for problem in error.problems):
+    for file in error.groups.counts:
         if file:
             parts.append(el("p", file, cls="words path"))
-        lines = [el("li", str(problem)) for problem in error.problems if problem.file == file]
-        parts.append(el("ul", *lines))
-    if error.hidden_count:
-        parts.append(el("p", f"… and {error.hidden_count:,} more"))
+        parts.append(el("ul", *(el("li", str(group)) for group in error.groups.of(file))))
+    if error.unlisted_count:
+        parts.append(el("p", f"… and {error.unlisted_count:,} more"))
     return parts
 
 

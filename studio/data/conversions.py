@@ -102,13 +102,20 @@ def _label(value: Any) -> bool:
     if isinstance(value, bool):
         return value
     named = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    named = named.replace(" ", "_").replace("-", "_")
     if named not in LABELS:
-        raise RowProblems(("label", f"is true or false, received {describe(value)}"))
+        raise RowProblems(("label", f"is true or false, or {LABEL_WORDS}; received {describe(value)}"))
     return LABELS[named]
 
 
-LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-"""Tables hold labels as numbers with a point where one of the column is missing."""
+LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False} | {
+    word: wanted
+    for pair in (("yes", "no"), ("good", "bad"), ("up", "down"), ("thumbs_up", "thumbs_down"), ("like", "dislike"))
+    for word, wanted in zip(pair, (True, False), strict=True)
+}
+"""Tables hold labels as numbers with a point where one of the column is missing; ratings are words."""
+
+LABEL_WORDS = "1 or 0, yes or no, good or bad, up or down, thumbs_up or thumbs_down, like or dislike"
 
 
 def from_preference(values: Values) -> Row:

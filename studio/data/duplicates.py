@@ -36,7 +36,7 @@ class Places:
     """Where the rows of a file or folder stand, in 12 bytes a row."""
 
     def __init__(self) -> None:
-        self.files: dict[str, int] = {}
+        self.files: dict[tuple[str, str], int] = {}
         self.of_file, self.lines = array("I"), array("Q")
 
     def __len__(self) -> int:
@@ -44,12 +44,13 @@ class Places:
 
     def add(self, place: Place) -> int:
         """The number of the row, from 0."""
-        self.of_file.append(self.files.setdefault(place.file, len(self.files)))
+        self.of_file.append(self.files.setdefault((place.file, place.counted), len(self.files)))
         self.lines.append(place.line)
         return len(self.lines) - 1
 
     def at(self, row: int) -> Place:
-        return Place(list(self.files)[self.of_file[row]], self.lines[row])
+        file, counted = list(self.files)[self.of_file[row]]
+        return Place(file, self.lines[row], counted)
 
 
 class Duplicates:

@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -297,11 +298,28 @@ def _json_line_rows(file: BinaryIO, name: str) -> Iterator[Raw]:
 
 
 def _json_rows(file: BinaryIO, name: str) -> Iterator[Raw]:
-    for line, value in elements(file):
+    for place, value, counted in _placed(elements(file)):
         try:
-            yield Raw(name, line, value if isinstance(value, RowProblems) else as_object(value))
+            yield Raw(name, place, value if isinstance(value, RowProblems) else as_object(value), counted)
         except RowProblems as problems:
-            yield Raw(name, line, problems)
+            yield Raw(name, place, problems, counted)
+
+
+def _placed(found: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any, str]]:
+    """(place, value, what the place counts) of a list's elements: rows where the second stands on the first one's line,
+    as in a file that is one line; else lines.
+    """
+    first = list(islice(found, 1))
+    failed: Exception | None = None
+    try:
+        first += islice(found, 1)
+    except Exception as error:  # whatever ends the file after its first row: that row comes before
+        failed = error
+    by_row = len(first) == 2 and first[0][0] == first[1][0]
+    for number, (line, value) in enumerate(chain(first, found), 1):
+        yield (number, value, "row") if by_row else (line, value, "line")
+    if failed:
+        raise failed
 
 
 def _text_row(file: BinaryIO, name: str) -> Iterator[Raw]:

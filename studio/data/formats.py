@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from studio.data.conversions import (
@@ -33,6 +35,8 @@ from studio.data.conversions import (
 from studio.data.json_text import RowProblems
 from studio.data.rows import Row, RowKind
 from studio.data.turns import OTHER_ROLES, from_json
+from studio.errors import Problem, RecipeError
+from studio.methods import reading_kind
 
 COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "rejected", "label", "text"),
@@ -79,7 +83,11 @@ def recognise(values: Values, kinds: Sequence[RowKind]) -> str:
         RowProblems: it fits none, or several of what the training method reads.
     """
     fitting = fits(values, prompts="prompt" in kinds)
-    read = [name for name in fitting if FORMATS[name].kind in kinds] or fitting
+    read = [name for name in fitting if FORMATS[name].kind in kinds]
+    classed = "label" in values and first_of(values, CONVERSATIONS)
+    if not read and classed and "labelled" in kinds and "example" not in kinds:
+        return "kto"  # a conversation whose label is a word or a number, which other methods take for a class
+    read = read or fitting
     if len(read) > 1:
         listed = " and ".join(read)
         raise RowProblems(("", f"fits the formats {listed}; keep one of the two forms, or say which in data.format"))
@@ -88,7 +96,8 @@ def recognise(values: Values, kinds: Sequence[RowKind]) -> str:
     if first_of(values, (*PROMPTS, *COMPLETIONS)):
         return "prompt_completion"  # whose conversion says what is missing
     found = ", ".join(list(values)[:6]) or "nothing"
-    raise RowProblems(("", f"needs messages, or prompt and completion; received {found}"))
+    mapping = "; columns with other names are mapped in data.columns: {prompt: …, completion: …}" if values else ""
+    raise RowProblems(("", f"needs messages, or prompt and completion; received {found}{mapping}"))
 
 
 def fits(values: Values, prompts: bool = True) -> list[str]:
@@ -263,7 +272,9 @@ def convert(values: Values, kinds: Sequence[RowKind], form: str = "auto") -> tup
     row = FORMATS[name].convert(values)
     if row.kind not in kinds:
         wanted = " or ".join(KINDS[kind] for kind in kinds)
-        raise OtherKindError(f"is {KINDS[row.kind]}; this training method reads {wanted}", name, row)
+        others = ", ".join(reading_kind(row.kind))
+        said = f"is {KINDS[row.kind]}; this training method reads {wanted}; for such rows training.method is {others}"
+        raise OtherKindError(said, name, row)
     return name, row
 
 
@@ -303,8 +314,28 @@ def mapped(values: Values, columns: Mapping[str, str]) -> dict[str, Any]:
     """
     missing = [t for ours, t in columns.items() if t not in values and ours not in values and ours not in OPTIONAL]
     if missing:
-        found = ", ".join(list(values)[:8]) or "nothing"
-        raise RowProblems(*((name, f"is mapped in data.columns and missing; received {found}") for name in missing))
+        raise RowProblems(*((name, _missing(name, tuple(values))) for name in missing))
     taken = set(columns.values())
     rest = {name: value for name, value in values.items() if name not in taken}
     return {**rest, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
+
+
+@lru_cache(maxsize=256)
+def _missing(name: str, there: tuple[str, ...]) -> str:
+    """What is said of a mapped column that a row does not have, with the nearest of those that are there."""
+    near = get_close_matches(name, there, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"is mapped in data.columns and missing; received {', '.join(there[:8]) or 'nothing'}{meant}"
+
+
+def known_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
+    """The mapping {ours: theirs}, each of ours being one that the formats read.
+
+    Raises:
+        RecipeError: as for `data.columns` in a recipe.
+    """
+    allowed = f"allowed: {', '.join(COLUMNS)}"
+    wrong = [Problem("data.columns", None, f"unknown column {n!r}; {allowed}") for n in columns if n not in COLUMNS]
+    if wrong:
+        raise RecipeError(wrong)
+    return columns

@@ -8,13 +8,15 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from studio.data import inspection_notes
 from studio.data.duplicates import Duplicates, NearDuplicates, Places
 from studio.data.files import Progress, kind_of
-from studio.data.formats import FORMATS, KINDS, OtherKindError, fits, mapped, unread_columns
+from studio.data.formats import FORMATS, KINDS, OtherKindError, fits, known_columns, mapped, unread_columns
 from studio.data.json_text import RowProblems
 from studio.data.lengths import TokenCounter
 from studio.data.of_recipe import written_by_template
@@ -22,8 +24,8 @@ from studio.data.reading import Reading, converted
 from studio.data.rendered import Rendered, ReportPart, rendered_rows
 from studio.data.rows import Labelled, Message, Place, PlainText, Preference, Row, RowKind
 from studio.data.scripts import Scripts
-from studio.errors import DataError, Problem
-from studio.methods import METHODS
+from studio.errors import DataError, Problem, ProblemGroups
+from studio.methods import METHODS, reading_kind
 from studio.models import resolve_base
 
 if TYPE_CHECKING:
@@ -52,12 +54,13 @@ class FormatShare(ReportPart):
 
 
 class Pair(ReportPart):
-    """Where a row stands, and the earlier one that it equals or is like."""
+    """Where a row stands, and the earlier one that it equals or is like: lines, or rows as `counted` says."""
 
     file: str
     line: int
     earlier_file: str
     earlier_line: int
+    counted: str
 
 
 class DataReport(ReportPart):
@@ -67,7 +70,8 @@ class DataReport(ReportPart):
         kind: of file.
         rows, good_rows, bad_rows: of the file; of the bad ones each has at least one problem.
         other_rows: good rows of kinds that the recipe's method does not read; other_method: which methods read them.
-        problems: the first 20, and hidden_problems how many more there are.
+        problems: the first 20, and hidden_problems how many more there are. problem_groups: {"where", "field",
+            "message", "count"} of the first 20 that differ, each once for all its rows; ungrouped_problems: of others.
         format: that most of the first rows fit; "" where none does.
         sure: share of these `detected_rows` rows that fit it and no other.
         unread: columns that hold something and are passed over: in how many of these rows; the 20 most frequent.
@@ -96,6 +100,8 @@ class DataReport(ReportPart):
     other_method: str
     problems: tuple[dict[str, Any], ...]
     hidden_problems: int
+    problem_groups: tuple[dict[str, Any], ...]
+    ungrouped_problems: int
     format: str
     sure: float
     detected_rows: int
@@ -126,6 +132,7 @@ def inspect_data(
     *,
     recipe: Recipe | None = None,
     base: str = "embedded",
+    columns: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> DataReport:
     """Reads `file` to its end and says what it holds.
@@ -134,17 +141,22 @@ def inspect_data(
         file: anything that `data.train` takes.
         recipe: whose base, format, columns, training method and lengths are used; None: rows of every kind are good.
         base: where there is no recipe, whose tokenizer and chat template are used.
+        columns: {ours: theirs}, as `data.columns`, over those of the recipe.
         progress: called with (bytes read, bytes in all); rows where a file has no bytes to count.
 
     Raises:
         DataError: the file cannot be read, or holds not one row.
+        RecipeError: `columns` map to none of ours.
         StudioError: the base is not here.
     """
     directory = resolve_base(recipe.model.base if recipe else base)
     reading = Reading.of(recipe) if recipe else Reading(written=written_by_template(base))
+    reading = replace(reading, columns={**reading.columns, **known_columns(columns or {})})
     limit = recipe.data.max_length_tokens if recipe else MAX_LENGTH_TOKENS
     kinds = METHODS[recipe.training.method].rows if recipe else tuple(KINDS)
     seen = _Seen(TokenCounter(directory), limit)
+    cut = False
+    named: list[str] = []
     detected: Counter[str] = Counter()
     alone: Counter[str] = Counter()
     unread: Counter[str] = Counter()
@@ -153,8 +165,10 @@ def inspect_data(
         if raw is None:
             assert isinstance(outcome, Problem)
             seen.add_problems([outcome])
+            cut = True
             continue
         if seen.rows < DETECTED_ROWS and not isinstance(raw.values, RowProblems):
+            named = named or list(raw.values)
             names = _fitting(raw.values, reading)
             detected.update(names)
             alone.update(names if len(names) == 1 else [])
@@ -185,13 +199,24 @@ def inspect_data(
         bad_rows=seen.bad_rows,
         problems=tuple(vars(problem) for problem in seen.problems[:SHOWN]),
         hidden_problems=max(0, seen.problem_count - SHOWN),
+        problem_groups=tuple(
+            {"where": each.where, "field": each.first.field, "message": each.first.message, "count": each.count}
+            for each in seen.groups.all[:SHOWN]
+        ),
+        ungrouped_problems=seen.problem_count - sum(each.count for each in seen.groups.all[:SHOWN]),
         format=form,
         sure=alone[form] / looked_at if form else 0.0,
         detected_rows=looked_at,
         unread=dict(unread.most_common(SHOWN)),
         loss_on=loss_on,
         examples=examples,
-        notes=(*_notes(seen, reading, looked_at, detected), *notes),
+        notes=(
+            *([inspection_notes.CUT] if cut else []),
+            *inspection_notes.of_columns(form, named),
+            *inspection_notes.of_formats(seen, reading, looked_at, detected),
+            *inspection_notes.of_ratings(seen, unread),
+            *notes,
+        ),
         max_length_tokens=limit,
         **seen.facts(),
     )
@@ -212,6 +237,7 @@ class _Seen:
         self.counter, self.max_length_tokens = counter, max_length_tokens
         self.rows = self.bad_rows = self.problem_count = self.long_prompts = 0
         self.problems: list[Problem] = []
+        self.groups = ProblemGroups()
         self.long: list[Problem] = []
         self.lengths = array("I")
         self.formats: Counter[str] = Counter()
@@ -227,6 +253,8 @@ class _Seen:
 
     def add_problems(self, problems: Sequence[Problem]) -> None:
         self.problem_count += len(problems)
+        for problem in problems:
+            self.groups.add(problem)
         self.problems += problems[: max(0, SHOWN - len(self.problems))]
 
     def add_bad(self, file: str, line: int, counted: str, outcome: RowProblems) -> None:
@@ -302,7 +330,10 @@ class _Seen:
 
     def _pairs(self, rows: Sequence[Sequence[int]]) -> tuple[Pair, ...]:
         places = [(self.places.at(later), self.places.at(earlier)) for later, earlier in rows]
-        return tuple(Pair(file=p.file, line=p.line, earlier_file=q.file, earlier_line=q.line) for p, q in places)
+        return tuple(
+            Pair(file=p.file, line=p.line, earlier_file=q.file, earlier_line=q.line, counted=p.counted)
+            for p, q in places
+        )
 
 
 def turns_of(row: Row) -> list[Message]:
@@ -340,21 +371,7 @@ def _other_method(recipe: Recipe, other: Counter[RowKind], rows: int) -> str:
     """That rows are of kinds that the recipe's method does not read, and which methods do."""
     method, told = recipe.training.method, []
     for kind, count in other.items():
-        readers = ", ".join(name for name, found in METHODS.items() if kind in found.rows)
+        readers = ", ".join(reading_kind(kind))
         of = f"{count:,} of {rows:,} rows"
         told.append(f"{of}: each is {KINDS[kind]}, which {method} does not read; {readers} do")
     return ". ".join(told)
-
-
-def _notes(seen: _Seen, reading: Reading, looked_at: int, detected: Counter[str]) -> list[str]:
-    notes = []
-    if len(seen.formats) > 1:
-        listed = ", ".join(f"{name} {count:,}" for name, count in seen.formats.most_common())
-        notes.append(f"the file mixes formats: {listed}; each row was read as its own")
-    if "reasoning_content" not in reading.written and seen.traits["reasoning"]:
-        notes.append("the chat template writes no reasoning of its own: it is kept in the text, between <think> tags")
-    if several := {name: count for name, count in detected.items() if 0 < count < looked_at}:
-        doubtful = sum(detected.values()) - looked_at
-        if doubtful > 0 and len(several) > 1:
-            notes.append(f"some rows fit several formats ({', '.join(several)}); data.format says which is meant")
-    return notes

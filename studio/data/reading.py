@@ -22,7 +22,7 @@ from studio.data.formats import KINDS, OtherKindError, convert, mapped
 from studio.data.json_text import Broken, RowProblems
 from studio.data.rows import Example, Labelled, Place, PlainText, Row, RowKind
 from studio.data.turns import thinking_as_text
-from studio.errors import SHOWN_PROBLEMS, DataError, FileProblem, Problem
+from studio.errors import SHOWN_PROBLEMS, DataError, FileProblem, Problem, ProblemGroups
 
 if TYPE_CHECKING:
     from studio.recipe import Recipe
@@ -94,11 +94,12 @@ def read_all(
 def refuse(problems_by_file: Sequence[Sequence[Problem]]) -> None:
     """
     Raises:
-        DataError: there are problems: the first 20 of each file, and how many more.
+        DataError: there are problems: the first 20 of each file and how many more; its text has equal ones once.
     """
     shown = [problem for problems in problems_by_file for problem in problems[:SHOWN_PROBLEMS]]
     if shown:
-        raise DataError(shown, hidden_count=sum(map(len, problems_by_file)) - len(shown))
+        groups = ProblemGroups(problem for problems in problems_by_file for problem in problems)
+        raise DataError(shown, sum(map(len, problems_by_file)) - len(shown), groups)
 
 
 def check_rows(

@@ -124,6 +124,17 @@ def test_validate_says_what_is_there(recipe_file: Path) -> None:
     assert answer["recipe"]["training"]["batch_size"] == 16
 
 
+def test_validate_counts_the_rows_that_are_dropped(recipe_file: Path, tmp_path: Path) -> None:
+    good = '{"prompt": "a", "completion": "b"}\n'
+    rows = tmp_path / "some-bad.jsonl"
+    rows.write_text(good + '{"prompt": "a"}\n' * 3 + good)
+    recipe = tmp_path / "drop.yaml"
+    recipe.write_text(f"data: {{train: '{rows}', bad_rows: drop}}\noutput: {{dir: '{tmp_path}/o'}}\n")
+    said = studio("validate", recipe).output
+    assert "2 training examples" in said and "3 bad rows are dropped" in said
+    assert json.loads(studio("validate", recipe, "--json").output)["dropped_rows"] == 3
+
+
 def test_errors_are_one_message_on_stderr_without_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("data: {train: none.jsonl}\noutput: {dir: x}\nadapter: {alpah: 1}\n")

@@ -135,10 +135,23 @@ def test_both_sides_of_a_row_are_reported(tmp_path: Path) -> None:
 
 def test_the_first_twenty_problems_are_shown_and_the_others_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(["{}"] * 25))
+    path.write_text("\n".join(json.dumps({f"x{number}": 1}) for number in range(25)))
     with pytest.raises(DataError, match="and 5 more") as caught:
         read_examples(path)
     assert [problem.line for problem in caught.value.problems] == list(range(1, 21))
+
+
+def test_a_problem_of_many_rows_is_told_once_with_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(['{"nr": 1}'] * 300 + ['{"prompt": "", "completion": null}', '{"nr": 1}']))
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"{path}: 303 problems in 302 rows"
+    assert lines[0].startswith("  - lines 1, 2, 3, 4, 5, … (301 rows): needs messages")
+    assert "data.columns: {prompt: …, completion: …}" in lines[0]
+    assert [line[:10] for line in lines[1:]] == ["  - line 3"] * 2
+    assert (len(caught.value.problems), caught.value.hidden_count) == (20, 283)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])

@@ -321,7 +321,7 @@ def test_a_template_that_writes_no_tools_is_not_given_any(tmp_path: Path) -> Non
             "assistant turns alone after the start",
         ),
         ({"prompt": "x", "chosen": BOTH, "rejected": [BOTH[0], said("assistant", "x")]}, "prompt", "begin with"),
-        ({"prompt": "p", "completion": "c", "label": "maybe"}, "label", "is true or false, received the text"),
+        ({"prompt": "p", "completion": "c", "label": "maybe"}, "label", "is true or false, or 1 or 0, yes or no"),
         ({"instruction": "", "output": "c"}, "instruction", "is empty"),
         ({"instruction": "a", "input": 3, "output": "c"}, "input", "is text, received the number 3"),
         ({"instruction": "a", "output": "c", "history": ["x"]}, "history", "is a list of [question, answer] pairs"),
@@ -352,7 +352,17 @@ def test_of_several_formats_that_is_read_which_the_method_wants(
 def test_labelled_rows_are_never_taken_for_answers_to_learn() -> None:
     with pytest.raises(RowProblems) as caught:
         convert({"prompt": "p", "completion": "c", "label": False}, ("example",))
-    assert caught.value.problems == (("", "is a labelled completion; this training method reads a conversation"),)
+    said = "is a labelled completion; this training method reads a conversation; for such rows training.method is kto"
+    assert caught.value.problems == (("", said),)
+
+
+@pytest.mark.parametrize("words", ["up down", "yes no", "Good BAD", "thumbs_up Thumbs-Down", "like dislike", "TRUE 0"])
+def test_labels_are_read_in_their_common_words(words: str) -> None:
+    for word, wanted in zip(words.split(), (True, False), strict=True):
+        for row in ({"prompt": "p", "completion": "c"}, {"messages": BOTH}):
+            found = convert({**row, "label": word}, ("labelled", "preference"))[1]
+            assert isinstance(found, Labelled) and found.label is wanted
+    assert convert({"messages": BOTH, "label": "good"}, ("example",))[0] == "messages", "a class of a conversation"
 
 
 def test_columns_are_mapped_and_a_format_can_be_said(tmp_path: Path) -> None:
@@ -361,6 +371,8 @@ def test_columns_are_mapped_and_a_format_can_be_said(tmp_path: Path) -> None:
     rows, (problem,) = check_rows(path, reading=Reading(columns={"prompt": "ask", "completion": "reply"}))
     assert rows == [Example((USER,), CHAT.completion, "a")] * 2
     assert str(problem) == "line 2, reply: is mapped in data.columns and missing; received ask"
+    _, problems = check_rows(path, reading=Reading(columns={"prompt": "asks", "completion": "replies"}))
+    assert problems[0].message.endswith("; did you mean reply?")
     path.write_text('{"text": "hi", "prompt": "a", "completion": "b"}\n')
     (row,), _ = check_rows(path, ALL, Reading(format="text"))
     assert row == PlainText("hi", "a")
@@ -379,7 +391,8 @@ def test_a_file_may_mix_formats_as_long_as_the_method_reads_them(tmp_path: Path)
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, mixed)))
     rows, (problem,) = check_rows(tmp_path / "a.jsonl", ("example", "text"))
     assert [row.kind for row in rows] == ["example", "text"]
-    assert str(problem) == "line 3: is a preference pair; this training method reads a conversation or plain text"
+    said = "line 3: is a preference pair; this training method reads a conversation or plain text; "
+    assert str(problem) == f"{said}for such rows training.method is dpo, kto, orpo, cpo, reward"
 
 
 # -------------------------------------------------------------------- properties

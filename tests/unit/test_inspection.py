@@ -198,6 +198,10 @@ def test_the_command_answers_with_tables_or_json(tmp_path: Path) -> None:
     assert json.loads(said.stdout)["format"] == "messages"
     failed = CliRunner().invoke(app, ["data", "inspect", str(tmp_path / "none"), "--json"])
     assert failed.exit_code == 1 and "no such file" in json.loads(failed.stdout)["error"]["message"]
+    bad = written(tmp_path / "bad.jsonl", {"prompt": 3, "completion": "b"})
+    assert CliRunner().invoke(app, ["data", "inspect", str(bad)]).exit_code == 1, "no row can be used"
+    written(bad, {"prompt": 3, "completion": "b"}, chat("a", "b"))
+    assert CliRunner().invoke(app, ["data", "inspect", str(bad)]).exit_code == 0
     formats = CliRunner().invoke(app, ["data", "formats", "--json"])
     assert {entry["name"] for entry in json.loads(formats.stdout)} >= {"messages", "sharegpt", "alpaca", "kto"}
 
@@ -266,3 +270,49 @@ def test_what_is_found_alike_is_what_an_exact_comparison_finds() -> None:
     assert not found & set(same.found()[0].tolist())
     assert {row for row, similarity in exact.items() if 0.95 <= similarity < 1} <= found
     assert found <= {row for row, similarity in exact.items() if similarity > 0.6} and len(found) > 150
+
+
+def test_a_column_that_looks_like_labels_is_named_with_what_reads_it(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{n}", "completion": "b", "Rating": "up"} for n in range(3)]
+    (note,) = studio.inspect_data(written(tmp_path / "rows.jsonl", *rows)).notes
+    assert note.startswith("a column Rating is not read") and note.endswith("data.columns: {label: Rating}")
+
+
+def test_rows_of_one_line_are_counted_as_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    same, bad = {"prompt": "a", "completion": "b"}, {"prompt": 3, "completion": "b"}
+    path.write_text(json.dumps([same, {"prompt": "c", "completion": "d"}, same, bad]))
+    report = studio.inspect_data(path)
+    assert [(p.counted, p.line, p.earlier_line) for p in report.duplicates] == [("row", 3, 1)]
+    assert [(p["counted"], p["line"]) for p in report.problems] == [("row", 4)]
+    assert [(shown.counted, shown.line) for shown in report.examples] == [("row", 1), ("row", 2), ("row", 3)]
+    console = Console(width=120, record=True)
+    console.print(report_view(report))
+    assert "; rows 3 = 1" in console.export_text()
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "a", "completion": "b"}, {"prom', '[{"prompt": "a", "completion": "b"}'])
+def test_a_file_that_was_cut_is_said_to_be_read_in_part(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    report = studio.inspect_data(path)
+    assert report.good_rows == 1 and "is not valid JSON" in report.problems[0]["message"]
+    assert report.notes[0].startswith("the rest of the file was not read")
+
+
+def test_columns_that_fit_no_format_are_told_how_to_be_mapped_and_can_be(tmp_path: Path) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_text("nr,customer_text,our_reply\n" + "".join(f"{n},a{n},b\n" for n in range(300)))
+    shown = CliRunner().invoke(app, ["data", "inspect", str(path)])
+    assert shown.exit_code == 1 and shown.output.count("needs messages") == 1
+    words = " ".join(shown.output.split())
+    assert "lines 2, 3, 4, 5, 6, … (300 rows)" in words and "300, 300 of them bad" in words
+    assert "columns nr, customer_text, our_reply" in words and "--columns prompt=NAME" in words
+    mapped = ["--columns", "prompt=customer_text", "--columns", "completion=our_reply"]
+    report = json.loads(CliRunner().invoke(app, ["data", "inspect", str(path), *mapped, "--json"]).stdout)
+    assert (report["good_rows"], report["format"]) == (300, "prompt_completion")
+    for wrong, said in (("prompt", "ours=theirs"), ("ask=customer_text", "unknown column 'ask'")):
+        failed = CliRunner().invoke(app, ["data", "inspect", str(path), "--columns", wrong])
+        assert failed.exit_code == 1 and said in failed.stderr
+    typo = CliRunner().invoke(app, ["data", "inspect", str(path), "--columns", "prompt=custom_text"])
+    assert "did you mean customer_text?" in " ".join(typo.output.split())
