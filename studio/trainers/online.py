@@ -8,6 +8,8 @@ Where this differs from TRL's own trainers on a PeftModel:
       that is trained further (`adapter.start_from`) is the reference as it began: studio/trainers/reference.py.
     - Completions, and the log-probabilities that need no gradient, are computed in evaluation mode: no dropout, no
       routers that sample, and the cache of keys and values is used under gradient checkpointing as well.
+    - Advantages are computed in float64, and a group whose rewards are alike within rounding has none: what float32
+      leaves of a mean of 0.2 would be a gradient, which AdamW scales up to whole steps.
     - Prompts become tokens by the studio's own encoding, the same as in evaluation, tools included.
 """
 
@@ -45,6 +47,26 @@ LOGGED = (
     "completions/mean_length", "completions/max_length", "completions/clipped_ratio",
 )  # fmt: skip
 
+ALIKE = 1e-6
+"""Rewards of a group that differ by less than this share of their size are the same reward, rounded."""
+
+NO_SIGNAL = 1e-9
+"""Advantages below this are what float64 leaves of equal rewards: 1e-16 of them, by TRL's 1e-4 where it normalises."""
+
+
+def alike_made_equal(rewards_RF: Tensor, weights_F: Tensor, group: int) -> Tensor:
+    """R rewards of F functions in float64, with equal weighted sums in every group whose sums are alike within rounding.
+
+    What a sum lacks to that of the first of its group goes to the first function.
+    """
+    parts = (rewards_RF * weights_F.double()).view(-1, group, len(weights_F))
+    sums, size = parts.sum(-1), parts.abs().sum(-1).amax(1, keepdim=True)
+    lacking = sums[:, :1] - sums
+    alike = lacking.abs().amax(1, keepdim=True) <= ALIKE * size
+    equal = rewards_RF.clone()
+    equal[:, 0] += (lacking.where(alike, 0) / weights_F[0].double()).flatten()
+    return equal
+
 
 @contextmanager
 def no_copy_of_the_adapter(model: PeftModel) -> Iterator[None]:
@@ -71,6 +93,8 @@ class OnlineTrainer(StudioTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._asked = [self.examples[int(row["row"])] for row in inputs]
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        advantages: Tensor = output["advantages"]
+        output["advantages"] = advantages.where(advantages.abs() > NO_SIGNAL, 0).float()
         return output
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -99,7 +123,7 @@ class OnlineTrainer(StudioTrainer):
         self.last = group
         for sample in group:
             append_line(self.job.path / SAMPLES, to_json(sample))
-        return values
+        return alike_made_equal(values.double(), self.reward_weights.to(values.device), self._group)  # type: ignore[attr-defined]
 
     @property
     def _group(self) -> int:
