@@ -80,13 +80,10 @@ def raise_failed(verdicts: Sequence[Verdict], adapter: str) -> None:
 
 def said(verdict: Verdict) -> str:
     """A verdict in words."""
-    change = verdict.tuned - verdict.base
-    way = "rose" if change > 0 else "fell" if change < 0 else "went"
-    least = f", by {verdict.worse:.4g} at least," if "certain" in verdict.rule and not verdict.passed else ""
-    given = " of the adapter that was given" if verdict.against == "start" else ""
+    least = f"; worse by {verdict.worse:.4g} at least" if "certain" in verdict.rule and not verdict.passed else ""
     return (
-        f"{verdict.metric} {way} from {verdict.base:.4g}{given} to {verdict.tuned:.4g}{least} and may {verdict.rule} "
-        f"({verdict.limit:.4g})"
+        f"{verdict.metric}: {verdict.tuned:.4g}, was {verdict.base:.4g} ({verdict.against}){least}; "
+        f"allowed {verdict.rule}"
     )
 
 
@@ -100,7 +97,7 @@ def _verdict(rule: GateRule, base: Metric, tuned: Metric, change: Metric) -> Ver
     worse = found if rises else -found
     return Verdict(
         metric=rule.metric,
-        rule=_words(rule, share, rises),
+        rule=_words(rule, share, limit, rises),
         base=base.value,
         tuned=tuned.value,
         limit=limit,
@@ -110,8 +107,8 @@ def _verdict(rule: GateRule, base: Metric, tuned: Metric, change: Metric) -> Ver
     )
 
 
-def _words(rule: GateRule, share: float, rises: bool) -> str:
+def _words(rule: GateRule, share: float, limit: float, rises: bool) -> str:
     whose = "the start's" if rule.against == "start" else "the base's"
-    most = f"{100 * share:g} % of {whose} value" if rule.relative else f"{share:g}"
+    most = f"{100 * share:g} % of {whose} value ({limit:.4g})" if rule.relative else f"{share:g}"
     certain = ", judged by the certain end of the interval" if rule.certain else ""
-    return f"{'rise' if rises else 'drop'} by {most} at most{certain}"
+    return f"{'rise' if rises else 'drop'} {most}{certain}"

@@ -30,6 +30,7 @@ from studio.data.reading import refuse
 from studio.defaults import settled, settled_learning_rate
 from studio.evaluation_inputs import check_evaluation
 from studio.generations import asked, check_prompts, drawn_together, is_online, online_steps
+from studio.measurable import check_measurable
 from studio.memory import Held, MemoryPlan, fits, memory_at_hand, predict_memory
 from studio.methods import METHODS
 from studio.models import check_tokenizer, compute_dtype, has_gpu, resolve_base
@@ -149,6 +150,7 @@ def make_plan(
     found, lengths = _fitting_rows(recipe, base)
     train, held_out, dropped = found.train, found.held_out, found.dropped
     _check_rewards(recipe, train, held_out)
+    check_measurable(recipe, held_out)
     leaks = _leaks(recipe, found, thorough)
     mixed = contributions(recipe, train)
     if profile is None and shape is None and base.moe:  # also for a rule that needs none: it says what the rule covers

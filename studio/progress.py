@@ -43,7 +43,7 @@ def phase_counts(state: JobState, rows: Rows) -> dict[str, Counts]:
 
 def phases_over(state: JobState) -> tuple[str, ...]:
     """The phases that lie behind the job."""
-    if state.status == "succeeded":
+    if state.status == "succeeded" or state.phase == "done":  # a failed gate is found at the end
         return PHASES
     phase = "training" if state.phase == SAMPLING else state.phase
     return PHASES[: PHASES.index(phase)] if phase in PHASES else ()

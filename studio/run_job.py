@@ -103,8 +103,9 @@ def run(job: Job) -> None:
         _picture(job, model)
     result = _result(job, clock, Measured(before, start, after), trained, saved, recipe)
     job.write_result(result)
+    job.update(phase="done", step=trained["steps"])
     raise_failed([Verdict(**entry) for entry in result["gate"]], str(job.path / "adapter"))
-    job.update(status="succeeded", phase="done", step=trained["steps"])
+    job.update(status="succeeded")
 
 
 def _rows(job: Job) -> tuple[list[Row], list[Row]]:

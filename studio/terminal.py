@@ -287,7 +287,8 @@ def _facts(job: Job, result: dict[str, Any]) -> Table:
         places["pictures"] = job.path / "pictures"
     for name, place in places.items():
         facts.add_row(name.replace("_", " ").capitalize(), Text(clean(str(place))))
-    facts.add_row("Next", Text(clean(_next(job))))
+    if all(verdict["passed"] for verdict in result.get("gate") or []):
+        facts.add_row("Next", Text(clean(_next(job))))
     return facts
 
 

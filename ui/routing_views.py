@@ -87,11 +87,13 @@ def _coverage_row(entry: SourceCoverage) -> Markup:
 
 
 def warnings_view(rows: Rows) -> Markup | None:
-    """The newest warnings of the watched router."""
+    """The newest warnings: of the watched router, which have a step, and of the training as a whole."""
     found = warnings(rows)
     if not found:
         return None
     hidden = len(found) - MOST_WARNINGS
     more = el("p", f"and {hidden:,} earlier ones, in metrics.jsonl") if hidden > 0 else None
     items = [el("li", words[:1].upper() + words[1:]) for words in found[-MOST_WARNINGS:]]
-    return note("warning", "The router passed a limit of the recipe", el("ul", *items), more)
+    of_router = all("step" in row for row in rows if row.get("kind") == "warning")
+    title = "The router passed a limit of the recipe" if of_router else "Warnings of the training"
+    return note("warning", title, el("ul", *items), more)

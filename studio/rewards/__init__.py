@@ -35,6 +35,7 @@ __all__ = [
     "Scored",
     "answer_of",
     "check_rewards",
+    "reward_names",
     "rewards_of",
     "score_all",
     "unknown_option",
@@ -82,15 +83,23 @@ def rewards_of(recipe: Recipe) -> list[Reward]:
     Raises:
         RewardError: an option that cannot work.
     """
+    found = []
+    for name, settings in zip(reward_names(recipe), recipe.rewards, strict=True):
+        kind = REWARDS[settings.function]
+        found.append(Reward(name, settings.weight, kind.low, kind.high, kind.build(settings)))
+    return found
+
+
+def reward_names(recipe: Recipe) -> list[str]:
+    """What the rewards of a recipe are called: by their function, with a number where it has one twice."""
     counts = Counter(settings.function for settings in recipe.rewards)
     used: Counter[str] = Counter()
-    found = []
+    names = []
     for settings in recipe.rewards:
-        kind, name = REWARDS[settings.function], str(settings.function)
+        name = str(settings.function)
         used[name] += 1
-        shown = f"{name}_{used[name]}" if counts[settings.function] > 1 else name
-        found.append(Reward(shown, settings.weight, kind.low, kind.high, kind.build(settings)))
-    return found
+        names.append(f"{name}_{used[name]}" if counts[settings.function] > 1 else name)
+    return names
 
 
 def check_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:

@@ -8,6 +8,8 @@ Where this differs from TRL's own trainers on a PeftModel:
       that is trained further (`adapter.start_from`) is the reference as it began: studio/trainers/reference.py.
     - Completions, and the log-probabilities that need no gradient, are computed in evaluation mode: no dropout, no
       routers that sample, and the cache of keys and values is used under gradient checkpointing as well.
+    - Advantages are computed in float64, and a group whose rewards are alike within rounding has none: what float32
+      leaves of a mean of 0.2 would be a gradient, which AdamW scales up to whole steps.
     - Prompts become tokens by the studio's own encoding, the same as in evaluation, tools included.
 """
 
@@ -45,6 +47,41 @@ LOGGED = (
     "completions/mean_length", "completions/max_length", "completions/clipped_ratio",
 )  # fmt: skip
 
+ALIKE = 1e-6
+"""Rewards of a group that differ by less than this share of their size are the same reward, rounded."""
+
+MOSTLY_ALIKE = 0.9
+"""Share of groups that were rewarded alike, above which the job says so at its end."""
+
+NO_SIGNAL = 1e-9
+"""Advantages below this are what float64 leaves of equal rewards: 1e-16 of them, by TRL's 1e-4 where it normalises."""
+
+
+def alike_made_equal(rewards_RF: Tensor, weights_F: Tensor, group: int) -> tuple[Tensor, float]:
+    """R rewards of F functions in float64, with equal weighted sums in every group whose sums are alike within rounding.
+
+    What a sum lacks to that of the first of its group goes to the first function. With it, the share of such groups.
+    """
+    parts = (rewards_RF * weights_F.double()).view(-1, group, len(weights_F))
+    sums, size = parts.sum(-1), parts.abs().sum(-1).amax(1, keepdim=True)
+    lacking = sums[:, :1] - sums
+    alike = lacking.abs().amax(1, keepdim=True) <= ALIKE * size
+    equal = rewards_RF.clone()
+    equal[:, 0] += (lacking.where(alike, 0) / weights_F[0].double()).flatten()
+    return equal, float(alike.double().mean())
+
+
+def taught_nothing(alike: Sequence[float]) -> list[str]:
+    """The warning of a training in which nearly all groups were rewarded alike, from their share in each generation."""
+    share = sum(alike) / max(1, len(alike))
+    if share <= MOSTLY_ALIKE:
+        return []
+    learned = "nothing was learned" if share == 1 else "next to nothing was learned"
+    return [
+        f"in {100 * share:.3g} % of the groups all answers were rewarded alike, so {learned}; raise "
+        "sampling.temperature, change the rewards, or start from an adapter that sometimes gets one (adapter.start_from)"
+    ]
+
 
 @contextmanager
 def no_copy_of_the_adapter(model: PeftModel) -> Iterator[None]:
@@ -67,10 +104,16 @@ class OnlineTrainer(StudioTrainer):
     first: list[dict[str, Any]]
     """The completions of the first prompt of the first generation, and of the last one so far."""
     last: list[dict[str, Any]]
+    alike: list[float]
+    """Of each generation, the share of groups whose rewards are alike."""
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._asked = [self.examples[int(row["row"])] for row in inputs]
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        advantages: Tensor = output["advantages"]
+        output["advantages"] = advantages.where(advantages.abs() > NO_SIGNAL, 0).float()
+        logged = self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
+        logged["frac_reward_zero_std"][-1] = self.alike[-1]  # TRL's counts RLOO's penalty and a batch's spread as well
         return output
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -99,7 +142,10 @@ class OnlineTrainer(StudioTrainer):
         self.last = group
         for sample in group:
             append_line(self.job.path / SAMPLES, to_json(sample))
-        return values
+        weights = self.reward_weights.to(values.device)  # type: ignore[attr-defined]
+        equal, alike = alike_made_equal(values.double(), weights, self._group)
+        self.alike.append(alike)
+        return equal
 
     @property
     def _group(self) -> int:
@@ -124,7 +170,8 @@ def train_online(
     """Trains the adapters of `model` in place on completions that it writes itself.
 
     Returns:
-        as `studio.trainers.common.finish`, and "samples": {"first": …, "last": …}, completions of one prompt each.
+        as `studio.trainers.common.finish`; "samples": {"first": …, "last": …}, completions of one prompt each; and
+        "warnings": what there is to say of the training, also in metrics.jsonl.
 
     Raises:
         as `studio.trainers.common.finish`; and
@@ -148,13 +195,16 @@ def train_online(
             callbacks=callbacks(recipe, job, watch, (*LOGGED, *(f"rewards/{reward.name}/mean" for reward in rewards))),
         )
     trainer.watch, trainer.examples, trainer.rewards, trainer.job = watch, rows, rewards, job
-    trainer.first, trainer.last = [], []
+    trainer.first, trainer.last, trainer.alike = [], [], []
     _draw_as_it_is(trainer)
     if trainer.beta and recipe.adapter.start_from:
         trainer.ref_model = as_reference(model, recipe)
         in_float32 = getattr(args, "cast_lm_head_to_fp32", False)
         add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
-    return {**finish(trainer), "samples": {"first": trainer.first, "last": trainer.last}}
+    outcome, said = finish(trainer), taught_nothing(trainer.alike)
+    for words in said:
+        job.log_metrics({"kind": "warning", "message": words})
+    return {**outcome, "samples": {"first": trainer.first, "last": trainer.last}, "warnings": said}
 
 
 def _draw_as_it_is(trainer: Any) -> None:

@@ -73,8 +73,8 @@ def test_one_job_measures_everything_fails_its_gate_and_loses_nothing(base: Path
     answer = json.loads(run.stdout)
     assert answer["status"] == "failed" and answer["error"]["type"] == "GateError"
     assert (
-        "foreign/perplexity rose from" in answer["error"]["message"]
-        and "may rise by 0 at most" in answer["error"]["message"]
+        "foreign/perplexity: " in answer["error"]["message"]
+        and "allowed rise 0" in answer["error"]["message"]
     )
 
     job, result = open_job(tmp_path / "job"), answer["result"]
@@ -97,6 +97,7 @@ def test_one_job_measures_everything_fails_its_gate_and_loses_nothing(base: Path
     shown = studio("jobs", "show", tmp_path / "job")
     for words in ("Held-out loss", "JSON by the schema", "domains/acc", "gate failed", "GateError", "gate passed"):
         assert words in shown.stdout
+    assert "done, step 8/8" in shown.stdout and "Next" not in shown.stdout  # an export is not what comes next
 
     again = studio("evaluate", tmp_path / "job", "--examples", "8", "--json")
     assert again.returncode == 0, again.stdout + again.stderr

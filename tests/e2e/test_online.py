@@ -28,6 +28,7 @@ from studio.generations import generations
 from studio.jobs import Job
 from studio.placing import plan_placement
 from studio.plan import recipe_base, total_steps
+from studio.progress import warnings
 from studio.recipe import Recipe, parse_recipe
 from studio.rewards import Attempt, Reward, rewards_of
 from studio.rewards.scoring import each
@@ -216,6 +217,38 @@ def test_the_gradient_is_that_of_the_slow_loss(base: Path, tmp_path: Path, monke
     assert grads.keys() == wanted.keys()
     for name, grad in wanted.items():
         assert torch.allclose(grads[name], cast(Tensor, grad), atol=2e-5, rtol=1e-3), name
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_rewards_that_are_alike_teach_nothing(method: str, qwen: Path, tmp_path: Path) -> None:
+    """0.2 has no exact mean in float32: what rounding leaves of it is no signal, which AdamW would blow up to steps."""
+    rewards = [{"function": "length", "longest_characters": 100_000, "weight": 0.2}]
+    run = Run(
+        qwen,
+        tmp_path,
+        rewards=rewards,
+        sampling={"completions": 8},
+        training={"method": method, "batch_size": 16, "max_steps": 2},
+    )
+    start = run.adapter()
+    trained = run.train()
+    assert all(torch.equal(start[name], found) for name, found in run.adapter().items())
+    (said,) = trained["warnings"]
+    assert said.startswith("in 100 % of the groups all answers were rewarded alike, so nothing was learned; raise")
+    assert warnings(run.job.rows) == [said], "the terminal and the page show it"
+    rows = [row for row in run.job.rows if row["kind"] == "train"]
+    assert [row["frac_reward_zero_std"] for row in rows] == [1.0, 1.0]
+    assert all(abs(row["reward"] - 0.2) < 1e-6 and row["grad_norm"] == 0 for row in rows)
+
+
+def test_only_what_rounding_left_is_made_equal() -> None:
+    """0.1 + 0.2 and 0.3 are one reward, and so is 0.2 three times; 0.2 and 0.2001 are two, and their group stays."""
+    rewards = torch.tensor([[0.1, 0.2], [0.3, 0.0], [0.0, 0.3], [0.2, 0], [0.2, 0], [0.2001, 0]]).double()
+    equal, share = online.alike_made_equal(rewards, torch.tensor([0.7, 0.7]), group=3)
+    assert share == 0.5 and not online.taught_nothing([share, 1.0]) and online.taught_nothing([1.0, 0.9])
+    assert torch.equal(equal[3:], rewards[3:]) and torch.allclose(equal, rewards, atol=1e-7, rtol=0)
+    sums = (equal[:3] * 0.7).sum(-1)
+    assert (sums - sums[0]).abs().max() < 1e-15 < ((rewards[:3] * 0.7).sum(-1) - sums[0]).abs().max()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -40,6 +40,7 @@ LIGHT = (
     "studio.worker",
     "studio.metrics",
     "studio.gate",
+    "studio.measurable",
     "studio.json_answers",
     "studio.evaluation_inputs",
     "studio.evaluating",

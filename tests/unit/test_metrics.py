@@ -153,7 +153,10 @@ def test_a_gate_is_held_against_the_base_or_the_adapter_that_was_given() -> None
     rules = [GateRule(metric="exact_match", max_drop=0.5, against=against) for against in ("base", "start")]
     of_base, of_start = judge(rules, {"base": base, "start": start}, tuned)
     assert (of_base.passed, of_base.base, of_start.passed, of_start.base) == (True, 0.0, False, 1.0)
-    assert gate_text(vars(of_start)).startswith("exact_match fell from 1 of the adapter that was given to 0.25")
+    assert gate_text(vars(of_start)) == "exact_match: 0.25, was 1 (start); allowed drop 0.5"
+    relative = GateRule(metric="exact_match", max_drop=0.5, relative=True)
+    (of_share,) = judge([relative], {"base": start, "start": start}, tuned)
+    assert gate_text(vars(of_share)).endswith("allowed drop 50 % of the base's value (0.5)")
 
 
 def test_a_limit_on_what_gets_better_is_refused() -> None:
@@ -184,7 +187,7 @@ def test_a_failed_gate_says_what_and_where_the_adapter_is() -> None:
     before, after = sides([1, 1], [0, 1])
     verdicts = judge([GateRule(metric="exact_match", max_drop=0.1)], {"base": before}, after)
     with pytest.raises(
-        GateError, match=r"exact_match fell from 1 to 0\.5 and may drop by 0\.1 at most.*runs/a/adapter"
+        GateError, match=r"failed: exact_match: 0\.5, was 1 \(base\); allowed drop 0\.1\. .*runs/a/adapter"
     ):
         raise_failed(verdicts, "runs/a/adapter")
     with pytest.raises(

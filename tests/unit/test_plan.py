@@ -235,6 +235,36 @@ def test_an_expert_that_does_not_exist_is_refused() -> None:
         make_plan(recipe(placement={"rule": "manual", "experts": [3, 16]}))
 
 
+@pytest.mark.parametrize(
+    ("metric", "method", "files", "measured"),
+    [
+        ("preference_accuracy", "sft", "tickets", "loss, perplexity, exact_match, json_valid$"),
+        ("label_accuracy", "dpo", "ticket-pairs", "preference_accuracy"),
+        ("exact_match", "reward", "ticket-pairs", "measures preference_accuracy, preference_margin$"),
+        ("exact_match", "grpo", "prompts", "measures reward, reward/length$"),
+        ("reward/regex", "grpo", "prompts", "did you mean .reward/length"),
+    ],
+)
+def test_a_gate_on_what_the_job_can_never_measure_is_refused(
+    metric: str, method: str, files: str, measured: str, tmp_path: Path
+) -> None:
+    train = TICKETS.with_name(f"{files}-train.jsonl")
+    if files == "prompts":
+        train = tmp_path / "prompts.jsonl"
+        train.write_text("".join(json.dumps({"prompt": f"Say {number}"}) + "\n" for number in range(16)))
+    length = {"function": "length", "longest_characters": 9}
+    sections: dict[str, Any] = {
+        "data": {"train": train, "eval": train, "leakage": "off"},
+        "training": {"method": method},
+        "rewards": (length,) if method == "grpo" else (),
+    }
+    known = {"grpo": "reward/length", "sft": "loss"}.get(method, "preference_accuracy")
+    limit = "max_rise" if known == "loss" else "max_drop"
+    make_plan(recipe(**sections, evaluation={"gate": ({"metric": known, limit: 0.1},)}))
+    with pytest.raises(StudioError, match=f"gate asks for {metric}, which this job cannot measure.*{measured}"):
+        make_plan(recipe(**sections, evaluation={"gate": ({"metric": metric, "max_drop": 0.1},)}))
+
+
 def test_a_class_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     base = copied_base(tmp_path)
     index = {"weight_map": {"model.layers.0.self_attn.q_proj.weight": "model.safetensors"}}

@@ -368,13 +368,13 @@ def test_metrics_are_shown_with_intervals_and_the_gate_and_names_of_tasks_are_te
     def side(value: float) -> dict[str, object]:
         return {"examples": 9, "metrics": {"<b>t</b>/acc": {"value": value, "low": value / 2, "high": 0.9, "n": 9}}}
 
-    gate = {"metric": "loss", "rule": "rise by 0.1 at most", "base": 1.0, "tuned": 2.0, "limit": 0.1, "worse": 1.0}
+    gate = {"metric": "loss", "rule": "rise 0.1", "base": 1.0, "tuned": 2.0, "limit": 0.1, "worse": 1.0}
     change = {"<b>t</b>/acc": {"value": -0.25, "low": -0.4, "high": -0.1, "n": 9, "better": "higher"}}
     result = {"before": side(0.5), "after": side(0.25), "change": change, "gate": [{**gate, "passed": False}]}
     shown = str(_metrics(result))
     assert "<b>" not in shown and "&lt;b&gt;t&lt;/b&gt;/acc" in shown
     assert 'class="change worse"' in shown and "0.125 – 0.9" in shown and "-0.4 to -0.1" in shown
-    assert "loss rose from 1 to 2 and may rise by 0.1 at most (0.1)" in shown and "pill failed" in shown
+    assert "loss: 2, was 1 (base); allowed rise 0.1" in shown and "pill failed" in shown
 
 
 def test_the_curve_has_a_held_out_line_where_there_were_losses_on_the_way() -> None:
