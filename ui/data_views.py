@@ -38,8 +38,7 @@ def report_view(report: DataReport, recipe: Recipe) -> Markup:
         _other_method(report),
         _problems(report),
         _examples(report),
-        _details(report),
-        _recipe_lines(recipe),
+        *([_details(report), _recipe_lines(recipe)] if report.good_rows else []),
         cls="plan",
     )
 
