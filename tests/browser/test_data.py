@@ -29,7 +29,7 @@ def test_columns_are_named_and_the_learned_tokens_are_marked(
     field(page, "File").fill(str(file))
     page.get_by_role("button", name="Inspect").click()
     expect(page.get_by_role("alert")).to_contain_text("2 rows cannot be trained on")
-    expect(page.get_by_role("alert")).to_contain_text("line 1")
+    expect(page.get_by_role("alert")).to_contain_text("lines 1, 2: needs messages")
     field(page, "Columns").fill("prompt=ask, completion=reply")
     page.get_by_role("button", name="Inspect").click()
     expect(page.get_by_role("heading", name="As the model reads them")).to_be_visible()
