@@ -164,10 +164,10 @@ class ProblemGroups:
         """Problems that are in no group."""
         return sum(self.counts.values()) - sum(group.count for group in self.all)
 
-    def head(self, file: str | None) -> str:
-        """How many problems a file has, and how many rows, where these are fewer."""
+    def head(self, file: str | None, of_rows: bool) -> str:
+        """How many problems a file has, and of a file of rows how many rows have them, where these are fewer."""
         count, rows = self.counts[file], self.rows[file]
-        within = f" in {rows:,} row{'s' if rows > 1 else ''}" if file and rows < count else ""
+        within = f" in {rows:,} row{'s' if rows > 1 else ''}" if of_rows and rows < count else ""
         return f"{file or 'recipe'}: {count:,} problem{'s' if count > 1 else ''}{within}"
 
 
@@ -185,7 +185,7 @@ class ProblemsError(StudioError):
         self.hidden_count = hidden_count
         self.groups = groups or ProblemGroups(self.problems)
         self.unlisted_count = self.groups.hidden_count if groups else hidden_count
-        super().__init__(_as_text(self.groups, self.unlisted_count))
+        super().__init__(_as_text(self.groups, self.unlisted_count, isinstance(self, DataError)))
 
 
 class RecipeError(ProblemsError):
@@ -212,10 +212,10 @@ class RewardError(StudioError):
     """A reward function failed, or was given options that cannot work. A bad completion is no error: it scores low."""
 
 
-def _as_text(groups: ProblemGroups, hidden_count: int) -> str:
+def _as_text(groups: ProblemGroups, hidden_count: int, of_rows: bool) -> str:
     lines: list[str] = []
     for file in groups.counts:
-        lines.append(groups.head(file))
+        lines.append(groups.head(file, of_rows))
         lines += [f"  - {group}" for group in groups.of(file)]
     if hidden_count:
         lines.append(f"  … and {hidden_count:,} more")

@@ -140,7 +140,7 @@ def _rows(recipe: Recipe, data: Path | None) -> list[Any]:
     from studio.data import held_out_rows, read_rows
     from studio.data.reading import KINDS, Reading
 
-    rows = read_rows(data, tuple(KINDS), Reading.of(recipe)) if data else held_out_rows(recipe)
+    rows = read_rows(data, tuple(KINDS), Reading.of(recipe).for_other(data)) if data else held_out_rows(recipe)
     return rows[: recipe.evaluation.examples]
 
 

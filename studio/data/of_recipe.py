@@ -82,7 +82,7 @@ def _read(recipe: Recipe) -> tuple[list[list[Row]], list[Row], list[Row], tuple[
     """(rows of each source, those to train on, those held out, what is wrong with rows that were dropped)."""
     data, reading = recipe.data, Reading.of(recipe)
     sources, bad = source_rows(recipe, reading)
-    held_out, bad_held_out = _rows(recipe, data.eval, reading)
+    held_out, bad_held_out = _rows(recipe, data.eval, reading.for_other(data.eval) if data.eval else reading)
     refuse([*(refused(recipe, rows, found) for rows, found in zip(sources, bad, strict=True)),
             refused(recipe, held_out, bad_held_out)])  # fmt: skip
     train, dropped = [row for rows in sources for row in rows], (*(p for found in bad for p in found), *bad_held_out)
@@ -145,7 +145,9 @@ def held_out_rows(recipe: Recipe) -> list[Row]:
     if recipe.data.eval_fraction is not None:
         whole = recipe.data.model_copy(update={"drop_easiest": 0.0, "drop_hardest": 0.0})  # not asked for their scores
         return recipe_rows(recipe.model_copy(update={"data": whole})).held_out
-    rows, problems = _rows(recipe, recipe.data.eval, Reading.of(recipe))
+    reading = Reading.of(recipe)
+    reading = reading.for_other(recipe.data.eval) if recipe.data.eval else reading
+    rows, problems = _rows(recipe, recipe.data.eval, reading)
     refuse([refused(recipe, rows, problems)])
     return rows
 

@@ -13,12 +13,13 @@ problems are reported together, and nothing is started.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from studio.data.files import Progress, Raw, raw_rows, source_name
-from studio.data.formats import KINDS, OtherKindError, convert, mapped
+from studio.data.formats import KINDS, OPTIONAL, OtherKindError, convert, mapped
 from studio.data.json_text import Broken, RowProblems
 from studio.data.rows import Example, Labelled, Place, PlainText, Row, RowKind
 from studio.data.turns import thinking_as_text
@@ -58,6 +59,18 @@ class Reading:
         from studio.data.of_recipe import written_by_template
 
         return cls(recipe.data.format, recipe.data.columns, written_by_template(recipe.model.base))
+
+    def for_other(self, path: Path | str) -> Reading:
+        """For a file of held-out rows, which may have another shape than the training rows: without format and columns
+        of the recipe where its first row has none of these columns, and not all of them under our names.
+        """
+        needed = [ours for ours in self.columns if ours not in OPTIONAL]
+        with suppress(OSError, Broken):  # said when the rows are read
+            values = next((raw.values for raw in raw_rows(path)), None)
+            there = set(values) if isinstance(values, dict) else set(needed)
+            if not there.issuperset(needed) and there.isdisjoint(self.columns[ours] for ours in needed):
+                return replace(self, format="auto", columns={})
+        return self
 
 
 def read_examples(path: Path | str) -> list[Example]:

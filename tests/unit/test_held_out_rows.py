@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from studio.data import Example, Message, PlainText, Row, both_rows, held_out_rows, training_rows
 from studio.data.leakage import MOST_NEAR_ROWS, find_leaks, jaccard, leak_plan, shingles
+from studio.data.reading import Reading, read_rows
 from studio.data.rows import Labelled, Place, Preference
 from studio.data.split import prompt_of, split
 from studio.errors import DataError
@@ -181,3 +182,23 @@ def test_the_shipped_tickets_do_not_leak() -> None:
     )
     train, held_out = both_rows(wanted)
     assert leak_plan(train, held_out, None).found == 0
+
+
+def test_held_out_rows_of_another_shape_are_read_as_they_are(tmp_path: Path) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    train.write_text('{"ask": "a", "reply": "b"}\n')
+    turns = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    wanted = parse_recipe(
+        f"data: {{train: '{train}', eval: '{held_out}', format: prompt_completion, "
+        f"columns: {{prompt: ask, completion: reply}}}}\noutput: {{dir: '{tmp_path / 'job'}'}}\n"
+    )
+    for row in ({"messages": turns}, {"prompt": "c", "completion": "d"}, {"ask": "c", "reply": "d"}):
+        held_out.write_text(json.dumps(row))
+        for rows in (held_out_rows(wanted), both_rows(wanted)[1]):
+            assert [prompt_of(found) for found in rows] == [prompt_of(example("c", "d"))]
+    held_out.write_text('{"ask": "c"}\n')
+    with pytest.raises(DataError, match=r"reply: is mapped in data\.columns and missing"):
+        held_out_rows(wanted)
+    held_out.write_text('{"prompt": "c", "chosen": "d", "rejected": "e"}\n')
+    pairs = Reading.of(wanted)
+    assert isinstance(read_rows(held_out, ("preference",), pairs.for_other(held_out))[0], Preference)
