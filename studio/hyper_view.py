@@ -36,6 +36,8 @@ def suggestion_table(rows: Sequence[tuple[Suggested, Any]]) -> RenderableType:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

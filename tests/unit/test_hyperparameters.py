@@ -53,6 +53,9 @@ def test_preference_methods_begin_at_ten_times_trls_rate() -> None:
     assert dpo["learning_rate"] == pytest.approx(1e-5) and dpo["epochs"] == 1 and dpo["warmup_fraction"] == 0.1
     assert found(replace(SCOUT, method="reward", hidden_size=4096))["learning_rate"] == pytest.approx(1e-4)
     assert found(replace(SCOUT, method="grpo"))["attention_rank"] == 8
+    assert found(replace(SCOUT, method="grpo", completions=6))["batch_size"] == 24, "it counts completions"
+    said = {entry.field: entry.why for entry in suggestions(replace(SCOUT, max_steps=40))}
+    assert "max_steps 40 instead" in said["training.epochs"]
 
 
 def test_more_data_mean_more_rank_fewer_epochs_and_larger_batches() -> None:
