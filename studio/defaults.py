@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.placement import LINEAR
@@ -51,6 +51,9 @@ REFERENCE_HIDDEN = 4096
 
 RANKS = (8, 16, 32, 64, 128)
 LEAST_STEPS = 100
+PROMPTS = 4
+"""Prompts of a step of an online method: with fewer, a step may see no group whose answers differ in reward."""
+
 CHARACTERS_A_TOKEN = 4
 REFERENCE_ALPHA = 32.0
 
@@ -66,6 +69,8 @@ class Facts:
         parameters_a_rank: trainable parameters with rank 1 on everything that the recipe adapts.
         rows: of training. learned_tokens: about how many tokens one pass over them learns.
         alpha: of the adapter, for a scale of alpha / rank.
+        completions: of a prompt, where the method samples them in every step.
+        max_steps: of the recipe, which then says how long the training is, whatever its epochs.
     """
 
     method: str
@@ -76,6 +81,8 @@ class Facts:
     rows: int
     learned_tokens: int
     alpha: float = REFERENCE_ALPHA
+    completions: int = 8
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ class Suggested:
 def suggestions(facts: Facts) -> tuple[Suggested, ...]:
     """Learning rate, batch, epochs, ranks and warm-up."""
     batch, epochs = _batch(facts), _epochs(facts)
+    if facts.max_steps is not None:
+        epochs = replace(epochs, why=f"{epochs.why}; the recipe has max_steps {facts.max_steps:,} instead")
     return (_rate(facts), batch, epochs, *_ranks(facts), _warmup(facts))
 
 
@@ -104,6 +113,8 @@ def _rate(facts: Facts) -> Suggested:
         full = FULL_RATES[facts.method]
         rate, source = 10 * full * (REFERENCE_HIDDEN / facts.hidden_size) ** power, "TRL, LoRA"
         why = f"10 · {full:g}, TRL's for full fine-tuning, scaled from width {REFERENCE_HIDDEN:,}, {family}"
+    if facts.method == "dpo":
+        why += "; careful: about 20 times as much was best on the embedded base (docs/hyperparameters.md)"
     if facts.alpha != REFERENCE_ALPHA:
         rate *= REFERENCE_ALPHA / facts.alpha
         why += f"; times 32 / alpha ({facts.alpha:.3g})"
@@ -120,6 +131,9 @@ def _power(model_type: str) -> tuple[float, str]:
 
 
 def _batch(facts: Facts) -> Suggested:
+    if facts.method in ONLINE:
+        why = f"it counts completions here: {PROMPTS} prompts with {facts.completions} each (sampling.completions)"
+        return Suggested("training.batch_size", PROMPTS * facts.completions, why, "ours")
     size = 8 if facts.rows < 500 else 16 if facts.rows < 50_000 else 32
     why = f"{facts.rows:,} rows; QLoRA takes 16, and LoRA loses more by large batches than full fine-tuning"
     return Suggested("training.batch_size", size, why, "QLoRA, LoRA")
@@ -139,7 +153,7 @@ def _epochs(facts: Facts) -> Suggested:
 
 def _ranks(facts: Facts) -> list[Suggested]:
     if facts.method in ONLINE:
-        rank, why = RANKS[0], "a reward says about one bit an answer; rank 1 is enough"
+        rank, why = RANKS[0], f"a reward says about one bit an answer: rank 1 would do, {RANKS[0]} is our least"
     else:
         parameters = max(1, facts.parameters_a_rank)
         rank = next((r for r in RANKS if r * parameters >= facts.learned_tokens), RANKS[-1])
@@ -176,6 +190,8 @@ def facts_of(recipe: Recipe, base: Base, rows: Sequence[Row]) -> Facts:
         rows=len(rows),
         learned_tokens=sum(map(_learned_characters, rows)) // CHARACTERS_A_TOKEN,
         alpha=_alpha(recipe, base),
+        completions=recipe.sampling.completions,
+        max_steps=recipe.training.max_steps,
     )
 
 

@@ -36,6 +36,8 @@ def suggestion_table(rows: Sequence[tuple[Suggested, Any]]) -> RenderableType:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -119,14 +121,19 @@ def sweep_progress(console: Console, quiet: bool) -> Iterator[Callable[[dict[str
         yield None
         return
     if not console.is_terminal:
-        said: set[str] = set()
+        said: set[int] = set()
+        began: list[set[int]] = []
 
-        def line(results: dict[str, Any], _: Job | None) -> None:
-            for trial in results["trials"]:
-                text = f"trial {trial['number']}: {_state(trial)} {_value(results['metric'], trial)}".rstrip()
-                if trial["state"] != "running" and text not in said:
-                    said.add(text)
-                    console.print(Text(text))
+        def line(results: dict[str, Any], job: Job | None) -> None:
+            over = {trial["number"]: trial for trial in results["trials"] if trial["state"] != "running"}
+            if not began:  # what is over at the first look is of an earlier run
+                began.append(set(over) if job else set())
+            for number in sorted(over.keys() - said):
+                said.add(number)
+                before = ", from before" if number in began[0] else ""
+                value = _value(results["metric"], over[number])
+                named = f"{results['metric']} {value}" if value else ""
+                console.print(Text(f"trial {number}: {_state(over[number])}{before} {named}".rstrip()))
 
         yield line
         return

@@ -12,17 +12,22 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
-from studio.progress import gate_text, metric_rows
+from studio.progress import MetricRow, gate_text, metric_rows
 
 Row = Mapping[str, Any]
 
 
-def metric_table(before: Row, after: Row | None, change: Row, start: Row | None = None) -> Table:
-    """A row a metric: the values with their intervals, and the change from base to tuned."""
+def metric_table(
+    before: Row, after: Row | None, change: Row, start: Row | None = None, change_from_start: Row | None = None
+) -> Table:
+    """A row a metric: the values with their intervals, and the change from base (and from start) to tuned."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     count = before.get("examples")
     table.add_column(f"Held-out, {count:,} examples" if count else "Measured")
     sides = ("base", *(["start"] if start else []), "tuned", "change") if after else ("value",)
+    if after and start:
+        sides = ("base", "start", "tuned", "change from base", "change from start")
+    of_start = {row.name: row for row in metric_rows(start, after, change_from_start)} if after and start else {}
     for name in sides:
         table.add_column(name, justify="right")
     for row in metric_rows(before, after, change, start):
@@ -31,10 +36,15 @@ def metric_table(before: Row, after: Row | None, change: Row, start: Row | None 
             cells.append(Text.assemble(row.start, ("  " + row.start_interval, "dim")))
         if after:
             cells.append(Text.assemble((row.tuned, "bold"), ("  " + row.tuned_interval, "dim")))
-            style = {"better": "green", "worse": "red"}.get(row.verdict, "")
-            cells.append(Text.assemble((row.change, style), ("  " + row.change_interval, "dim")))
+            for each in (row, of_start.get(row.name)) if start else (row,):
+                cells.append(_change(each) if each else Text())
         table.add_row(row.title, *cells)
     return table
+
+
+def _change(row: MetricRow) -> Text:
+    style = {"better": "green", "worse": "red"}.get(row.verdict, "")
+    return Text.assemble((row.change, style), ("  " + row.change_interval, "dim"))
 
 
 def gate_lines(verdicts: list[dict[str, Any]]) -> list[Text]:

@@ -145,11 +145,16 @@ def measured(scores: Scores) -> Metric:
         return Metric(math.fsum(scores.values) / n, *wilson(round(math.fsum(scores.values)), n), n)
     if scores.kind == "mean":
         return _normal(math.fsum(scores.values) / n, _error_of_mean(scores.values), n)
-    loss = _normal(scores.ratio, _error_of_ratio(_residuals(scores), scores.tokens), n)
+    loss = _not_below_0(_normal(scores.ratio, _error_of_ratio(_residuals(scores), scores.tokens), n))
     if scores.kind == "per_token":
         return loss
     low, high = (None if end is None else _exp(end) for end in (loss.low, loss.high))
     return Metric(_exp(loss.value), low, high, n)
+
+
+def _not_below_0(metric: Metric) -> Metric:
+    """With an interval cut at 0: no loss and no KL lies below it, nor a perplexity below exp(0)."""
+    return metric if metric.low is None else replace(metric, low=min(metric.value, max(0.0, metric.low)))
 
 
 def changed(base: Scores, tuned: Scores) -> Metric:

@@ -66,6 +66,8 @@ def run_sweep(plan: SweepPlan, shown: Shown | None = None) -> dict[str, Any]:
             _run_trial(plan, study, trial, shown)
             _stop_where_all_fail(plan, study)
         results = write_results(plan, study)
+        if shown:
+            shown(results, None)  # the last trial is over now
         _draw(plan.folder)
         return results
     finally:

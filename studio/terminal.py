@@ -217,8 +217,8 @@ def result_view(job: Job, result: dict[str, Any]) -> RenderableType:
     if result.get("generations"):
         parts += [*_generations(result["generations"]), ""]
     if result.get("before") and result.get("after"):
-        sides = (result["before"], result["after"], result.get("change") or {}, result.get("start"))
-        parts += [metric_table(*sides), ""]
+        sides = (result["before"], result["after"], result.get("change") or {})
+        parts += [metric_table(*sides, result.get("start"), result.get("change_from_start")), ""]
     if lines := gate_lines(result.get("gate") or []):
         parts += [*lines, ""]
     parts += [Text(line) for line in _rounds(result.get("trained", {}).get("rounds", []))]

@@ -38,4 +38,10 @@ def reward_measures(rewards: Sequence[Reward], rows: Sequence[Row], completions:
     scored = score_all(rewards, attempts)
     columns = {"reward": [one.total for one in scored]}
     columns |= {f"reward/{reward.name}": [one.each[reward.name] for one in scored] for reward in rewards}
-    return {name: measure(Scores("mean", "higher", tuple(map(float, values)))) for name, values in columns.items()}
+    return {name: measure(_scores(values)) for name, values in columns.items()}
+
+
+def _scores(values: Sequence[float]) -> Scores:
+    """As a share where all values are 0 or 1: the error of a mean is 0 where all are alike, Wilson's is not."""
+    found = tuple(map(float, values))
+    return Scores("share" if set(found) <= {0.0, 1.0} else "mean", "higher", found)

@@ -58,7 +58,7 @@ NO_SIGNAL = 1e-9
 
 
 def alike_made_equal(rewards_RF: Tensor, weights_F: Tensor, group: int) -> tuple[Tensor, float]:
-    """R rewards of F functions in float64, with equal weighted sums in every group whose sums are alike within rounding.
+    """R rewards of F functions in float64, with equal weighted sums in groups whose sums are alike within rounding.
 
     What a sum lacks to that of the first of its group goes to the first function. With it, the share of such groups.
     """
@@ -79,7 +79,7 @@ def taught_nothing(alike: Sequence[float]) -> list[str]:
     learned = "nothing was learned" if share == 1 else "next to nothing was learned"
     return [
         f"in {100 * share:.3g} % of the groups all answers were rewarded alike, so {learned}; raise "
-        "sampling.temperature, change the rewards, or start from an adapter that sometimes gets one (adapter.start_from)"
+        "sampling.temperature, change the rewards, or let adapter.start_from name an adapter that sometimes gets one"
     ]
 
 

@@ -72,10 +72,7 @@ def test_one_job_measures_everything_fails_its_gate_and_loses_nothing(base: Path
     assert run.returncode == 1, run.stderr
     answer = json.loads(run.stdout)
     assert answer["status"] == "failed" and answer["error"]["type"] == "GateError"
-    assert (
-        "foreign/perplexity: " in answer["error"]["message"]
-        and "allowed rise 0" in answer["error"]["message"]
-    )
+    assert "foreign/perplexity: " in answer["error"]["message"] and "allowed rise 0" in answer["error"]["message"]
 
     job, result = open_job(tmp_path / "job"), answer["result"]
     assert 0 < job.recipe().training.learning_rate < 0.01  # settled at submission

@@ -8,6 +8,7 @@ from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from studio.data import Example, Message
 from studio.defaults import Facts, settled, settled_learning_rate, suggest, suggestions
 from studio.errors import JobError, OutputExistsError, RecipeError, StudioError
 from studio.hyper_pictures import _height
-from studio.hyper_view import sweep_table
+from studio.hyper_view import sweep_progress, sweep_table
 from studio.lr_test import Ramp, Smoother, points, smoothed, submit_lr_test, suggestion
 from studio.methods import METHODS
 from studio.placing import placement_record, plan_placement
@@ -52,6 +53,9 @@ def test_preference_methods_begin_at_ten_times_trls_rate() -> None:
     assert dpo["learning_rate"] == pytest.approx(1e-5) and dpo["epochs"] == 1 and dpo["warmup_fraction"] == 0.1
     assert found(replace(SCOUT, method="reward", hidden_size=4096))["learning_rate"] == pytest.approx(1e-4)
     assert found(replace(SCOUT, method="grpo"))["attention_rank"] == 8
+    assert found(replace(SCOUT, method="grpo", completions=6))["batch_size"] == 24, "it counts completions"
+    said = {entry.field: entry.why for entry in suggestions(replace(SCOUT, max_steps=40))}
+    assert "max_steps 40 instead" in said["training.epochs"]
 
 
 def test_more_data_mean_more_rank_fewer_epochs_and_larger_batches() -> None:
@@ -319,3 +323,23 @@ def test_a_pruned_trials_loss_is_no_value_of_another_metric(tmp_path: Path) -> N
     assert "(loss 2.5)" in console.export_text()
     assert _height(trial, "exact_match") is None and _height(trial, "loss") == 2.5
     assert _height({**trial, "value": 0.0}, "exact_match") == 0.0
+
+
+def test_a_sweep_says_each_trial_once_with_its_metric_and_which_are_from_before() -> None:
+    def results(*states: str) -> dict[str, Any]:
+        trials = [{"number": n, "state": state, "value": 0.5, "last": None} for n, state in enumerate(states)]
+        return {"metric": "exact_match", "trials": trials}
+
+    console = Console(record=True, file=StringIO())
+    with sweep_progress(console, quiet=False) as shown:
+        assert shown is not None
+        job: Any = object()
+        shown(results("complete", "running"), job)
+        shown(results("complete", "complete", "running"), job)
+        shown(results("complete", "complete", "complete"), None)
+    lines = console.export_text().split("\n")[:-1]
+    assert lines == [
+        "trial 0: complete, from before exact_match 50.0 %",
+        "trial 1: complete exact_match 50.0 %",
+        "trial 2: complete exact_match 50.0 %",
+    ]

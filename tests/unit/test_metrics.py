@@ -8,15 +8,19 @@ import random
 import statistics
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from studio.data import Example, Message
 from studio.errors import DataError, GateError, RecipeError, TrainingError
 from studio.gate import check_gate, judge, raise_failed
 from studio.json_answers import is_json, read_schema
+from studio.metric_view import metric_table
 from studio.metrics import (
     Measure,
     Metric,
@@ -35,6 +39,8 @@ from studio.progress import gate_text, metric_rows
 from studio.ranking import auc
 from studio.recipe import parse_recipe
 from studio.recipe_evaluation import GateRule
+from studio.rewards import Reward
+from studio.rewards.samples import reward_measures
 
 
 def test_wilson_as_published() -> None:
@@ -167,6 +173,27 @@ def test_a_limit_on_what_gets_better_is_refused() -> None:
     check_gate([GateRule(metric="t/word_perplexity", max_rise=1.0)], falls)
     with pytest.raises(TrainingError, match=r"t/word_perplexity is better when it is lower.*Nothing was trained"):
         check_gate([GateRule(metric="t/word_perplexity", max_drop=1.0)], falls)
+
+
+def test_no_interval_reaches_where_no_value_can_be() -> None:
+    loss = measured(scores_of("loss", [0.0, 0.0, 5.0], [1, 1, 1]))
+    assert loss.low == 0.0 and loss.high is not None and loss.high > loss.value
+    assert measured(scores_of("perplexity", [0.0, 0.0, 5.0], [1, 1, 1])).low == 1.0
+    rows = [Example((Message("user", "q"),), (Message("assistant", "a"),))] * 20
+    regex = Reward("regex", 1.0, 0, 1, lambda attempts: [1.0] * len(attempts))
+    found = reward_measures([regex], rows, ["a"] * 20)["reward/regex"].metric
+    assert found.value == 1.0 and found.low == pytest.approx(wilson(20, 20)[0]) and found.low < 0.9
+
+
+def test_a_job_that_goes_on_shows_its_change_from_the_start() -> None:
+    base, start, tuned = (
+        {"metrics": {"loss": {"value": v, "low": None, "high": None, "n": 9}}} for v in (3.0, 2.0, 1.5)
+    )
+    change = {"loss": {"value": -1.5, "low": None, "high": None}}
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(metric_table(base, tuned, change, start, {"loss": {"value": -0.5, "low": -0.6, "high": -0.4}}))
+    shown = console.export_text()
+    assert "change from base" in shown and "change from start" in shown and "-0.5, -25 %  -0.6 to -0.4" in shown
 
 
 def test_a_certain_gate_waits_for_the_whole_interval() -> None:
