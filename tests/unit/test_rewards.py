@@ -229,7 +229,7 @@ def test_what_the_files_lack_is_refused_with_the_plan(tmp_path: Path) -> None:
     assert "1 problem\n  - line 8: its completion is no JSON object" in refused("[{function: json_fields}]", DataError)
     tested = '{"prompt": "a", "completion": "b", "tests": ["assert f() == 1"]}\n'
     data.write_text(tested + '{"prompt": "a", "completion": "b"}\n' * 7)
-    assert 'line 2, tests: has no "tests"' in refused("[{function: code}]", DataError)
+    assert 'lines 2, 3, 4, 5, 6, … (7 rows), tests: has no "tests"' in refused("[{function: code}]", DataError)
     make_plan(recipe_with("[{function: code, tests: [assert f()]}]", data, "sampling: {completions: 4}"))
 
 
@@ -280,7 +280,9 @@ def test_prompts_alone_are_refused_by_rewards_that_compare_and_read_by_all_other
     data.write_text('{"prompt": "a", "completion": "{}"}\n' + '{"prompt": "a"}\n' * 7)
     sizes = "sampling: {completions: 4}"
     for function in ("exact_match", "json_fields"):
-        with pytest.raises(DataError, match=rf"line 2: is a prompt alone.*{function} compares.*one of json_schema"):
+        with pytest.raises(
+            DataError, match=rf"lines 2, 3.*: is a prompt alone.*{function} compares.*one of json_schema"
+        ):
             make_plan(recipe_with(f"[{{function: {function}}}]", data, sizes))
     others = "{function: regex, pattern: a}, {function: json_schema, json_schema: {}}, {function: thinking}"
     others = f"[{others}, {{function: length, longest_characters: 9}}, {{function: code}}]"
